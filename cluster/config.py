@@ -1,0 +1,159 @@
+"""Typed configuration: one parse, defaults in code, one generic override.
+
+A config is a frozen model that knows every key it accepts; a YAML file states only what deviates.
+
+    class TrainConfig(StrictModel):
+        steps: int = 100
+
+    config = load_config(Path("configs/train/digits.yaml"), TrainConfig, ["steps=200"])
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """Base of every config and record: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
+
+
+def load_config(
+    path: Path | str, config_type: type[ConfigType], overrides: Sequence[str] = ()
+) -> ConfigType:
+    """Read a YAML file, apply `a.b=c` overrides and validate.
+
+    Raises:
+        ConfigError: one line naming the file, the key, what was found and what was expected.
+    """
+    path = Path(path)
+    values = _read_mapping(path)
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, config_type, source=str(path))
+
+
+def parse_config(
+    values: dict[str, Any], config_type: type[ConfigType], *, source: str
+) -> ConfigType:
+    """Validate plain values as `config_type`; `source` names them in errors."""
+    try:
+        return config_type.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{source}: {_describe(error, values, config_type)}",
+            hint="correct that key, or override it with --set KEY=VALUE",
+        ) from None
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config file '{path}' does not exist", hint=_nearby_configs(path)
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"config file '{path}' cannot be read: {error}", hint="expected a YAML text file"
+        ) from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where is not None else ""
+        raise ConfigError(
+            f"config file '{path}' is not valid YAML{line}",
+            hint="check its indentation and quotes",
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"config file '{path}' holds a {type(values).__name__}, expected a mapping of keys",
+            hint="write 'key: value' lines",
+        )
+    return values
+
+
+def _nearby_configs(path: Path) -> str:
+    siblings = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    return "there are: " + ", ".join(siblings) if siblings else "check the path"
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise ConfigError(
+            f"--set '{override}' is not an override, expected KEY=VALUE", hint="e.g. --set steps=10"
+        )
+    node = values
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"--set '{override}': '{part}' is a single value, it has no keys below it",
+                hint=f"set '{part}' itself",
+            )
+        node = child
+    try:
+        node[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"--set '{override}': the value is not valid YAML", hint="quote it"
+        ) from None
+
+
+def _describe(error: ValidationError, values: Any, config_type: type[BaseModel]) -> str:
+    first = error.errors(include_url=False)[0]
+    location = tuple(part for part in first["loc"])
+    name = ".".join(str(part) for part in location) or "the config"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(config_type, location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        guess = f"; did you mean '{close[0]}'?" if close else ""
+        expected = f", expected one of: {', '.join(known)}" if known and not close else ""
+        return f"unknown key '{name}'{guess}{expected}{more}"
+    if first["type"] == "missing":
+        return f"key '{name}' is missing{more}"
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    found = first.get("input")
+    shown = f"{found!r}" if isinstance(found, (str, int, float, bool, type(None))) else None
+    return f"key '{name}'" + (f" is {shown}: " if shown is not None else ": ") + message + more
+
+
+def _known_keys(config_type: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the (nested) model at `location`, as far as annotations tell."""
+    current: Any = config_type
+    for part in location:
+        fields = getattr(current, "model_fields", {})
+        if part not in fields:
+            return []
+        current = _model_inside(fields[part].annotation)
+    return sorted(getattr(current, "model_fields", {}))
+
+
+def _model_inside(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _model_inside(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,189 @@
+"""The one error tree. Each error says what happened, what was expected and what to do next.
+
+    HeliostatError
+    ├── UsageError                   the caller asked for something that cannot be
+    │   ├── ConfigError              a configuration file or an override is wrong
+    │   ├── InvalidReferenceError    a model reference is not NAME, NAME@ALIAS or NAME/VERSION
+    │   └── InputError               a request or a data file has bad content; `param` names the field
+    ├── AuthenticationError          no key, or a wrong, expired or revoked one
+    ├── PermissionDeniedError        the key lacks the scope
+    ├── NotFoundError                the named thing does not exist
+    ├── ConflictError                another writer was faster, or the state forbids it
+    ├── PayloadTooLargeError         the request is larger than the limit it names
+    ├── OverloadedError              no room now; try again later
+    ├── UpstreamTimeoutError         a part did not answer in time
+    ├── PackageError                 a model package cannot be trusted or used
+    │   ├── TamperedPackageError     its files do not match its manifest
+    │   │   ├── ExtraFileError
+    │   │   ├── MissingFileError
+    │   │   └── ChangedFileError
+    │   ├── SignatureError           unsigned, or the signature does not verify
+    │   │   └── UnknownKeyError      signed, but by a key that is not trusted here
+    │   ├── ForbiddenFileError       pickle, code, a symlink or a path that leaves the package
+    │   ├── NewerFormatError         written by a newer Heliostat
+    │   └── ParityError              golden inputs do not give the golden outputs
+    ├── MachineError                 the machine lacks something
+    │   ├── PortInUseError
+    │   └── MissingToolError
+    ├── NotRunningError              the local cluster is not up
+    ├── StartError                   a part of the cluster did not start
+    └── JobFailedError               a submitted job ended badly
+
+The classes carry an HTTP status and a CLI exit code, so both faces map errors in one place.
+They survive pickling, because they cross Ray.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class HeliostatError(Exception):
+    """Base of every error that a user may see.
+
+    Args:
+        message: what happened, naming the offending thing and what was expected.
+        hint: what to do next.
+        param: the field or argument at fault, if there is one.
+    """
+
+    code = "internal_error"
+    http_status = 500
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.param = param
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.hint, self.param)
+
+
+def _rebuild(
+    kind: type[HeliostatError], message: str, hint: str | None, param: str | None
+) -> HeliostatError:
+    return kind(message, hint=hint, param=param)
+
+
+class UsageError(HeliostatError):
+    code = "invalid_request"
+    http_status = 400
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    code = "invalid_config"
+
+
+class InvalidReferenceError(UsageError):
+    code = "invalid_model_reference"
+
+
+class InputError(UsageError):
+    code = "invalid_input"
+
+
+class AuthenticationError(HeliostatError):
+    code = "invalid_api_key"
+    http_status = 401
+
+
+class PermissionDeniedError(HeliostatError):
+    code = "permission_denied"
+    http_status = 403
+
+
+class NotFoundError(HeliostatError):
+    code = "not_found"
+    http_status = 404
+
+
+class ConflictError(HeliostatError):
+    code = "conflict"
+    http_status = 409
+
+
+class PayloadTooLargeError(HeliostatError):
+    code = "payload_too_large"
+    http_status = 413
+
+
+class OverloadedError(HeliostatError):
+    code = "overloaded"
+    http_status = 503
+
+
+class UpstreamTimeoutError(HeliostatError):
+    code = "timeout"
+    http_status = 504
+
+
+class PackageError(HeliostatError):
+    code = "invalid_package"
+    http_status = 422
+
+
+class TamperedPackageError(PackageError):
+    code = "package_tampered"
+
+
+class ExtraFileError(TamperedPackageError):
+    code = "package_extra_file"
+
+
+class MissingFileError(TamperedPackageError):
+    code = "package_missing_file"
+
+
+class ChangedFileError(TamperedPackageError):
+    code = "package_changed_file"
+
+
+class SignatureError(PackageError):
+    code = "package_signature"
+
+
+class UnknownKeyError(SignatureError):
+    code = "package_unknown_key"
+
+
+class ForbiddenFileError(PackageError):
+    code = "package_forbidden_file"
+
+
+class NewerFormatError(PackageError):
+    code = "package_newer_format"
+
+
+class ParityError(PackageError):
+    code = "package_parity"
+
+
+class MachineError(HeliostatError):
+    code = "machine"
+
+
+class PortInUseError(MachineError):
+    code = "port_in_use"
+
+
+class MissingToolError(MachineError):
+    code = "missing_tool"
+
+
+class NotRunningError(HeliostatError):
+    code = "not_running"
+    http_status = 503
+
+
+class StartError(HeliostatError):
+    code = "start_failed"
+
+
+class JobFailedError(HeliostatError):
+    code = "job_failed"

@@ -1,0 +1,5 @@
+from cluster.config import StrictModel
+
+
+class Processing(StrictModel):
+    """Placeholder replaced by the processing module."""

@@ -1,0 +1,167 @@
+"""Where things are on this machine: the only reader of the environment.
+
+Values come, strongest first, from `HELIOSTAT_*` variables, from `settings.json` in the home
+directory (written by `heliostat up --config F`), and from the defaults below.
+
+    settings = Settings()
+    settings.gateway_url     # 'http://127.0.0.1:8000'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from cluster.errors import ConfigError
+
+_PREFIX = "HELIOSTAT_"
+_DEFAULT_HOME = Path(".heliostat")
+SETTINGS_FILE = "settings.json"
+
+
+class Settings(BaseSettings):
+    """Everything a process needs to find the other parts."""
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
+
+    home: Path = _DEFAULT_HOME
+    """Directory that holds all state; made absolute."""
+    host: str = "127.0.0.1"
+    """Address the gateway, gRPC, MLflow and the dashboard bind to."""
+    gateway_port: int = Field(8000, ge=1, le=65535)
+    grpc_port: int = Field(9000, ge=1, le=65535)
+    mlflow_port: int = Field(5000, ge=1, le=65535)
+    dashboard_port: int = Field(8265, ge=1, le=65535)
+    ray_port: int = Field(6379, ge=1, le=65535)
+    """Port of Ray's control store (GCS)."""
+    ray_client_port: int = Field(10001, ge=1, le=65535)
+    haproxy_stats_port: int = Field(8404, ge=1, le=65535)
+    haproxy_metrics_port: int = Field(9101, ge=1, le=65535)
+    proxy_port: int = Field(8500, ge=1, le=65535)
+    """Port of Ray Serve's own fallback proxy, behind HAProxy."""
+    replica_port_min: int = Field(30000, ge=1024, le=65535)
+    """First of the `replica_port_count` loopback ports that Serve's ingress replicas may take."""
+    replica_port_count: int = Field(1000, ge=10)
+    num_cpus: int | None = Field(None, ge=1)
+    """CPUs that Ray may schedule on; None counts this machine's."""
+    num_gpus: int | None = Field(None, ge=0)
+    """GPUs that Ray may schedule on; None counts this machine's."""
+    object_store_bytes: int = Field(512 * 1024**2, ge=80 * 1024**2)
+    gateway_replicas: int = Field(1, ge=1)
+    storage_url: str = ""
+    """Root for packages, datasets and checkpoints: a folder or s3://bucket/prefix; empty means
+    `home/storage`."""
+    database_url: str = ""
+    """SQLAlchemy URL; empty means SQLite in `home`."""
+    mlflow_tracking_uri: str = ""
+    """Empty means the MLflow server that `up` starts."""
+    allow_unsigned: bool = False
+    """Deploy packages without a signature. Only ever for experiments."""
+    git_commit: str = ""
+    """Commit of the code a job runs, set by `heliostat submit`."""
+    source_dir: Path | None = None
+    """Checkout that `up` ran from, set by `up`."""
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        home = init_settings().get("home") or env_settings().get("home") or _DEFAULT_HOME
+        stored = InitSettingsSource(settings_cls, init_kwargs=_read_stored(Path(home)))
+        return init_settings, env_settings, stored
+
+    @property
+    def gateway_url(self) -> str:
+        return f"http://{self.host}:{self.gateway_port}"
+
+    @property
+    def dashboard_url(self) -> str:
+        return f"http://{self.host}:{self.dashboard_port}"
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.mlflow_tracking_uri or f"http://{self.host}:{self.mlflow_port}"
+
+    @property
+    def storage_root(self) -> str:
+        return self.storage_url or str(self.home / "storage")
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'heliostat.db'}"
+
+    @property
+    def keys_dir(self) -> Path:
+        """Directory, mode 0700: signing key, trusted public keys, Ray token, local API key."""
+        return self.home / "keys"
+
+    @property
+    def ray_token_path(self) -> Path:
+        return self.keys_dir / "ray_token"
+
+    @property
+    def api_key_path(self) -> Path:
+        return self.keys_dir / "api_key"
+
+    @property
+    def package_cache_dir(self) -> Path:
+        """Where verified packages are unpacked; only the reader writes there."""
+        return self.home / "cache" / "packages"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.home / "logs"
+
+
+def load_settings(**values: Any) -> Settings:
+    """`Settings(**values)`, with a wrong value reported as one line."""
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"setting '{name}' is {first.get('input')!r}: {first['msg']}",
+            hint=f"correct {_PREFIX}{name.upper()} or the file given to `heliostat up --config`",
+        ) from None
+
+
+def environment_for_children(settings: Settings) -> dict[str, str]:
+    """This process's environment plus what a child needs to find the same state."""
+    return {**os.environ, f"{_PREFIX}HOME": str(settings.home)}
+
+
+def _read_stored(home: Path) -> dict[str, Any]:
+    path = home.expanduser() / SETTINGS_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"settings file '{path}' cannot be read: {error}",
+            hint="delete it; `heliostat up` writes it anew",
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"settings file '{path}' holds no mapping", hint="delete it")
+    return values

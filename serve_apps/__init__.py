@@ -1,0 +1,1 @@
+"""What stays up: the Ray Serve applications (gateway, language models, predictors, releases)."""
