@@ -1,0 +1,136 @@
+"""The floors and the doors of the house (docs/architecture.md), enforced.
+
+Imports are read from the syntax tree, so an import inside a function counts too.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    "cluster": set(),
+    "jobs": {"cluster"},
+    "serve_apps": {"cluster"},
+}
+# Heavy library → the path prefixes that may import it.
+DOORS = {
+    "mlflow": ("cluster/registry.py", "cluster/tracking.py"),
+    "deepspeed": ("jobs/training/",),
+    "ray.train": ("jobs/",),
+    "ray.tune": ("jobs/",),
+    "ray.serve": ("serve_apps/", "cluster/session"),
+    "vllm": ("serve_apps/llm/vllm.py",),
+    "onnxruntime": ("cluster/runtimes/",),
+    "model_signing": ("cluster/model_package/",),
+    "sqlalchemy": ("cluster/",),
+}
+# Modules that every command loads must stay quick to import.
+LIGHT = ("cluster", "cluster.settings", "cluster.cli.app", "cluster.model_package")
+HEAVY = ("torch", "ray", "mlflow", "transformers", "deepspeed", "pandas", "onnxruntime", "sklearn")
+TOP_LEVEL = {
+    "pyproject.toml", "constraints.txt", "Makefile", "README.md", "README.zh-CN.md",
+    "CHANGELOG.md", "SECURITY.md", "LICENSE", "cluster", "jobs", "serve_apps", "configs",
+    "benchmarks", "docs", "tests", "infra",
+}  # fmt: skip
+
+
+def sources() -> list[Path]:
+    return sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Absolute dotted names that a module imports; `from a import b` counts as a.b too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_keeps_to_its_floor_and_doors(path: Path) -> None:
+    relative = path.relative_to(ROOT).as_posix()
+    floor = relative.split("/", 1)[0]
+    forbidden_floors = set(FLOORS) - FLOORS[floor] - {floor}
+    for name in imports_of(path):
+        assert name.split(".")[0] not in forbidden_floors, f"{floor} must not import {name}"
+        for library, doors in DOORS.items():
+            if is_inside(name, library):
+                assert relative.startswith(doors), f"{name} may only be imported in {doors}"
+
+
+def test_only_settings_reads_the_environment() -> None:
+    """Ranks are set by a launcher and read where the process group starts."""
+    allowed = {"cluster/settings.py"}
+    for path in sources():
+        relative = path.relative_to(ROOT).as_posix()
+        if relative in allowed:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}:
+                source = ast.unparse(node)
+                if source in {"os.environ", "os.getenv"}:
+                    assert relative.startswith("jobs/training/"), (
+                        f"{relative}:{node.lineno} reads {source}; take it from Settings"
+                    )
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_a_light_module_loads_no_heavy_library(module: str) -> None:
+    code = (
+        f"import sys, {module}; "
+        f"print(' '.join(sorted({set(HEAVY)!r} & {{m.split('.')[0] for m in sys.modules}})))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert run.stdout.strip() == ""
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        if text.strip():
+            assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)}: no docstring"
+
+
+def test_the_top_level_holds_what_is_expected_there() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, check=False, cwd=ROOT
+    ).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    names = {name.split("/", 1)[0] for name in tracked}
+    assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+
+
+def test_every_dependency_is_pinned() -> None:
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [*project["dependencies"]]
+    for extra in project["optional-dependencies"].values():
+        declared += extra
+    pinned = {
+        Requirement(line).name.lower()
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    }
+    missing = {Requirement(text).name.lower() for text in declared} - pinned
+    assert not missing, f"not in constraints.txt: {sorted(missing)}"
