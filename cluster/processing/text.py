@@ -1,0 +1,341 @@
+"""Text in, token ids out, and back again, at the edge of serving.
+
+Knows a Hugging Face directory's `tokenizer.json` and chat template; knows nothing of models,
+requests or HTTP, and never loads torch.
+
+    text = TextProcessor.load(package.path / "model")
+    prompt_ids = text.encode("Hello")
+    pieces = text.detokenizer()
+    print(pieces.push([17, 4]), pieces.flush())
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from cluster.errors import InputError, PackageError
+
+_REPLACEMENT = "\ufffd"
+_MAX_HELD_REPLACEMENTS = 3
+"""A UTF-8 character has at most four bytes, so at most three are waiting for their last one."""
+_MAX_WINDOW_TOKENS = 64
+
+
+@dataclass
+class TextProcessor:
+    """A package's tokenizer and chat template."""
+
+    _plain: Any
+    """Reads special tokens in its input as ordinary text: for whatever a user wrote."""
+    _marked: Any
+    """Reads special tokens as such: for what a chat template wrote."""
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """The template's names for special tokens, e.g. `bos_token`."""
+
+    @classmethod
+    def load(cls, model_dir: Path) -> TextProcessor:
+        """Read `tokenizer.json` and the chat template of a Hugging Face directory.
+
+        Raises:
+            PackageError: there is no tokenizer.json, or it cannot be read.
+        """
+        path = model_dir / "tokenizer.json"
+        if not path.is_file():
+            raise PackageError(
+                f"'{model_dir}' has no tokenizer.json, which serving needs",
+                hint="save the tokenizer with transformers' fast tokenizer and import it again",
+            )
+        try:
+            source = path.read_text(encoding="utf-8")
+            plain, marked = Tokenizer.from_str(source), Tokenizer.from_str(source)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise PackageError(
+                f"'{path}' is not a tokenizer: {error}", hint="import the model again"
+            ) from None
+        for tokenizer in (plain, marked):
+            # Training leaves these in the file; they would cut and pad what users send.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        plain.encode_special_tokens = True
+        config = _read_json(model_dir / "tokenizer_config.json")
+        return cls(plain, marked, _find_template(model_dir, config), _special_tokens(config))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a user's text, with what the tokenizer adds around it (such as BOS).
+
+        Special tokens written out in the text are plain text.
+
+        Raises:
+            InputError: the text is not valid Unicode (a lone surrogate).
+        """
+        return list(self._plain.encode(_checked(text), add_special_tokens=True).ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation rendered by the chat template.
+
+        Only the template's own special tokens count: those in message contents are plain text.
+
+        Raises:
+            InputError: there is no template, or it refuses the conversation.
+        """
+        guard = _SpecialTokenGuard(self._special_contents())
+        rendered = self.render_chat([guard.hide(message) for message in messages])
+        ids: list[int] = []
+        for piece, is_users in guard.split(rendered):
+            tokenizer = self._plain if is_users else self._marked
+            ids.extend(tokenizer.encode(piece, add_special_tokens=False).ids)
+        return ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The conversation as the model's chat template writes it, up to the assistant's turn."""
+        if self.chat_template is None:
+            raise InputError(
+                "this model has no chat template, so it cannot answer messages",
+                hint="send a prompt to /v1/completions instead",
+                param="messages",
+            )
+        for message in messages:
+            _checked(str(message.get("content", "")))
+        from jinja2 import TemplateError
+
+        try:
+            template = _compile(self.chat_template)
+            return str(
+                template.render(
+                    messages=list(messages), add_generation_prompt=True, **self.special_tokens
+                )
+            )
+        except (TemplateError, TypeError, ValueError, OverflowError, MemoryError) as error:
+            raise InputError(
+                f"the chat template refuses these messages: {error}",
+                hint="check the order and the roles of the messages",
+                param="messages",
+            ) from None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some tokens without special ones: what a detokenizer's pieces add up to."""
+        pieces = self.detokenizer()
+        return pieces.push(token_ids) + pieces.flush()
+
+    def detokenizer(self) -> IncrementalDetokenizer:
+        """A fresh detokenizer for one answer."""
+        return IncrementalDetokenizer(
+            lambda ids: str(self._marked.decode(list(ids), skip_special_tokens=True))
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._marked.get_vocab_size(with_added_tokens=True))
+
+    def _special_contents(self) -> list[str]:
+        added = self._marked.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+
+class IncrementalDetokenizer:
+    """Turns tokens into text as they come, never splitting a character.
+
+    The pieces of `push` and the last one of `flush` add up to the text of all tokens.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        """Tokens of the last finished piece, which decoders need as context, and those after it."""
+        self._context_length = 0
+        self._emitted = ""
+        """How much of the window's text is out already."""
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Text that these tokens complete; may be empty while a character is unfinished."""
+        pieces = [self._push_one(token_id) for token_id in token_ids]
+        return "".join(pieces)
+
+    def flush(self) -> str:
+        """What is left at the end of the answer, an unfinished character included."""
+        text = self._decode(self._window)
+        rest = text[len(self._emitted) :]
+        self._emitted = text
+        return rest
+
+    def _push_one(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        tail = len(text) - len(text.rstrip(_REPLACEMENT))
+        stable_length = len(text) - min(tail, _MAX_HELD_REPLACEMENTS)
+        piece = text[len(self._emitted) : stable_length]
+        if stable_length > len(self._emitted):
+            self._emitted = text[:stable_length]
+        if tail == 0 and piece:
+            self._shift()
+        elif tail == 0 and len(self._window) > _MAX_WINDOW_TOKENS:
+            self._window.pop()  # a long run of tokens without text must not slow the others
+        return piece
+
+    def _shift(self) -> None:
+        """Forget all but the tokens of the piece just finished."""
+        del self._window[: self._context_length]
+        self._context_length = len(self._window)
+        self._emitted = self._decode(self._window)
+
+
+class StopStrings:
+    """Ends a text before the first stop string, however tokens cut it.
+
+    Text is held back only while it may still be the beginning of a stop string. The stop string
+    that is complete first wins, so the outcome does not depend on how the text was cut.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._longest = max((len(stop) for stop in self._stops), default=0)
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """Text that is safe to release; nothing once a stop string has matched."""
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return text
+        buffer = self._held + text
+        found = self._first_match(buffer)
+        if found is not None:
+            start, self.matched = found
+            self._held = ""
+            return buffer[:start]
+        keep = self._length_of_possible_beginning(buffer)
+        self._held = buffer[len(buffer) - keep :]
+        return buffer[: len(buffer) - keep]
+
+    def flush(self) -> str:
+        """What was held back, now that no more text comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _first_match(self, buffer: str) -> tuple[int, str] | None:
+        """Start and text of the match that ends first; of those, the longest."""
+        best: tuple[int, int, str] | None = None
+        for stop in self._stops:
+            start = buffer.find(stop)
+            if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
+                best = (start + len(stop), start, stop)
+        return None if best is None else (best[1], best[2])
+
+    def _length_of_possible_beginning(self, buffer: str) -> int:
+        for length in range(min(self._longest - 1, len(buffer)), 0, -1):
+            end = buffer[len(buffer) - length :]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
+
+
+class _SpecialTokenGuard:
+    """Hides special tokens in message contents from the tokenizer, by marks no user can guess."""
+
+    def __init__(self, special_tokens: Sequence[str]) -> None:
+        self._tokens = sorted(special_tokens, key=len, reverse=True)
+        nonce = secrets.token_hex(8)
+        self._marks = [f"\ue000{nonce}:{i}\ue001" for i in range(len(self._tokens))]
+
+    def hide(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: self._hide_value(value) for key, value in message.items()}
+
+    def _hide_value(self, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        for token, mark in zip(self._tokens, self._marks, strict=True):
+            value = value.replace(token, mark)
+        return value
+
+    def split(self, rendered: str) -> list[tuple[str, bool]]:
+        """Pieces of the rendered text; True where a piece is a user's special token."""
+        pieces = [(rendered, False)]
+        for token, mark in zip(self._tokens, self._marks, strict=True):
+            pieces = [part for piece in pieces for part in _split_piece(piece, mark, token)]
+        return [piece for piece in pieces if piece[0]]
+
+
+def _split_piece(piece: tuple[str, bool], mark: str, token: str) -> list[tuple[str, bool]]:
+    text, is_users = piece
+    if is_users or mark not in text:
+        return [piece]
+    parts: list[tuple[str, bool]] = []
+    for index, part in enumerate(text.split(mark)):
+        if index:
+            parts.append((token, True))
+        parts.append((part, False))
+    return parts
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has a lone surrogate at character {error.start}, expected valid Unicode",
+            hint="send complete UTF-8 characters",
+        ) from None
+    return text
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(source: str) -> Any:
+    """A chat template, compiled as transformers does, but unable to reach or change anything."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_template_error
+    return environment.from_string(source)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_template_error(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return values if isinstance(values, dict) else {}
+
+
+def _find_template(model_dir: Path, config: Mapping[str, Any]) -> str | None:
+    file = model_dir / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates; transformers' default is 'default'
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    tokens: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"):
+        value = config.get(name)
+        if isinstance(value, dict):  # a serialised AddedToken
+            value = value.get("content")
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
