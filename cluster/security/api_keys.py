@@ -1,0 +1,270 @@
+"""API keys: who may call the gateway, and what for.
+
+A key is shown once, when it is made; the database holds its SHA-256, which is enough for a secret
+of 256 random bits. Knows nothing of HTTP.
+
+    keys = ApiKeys(open_database(settings.database))
+    created = keys.create("search-team", ["infer"])
+    identity = keys.verify(created.key)          # Identity(key_id=…, tenant='search-team', …)
+    identity.require("admin")                    # raises PermissionDeniedError
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from cluster.database import api_keys, audit_log, now, tenants
+from cluster.errors import (
+    AuthenticationError,
+    ConflictError,
+    InputError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+
+KEY_PREFIX = "hst_"
+SCOPES = ("infer", "models:read", "admin")
+
+_SECRET_BYTES = 32
+_MIN_KEY_CHARACTERS = 26  # the prefix and 128 bits in base64
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a verified key stands for."""
+
+    key_id: str
+    tenant: str
+    scopes: frozenset[str]
+
+    def require(self, scope: str) -> None:
+        """Raises PermissionDeniedError unless the key carries `scope`."""
+        if scope not in self.scopes:
+            raise PermissionDeniedError(
+                f"this key lacks the scope '{scope}', it has: {', '.join(sorted(self.scopes))}",
+                hint=f"make one with `heliostat keys create --tenant {self.tenant} "
+                f"--scope {scope}`",
+            )
+
+
+@dataclass(frozen=True)
+class CreatedKey:
+    """A new key. `key` exists nowhere else."""
+
+    id: str
+    key: str
+
+
+@dataclass(frozen=True)
+class KeyRecord:
+    """What the database knows about a key; times are ISO 8601 in UTC."""
+
+    id: str
+    tenant: str
+    scopes: tuple[str, ...]
+    created_at: str
+    expires_at: str | None
+    revoked_at: str | None
+
+    @property
+    def state(self) -> str:
+        if self.revoked_at is not None:
+            return "revoked"
+        return "expired" if _is_past(self.expires_at) else "active"
+
+
+class ApiKeys:
+    """The keys in one database."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def create(
+        self,
+        tenant: str,
+        scopes: Sequence[str],
+        expires_at: datetime | None = None,
+        key: str | None = None,
+        *,
+        actor: str = "cli",
+    ) -> CreatedKey:
+        """Make a key for `tenant`, which is added if it is new; `key` brings an existing secret.
+
+        Raises:
+            InputError: an unknown scope, a bad tenant name, a time in the past or a weak key.
+            ConflictError: this very key is already stored.
+        """
+        scopes = _check_scopes(scopes)
+        expires = _check_expiry(expires_at)
+        secret = _check_secret(key) if key else KEY_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+        created = CreatedKey(id=f"key_{secrets.token_hex(6)}", key=secret)
+        row = {
+            "id": created.id,
+            "tenant": tenant,
+            "key_hash": _hash(secret),
+            "scopes": list(scopes),
+            "created_at": now(),
+            "expires_at": expires,
+        }
+        try:
+            with self._engine.begin() as connection:
+                _ensure_tenant(connection, tenant, actor)
+                connection.execute(sa.insert(api_keys).values(row))
+                detail = {"tenant": tenant, "scopes": list(scopes), "expires_at": expires}
+                _audit(connection, actor, "key.create", created.id, detail)
+        except sa.exc.IntegrityError:
+            raise ConflictError(
+                "this key is already stored", hint="see `heliostat keys list`"
+            ) from None
+        return created
+
+    def verify(self, key: str) -> Identity:
+        """Return who `key` stands for.
+
+        Raises:
+            AuthenticationError: it is missing, unknown, expired or revoked.
+        """
+        if not key:
+            raise AuthenticationError(
+                "no API key was sent", hint="send the header 'Authorization: Bearer KEY'"
+            )
+        digest = _hash(key)
+        with self._engine.connect() as connection:
+            row = connection.execute(
+                sa.select(api_keys).where(api_keys.c.key_hash == digest)
+            ).one_or_none()
+        # The index compares hashes, whose prefixes tell nothing of the key; this closes the rest.
+        if row is None or not hmac.compare_digest(row.key_hash, digest):
+            raise AuthenticationError(
+                "this API key is not known here", hint="make one with `heliostat keys create`"
+            )
+        record = _record(row)
+        if record.state != "active":
+            raise AuthenticationError(
+                f"API key {record.id} is {record.state}",
+                hint=f"make another with `heliostat keys create --tenant {record.tenant}`",
+            )
+        return Identity(record.id, record.tenant, frozenset(record.scopes))
+
+    def list(self, tenant: str | None = None) -> Sequence[KeyRecord]:
+        """Every key, oldest first; revoked and expired ones too."""
+        query = sa.select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)
+        if tenant is not None:
+            query = query.where(api_keys.c.tenant == tenant)
+        with self._engine.connect() as connection:
+            return [_record(row) for row in connection.execute(query)]
+
+    def revoke(self, key_id: str, *, actor: str = "cli") -> None:
+        """End a key for ever; revoking it again changes nothing.
+
+        Raises:
+            NotFoundError: there is no such key.
+        """
+        with self._engine.begin() as connection:
+            row = connection.execute(
+                sa.select(api_keys).where(api_keys.c.id == key_id)
+            ).one_or_none()
+            if row is None:
+                raise NotFoundError(
+                    f"there is no API key '{key_id}'", hint="see `heliostat keys list`"
+                )
+            if row.revoked_at is not None:
+                return
+            connection.execute(
+                sa.update(api_keys).where(api_keys.c.id == key_id).values(revoked_at=now())
+            )
+            _audit(connection, actor, "key.revoke", key_id, {"tenant": row.tenant})
+
+    def set_tenant(self, name: str, *, actor: str = "cli") -> None:
+        """Add a tenant unless it is there."""
+        with self._engine.begin() as connection:
+            _ensure_tenant(connection, name, actor)
+
+    def list_tenants(self) -> Sequence[tuple[str, str]]:
+        """Names with the times they were added."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(sa.select(tenants).order_by(tenants.c.name))
+            return [(row.name, row.created_at) for row in rows]
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _record(row: Any) -> KeyRecord:
+    return KeyRecord(
+        id=row.id,
+        tenant=row.tenant,
+        scopes=tuple(row.scopes),
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+    )
+
+
+def _is_past(expires_at: str | None) -> bool:
+    return expires_at is not None and datetime.fromisoformat(expires_at) <= datetime.now(UTC)
+
+
+def _check_scopes(scopes: Sequence[str]) -> tuple[str, ...]:
+    unknown = [scope for scope in scopes if scope not in SCOPES]
+    if unknown or not scopes:
+        found = f"unknown scope '{unknown[0]}'" if unknown else "a key needs at least one scope"
+        raise InputError(found, hint=f"scopes are: {', '.join(SCOPES)}", param="scopes")
+    return tuple(dict.fromkeys(scopes))
+
+
+def _check_expiry(expires_at: datetime | None) -> str | None:
+    if expires_at is None:
+        return None
+    text = expires_at.astimezone(UTC).isoformat(timespec="milliseconds")
+    if _is_past(text):
+        raise InputError(
+            f"expiry {text} has passed", hint="name a time to come", param="expires_at"
+        )
+    return text
+
+
+def _check_secret(key: str) -> str:
+    if len(key) < _MIN_KEY_CHARACTERS:
+        raise InputError(
+            f"a key of {len(key)} characters can be guessed, expected at least "
+            f"{_MIN_KEY_CHARACTERS}",
+            hint="leave it out and one is made",
+            param="key",
+        )
+    return key
+
+
+def _ensure_tenant(connection: Connection, name: str, actor: str) -> None:
+    if not _TENANT.fullmatch(name):
+        raise InputError(
+            f"tenant name {name!r} is not valid",
+            hint="1-128 of A-Z a-z 0-9 . _ - beginning with a letter or digit",
+            param="tenant",
+        )
+    known = connection.execute(sa.select(tenants.c.name).where(tenants.c.name == name)).first()
+    if known is None:
+        connection.execute(sa.insert(tenants).values(name=name, created_at=now()))
+        _audit(connection, actor, "tenant.create", name, {})
+
+
+def _audit(
+    connection: Connection, actor: str, action: str, target: str, detail: dict[str, Any]
+) -> None:
+    connection.execute(
+        sa.insert(audit_log).values(
+            at=now(), actor=actor, action=action, target=target, detail=detail
+        )
+    )
