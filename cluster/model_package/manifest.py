@@ -14,24 +14,11 @@ from pydantic import Field, JsonValue, ValidationError
 
 from cluster.config import StrictModel
 from cluster.errors import NewerFormatError, PackageError
-from cluster.processing import Processing
+from cluster.processing import Processing, TensorSpec
 
 FORMAT_VERSION = 1
 
 Kind = Literal["language_model", "graph", "adapter"]
-Datatype = Literal[
-    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
-    "FP16", "FP32", "FP64", "BYTES",
-]  # fmt: skip
-
-
-class TensorSpec(StrictModel):
-    """A named tensor in the Open Inference Protocol's words."""
-
-    name: str
-    datatype: Datatype
-    shape: tuple[int, ...]
-    """Sizes; -1 is free. The first dimension is the batch."""
 
 
 class FileEntry(StrictModel):

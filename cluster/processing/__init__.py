@@ -1,5 +1,57 @@
-from cluster.config import StrictModel
+"""Pre- and post-processing as data, carried out with NumPy and Pillow.
 
+Loads no torch and knows nothing of HTTP or of packages' files. A `described` model is anything with
+`inputs`, `outputs` and `processing`: a package's manifest.
 
-class Processing(StrictModel):
-    """Placeholder replaced by the processing module."""
+    arrays = preprocess(manifest, {"image": np.array([png], dtype=object)})
+    answer = postprocess(manifest, runtime.run(arrays))
+"""
+
+from cluster.processing.pipeline import (
+    check_processing,
+    is_batchable,
+    postprocess,
+    preprocess,
+    public_inputs,
+    public_outputs,
+)
+from cluster.processing.specification import (
+    Cast,
+    ImageInput,
+    Labels,
+    PostStep,
+    PreStep,
+    Processing,
+    RawInput,
+    Rename,
+    Reshape,
+    Scale,
+    Softmax,
+    Standardize,
+)
+from cluster.processing.tensors import Array, Datatype, TensorSpec, datatype_of
+
+__all__ = [
+    "Array",
+    "Cast",
+    "Datatype",
+    "ImageInput",
+    "Labels",
+    "PostStep",
+    "PreStep",
+    "Processing",
+    "RawInput",
+    "Rename",
+    "Reshape",
+    "Scale",
+    "Softmax",
+    "Standardize",
+    "TensorSpec",
+    "check_processing",
+    "datatype_of",
+    "is_batchable",
+    "postprocess",
+    "preprocess",
+    "public_inputs",
+    "public_outputs",
+]
