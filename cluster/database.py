@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from cluster.errors import NotRunningError
+from cluster.errors import ConfigError, NotRunningError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -128,17 +128,24 @@ def open_database(url: str) -> Engine:
     Raises:
         NotRunningError: the database cannot be reached.
     """
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        engine = sa.create_engine(url, pool_pre_ping=True)
+        location = sa.engine.make_url(url)
+    except sa.exc.ArgumentError:
+        raise ConfigError(
+            "HELIOSTAT_DATABASE_URL is not a database URL",
+            hint="expected sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME",
+        ) from None
+    try:
+        if location.get_backend_name() == "sqlite" and location.database:
+            Path(location.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(location, pool_pre_ping=True)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _prepare_sqlite)
         migrate(engine)
-    except (sa.exc.OperationalError, sa.exc.DatabaseError) as error:
-        shown = sa.engine.make_url(url).render_as_string(hide_password=True)
+    except (sa.exc.DBAPIError, OSError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
         raise NotRunningError(
-            f"database {shown} cannot be opened: {error.__cause__ or error}",
+            f"database {location.render_as_string(hide_password=True)} cannot be opened: {cause}",
             hint="check HELIOSTAT_DATABASE_URL, the disk and its permissions",
         ) from None
     return engine
@@ -161,6 +168,8 @@ def migrate(engine: Engine) -> None:
         # One migrating process at a time: both databases queue the others here.
         if engine.dialect.name == "postgresql":
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(7233542)"))
+        else:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 

@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from cluster.config import StrictModel, load_config
+from cluster.errors import ConfigError
+
+
+class Optimizer(StrictModel):
+    name: str = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+
+
+class Config(StrictModel):
+    steps: int = 10
+    optimizer: Optimizer = Optimizer()
+    files: list[str] = []
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def failure(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, Config, overrides)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_yaml_states_only_deviations(write) -> None:
+    config = load_config(write("optimizer: {learning_rate: 0.5}"), Config)
+    assert config == Config(optimizer=Optimizer(learning_rate=0.5))
+    assert load_config(write(""), Config) == Config()
+
+
+def test_overrides_reach_nested_keys_and_are_yaml(write) -> None:
+    config = load_config(
+        write("steps: 3"), Config, ["optimizer.learning_rate=1e-1", "files=[a, b]", "steps=7"]
+    )
+    assert (config.steps, config.optimizer.learning_rate, config.files) == (7, 0.1, ["a", "b"])
+
+
+def test_an_unknown_key_is_named_with_the_nearest_known_one(write) -> None:
+    message = failure(write("optimizer: {lerning_rate: 1}"))
+    assert "optimizer.lerning_rate" in message
+    assert "did you mean 'learning_rate'" in message
+
+
+def test_an_unknown_key_unlike_any_other_lists_what_there_is(write) -> None:
+    assert "expected one of: files, optimizer, steps" in failure(write("zzz: 1"))
+
+
+def test_a_wrong_type_shows_the_value(write) -> None:
+    message = failure(write("steps: many"))
+    assert "'steps' is 'many'" in message
+    assert "integer" in message
+
+
+def test_a_missing_file_lists_its_neighbours(write) -> None:
+    path = write("")
+    assert "config.yaml" in failure(path.with_name("confg.yaml"))
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "a: b: c"])
+def test_broken_yaml_is_one_line(write, text: str) -> None:
+    failure(write(text))
+
+
+def test_a_binary_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    failure(path)
+
+
+def test_a_directory_is_one_line(tmp_path: Path) -> None:
+    failure(tmp_path)
+
+
+@pytest.mark.parametrize("override", ["steps", "=1", "a..b=1", "steps.x=1", "steps=[1"])
+def test_a_malformed_override_is_one_line(write, override: str) -> None:
+    assert override in failure(write("steps: 1"), override)

@@ -1,0 +1,28 @@
+import pickle
+
+import pytest
+
+from cluster import errors
+
+
+def all_errors(kind: type[errors.HeliostatError]) -> list[type[errors.HeliostatError]]:
+    return [kind, *(e for child in kind.__subclasses__() for e in all_errors(child))]
+
+
+@pytest.mark.parametrize("kind", all_errors(errors.HeliostatError))
+def test_an_error_survives_pickling(kind: type[errors.HeliostatError]) -> None:
+    error = pickle.loads(pickle.dumps(kind("went wrong", hint="do this", param="inputs")))
+    assert type(error) is kind
+    assert (error.message, error.hint, error.param) == ("went wrong", "do this", "inputs")
+    assert str(error) == "went wrong; do this"
+
+
+def test_codes_are_unique() -> None:
+    codes = [kind.code for kind in all_errors(errors.HeliostatError)]
+    assert len(codes) == len(set(codes))
+
+
+@pytest.mark.parametrize("kind", all_errors(errors.HeliostatError))
+def test_every_error_is_drawn_in_the_tree(kind: type[errors.HeliostatError]) -> None:
+    assert errors.__doc__ is not None
+    assert kind.__name__ in errors.__doc__
