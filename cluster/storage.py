@@ -1,0 +1,291 @@
+"""The door to shared storage: packages, checkpoints and datasets in a folder, S3 or GCS.
+
+Keys are POSIX paths below the root. A directory appears whole or not at all: in a folder it is
+renamed into place, in an object store a marker object is written last. Knows nothing of what it
+stores.
+
+    storage = Storage.open(settings.storage_root)
+    with storage.staging() as stage:
+        (stage / "data.txt").write_text("…")
+        storage.put_dir(stage, "datasets/abc", move=True)
+    storage.get_dir("datasets/abc", Path("/tmp/abc"))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ConfigError, HeliostatError, MachineError, NotFoundError, NotRunningError
+
+_MARKER = ".complete"
+_STAGING = ".staging"
+_OBJECT_STORES = ("s3", "gs", "gcs")
+
+
+class Storage:
+    """One root; open it with `Storage.open`."""
+
+    def __init__(self, filesystem: Any, base: str, root: str, folder: Path | None) -> None:
+        self._filesystem = filesystem
+        self._base = base
+        self._folder = folder
+        self.root = root
+        """The root without credentials and options."""
+
+    @classmethod
+    def open(cls, root: str) -> Storage:
+        """Open a folder (made if absent), `s3://bucket/prefix` or `gs://bucket/prefix`.
+
+        Raises:
+            ConfigError: not a root this door knows.
+        """
+        from pyarrow import fs
+
+        scheme, separator, _ = root.partition("://")
+        if not separator or scheme == "file":
+            folder = Path(root.removeprefix("file://")).expanduser().absolute()
+            with _errors_named(str(folder)):
+                folder.mkdir(parents=True, exist_ok=True)
+            return cls(fs.LocalFileSystem(), str(folder), str(folder), folder)
+        if scheme not in _OBJECT_STORES:
+            raise ConfigError(
+                f"storage root '{root}' has scheme '{scheme}'",
+                hint="expected a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+            )
+        try:
+            filesystem, base = fs.FileSystem.from_uri(root)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"storage root {scheme}://… cannot be opened: {error}",
+                hint="expected a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+            ) from None
+        base = base.rstrip("/")
+        # The given root may hold credentials; this one is shown and stored.
+        return cls(filesystem, base, f"{scheme}://{base}", None)
+
+    def path(self, key: str) -> str:
+        """Where `key` lies, for people and for tools: a path or a URL."""
+        return f"{self.root}/{_checked(key)}"
+
+    def local_path(self, key: str) -> Path | None:
+        """The path of `key` where the root is a folder, None for an object store."""
+        return self._folder / _checked(key) if self._folder is not None else None
+
+    def exists(self, key: str) -> bool:
+        """Whether there is a file or a whole directory at `key`."""
+        with _errors_named(self.path(key)):
+            if self._folder is not None:
+                return (self._folder / key).exists()
+            return self._is_file(key) or self._is_file(key + _MARKER)
+
+    def read_bytes(self, key: str) -> bytes:
+        """Raises NotFoundError."""
+        with (
+            _errors_named(self.path(key)),
+            self._filesystem.open_input_stream(self._full(key)) as stream,
+        ):
+            return bytes(stream.read())
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        """Write or replace one file, whole or not at all."""
+        with _errors_named(self.path(key)):
+            if self._folder is None:
+                with self._filesystem.open_output_stream(self._full(key)) as stream:
+                    stream.write(data)
+                return
+            with self.staging() as stage:
+                (stage / "file").write_bytes(data)
+                _sync_tree(stage)
+                self._parent(key)
+                (stage / "file").replace(self._folder / key)
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Keys of all files below `prefix`, sorted; staging and markers left out."""
+        from pyarrow import fs
+
+        start = self._full(prefix) if prefix else self._base
+        with _errors_named(start):
+            selector = fs.FileSelector(start, recursive=True, allow_not_found=True)
+            found = self._filesystem.get_file_info(selector)
+        keys = (
+            info.path.removeprefix(self._base).lstrip("/")
+            for info in found
+            if info.type == fs.FileType.File
+        )
+        return sorted(
+            key for key in keys if not key.startswith(_STAGING) and not key.endswith(_MARKER)
+        )
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A fresh local directory, gone at the end; in a folder it is on the root's own disk."""
+        with _errors_named(self.root):
+            parent = self._folder / _STAGING if self._folder is not None else None
+            if parent is not None:
+                parent.mkdir(exist_ok=True)
+            stage = Path(tempfile.mkdtemp(prefix="stage-", dir=parent))
+            # mkdtemp's 0700 would hide what is published from other users of a shared folder.
+            stage.chmod(0o755)
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+    def put_dir(self, local: Path, key: str, *, move: bool = False) -> bool:
+        """Publish a directory whole; what is at `key` already is kept, and False returned.
+
+        Args:
+            move: `local` may be used up, which saves a copy where it lies on the root's disk.
+        """
+        with _errors_named(self.path(key)):
+            if self.exists(key):
+                return False
+            if self._folder is None:
+                return self._upload(local, key)
+            with self.staging() as stage:
+                copy = stage / "dir"
+                if not (move and _same_disk(local, stage) and _moved(local, copy)):
+                    _copy_tree(local, copy)
+                _sync_tree(copy)
+                self._parent(key)
+                return _moved(copy, self._folder / key)
+
+    def get_dir(self, key: str, local: Path) -> None:
+        """Copy a published directory to `local`, which must not exist.
+
+        Raises:
+            NotFoundError: nothing, or only a part, is at `key`.
+        """
+        if not self.exists(key):
+            raise NotFoundError(f"{self.path(key)} does not exist", hint="check storage_url")
+        with _errors_named(self.path(key)):
+            if self._folder is not None:
+                _copy_tree(self._folder / key, local)
+                return
+            self._download(key, local)
+
+    def delete_dir(self, key: str) -> None:
+        """Remove a directory; nothing there is no error."""
+        with _errors_named(self.path(key)):
+            if self._folder is not None:
+                with self.staging() as stage, contextlib.suppress(FileNotFoundError):
+                    (self._folder / key).rename(stage / "dir")
+                return
+            if self._is_file(key + _MARKER):
+                self._filesystem.delete_file(self._full(key + _MARKER))
+            with contextlib.suppress(FileNotFoundError):
+                self._filesystem.delete_dir(self._full(key))
+
+    def _full(self, key: str) -> str:
+        return f"{self._base}/{_checked(key)}"
+
+    def _parent(self, key: str) -> None:
+        assert self._folder is not None
+        (self._folder / key).parent.mkdir(parents=True, exist_ok=True)
+
+    def _is_file(self, key: str) -> bool:
+        from pyarrow import fs
+
+        return bool(self._filesystem.get_file_info(self._full(key)).type == fs.FileType.File)
+
+    def _upload(self, local: Path, key: str) -> bool:
+        from pyarrow import fs
+
+        try:
+            for path in sorted(p for p in local.rglob("*") if p.is_file()):
+                target = f"{self._full(key)}/{path.relative_to(local).as_posix()}"
+                fs.copy_files(str(path), target, destination_filesystem=self._filesystem)
+            with self._filesystem.open_output_stream(self._full(key + _MARKER)) as stream:
+                stream.write(b"")
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._filesystem.delete_dir(self._full(key))
+            raise
+        return True
+
+    def _download(self, key: str, local: Path) -> None:
+        from pyarrow import fs
+
+        local.mkdir(parents=True)
+        start = self._full(key)
+        for info in self._filesystem.get_file_info(fs.FileSelector(start, recursive=True)):
+            if info.type != fs.FileType.File:
+                continue
+            # A key may hold '..', which a file system would follow out of `local`.
+            target = local / _checked(info.path.removeprefix(start).lstrip("/"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fs.copy_files(info.path, str(target), source_filesystem=self._filesystem)
+
+
+def _checked(key: str) -> str:
+    if not key or any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
+        raise ConfigError(
+            f"storage key {key!r} is not a relative path", hint="write it like 'datasets/abc'"
+        )
+    return key
+
+
+def _moved(source: Path, target: Path) -> bool:
+    """Rename a directory; False if the target exists."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
+    return True
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """Copy; symlinks stay symlinks, so that whoever checks the copy sees them."""
+    target.mkdir(parents=True)
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        if path.is_dir() and not path.is_symlink():
+            copy.mkdir()
+        else:
+            shutil.copyfile(path, copy, follow_symlinks=False)
+
+
+def _same_disk(first: Path, second: Path) -> bool:
+    return first.stat().st_dev == second.stat().st_dev
+
+
+def _sync_tree(directory: Path) -> None:
+    """Let the bytes reach the disk before a name points to them."""
+    for path in [*directory.rglob("*"), directory]:
+        if path.is_symlink():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _errors_named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except HeliostatError:
+        raise
+    except FileNotFoundError:
+        raise NotFoundError(f"{where} does not exist", hint="check storage_url") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(
+                f"no space left on the disk of {where}",
+                hint="free some, or move HELIOSTAT_HOME or HELIOSTAT_STORAGE_URL",
+            ) from None
+        reason = (error.strerror or str(error)).splitlines()[0]
+        raise NotRunningError(
+            f"storage {where} cannot be used: {reason}",
+            hint="check storage_url, its credentials and permissions",
+        ) from None
