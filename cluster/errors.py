@@ -12,6 +12,7 @@
     ├── PayloadTooLargeError         the request is larger than the limit it names
     ├── OverloadedError              no room now; try again later
     ├── UpstreamTimeoutError         a part did not answer in time
+    ├── UpstreamFailedError          a part failed under the request; trying again may help
     ├── PackageError                 a model package cannot be trusted or used
     │   ├── TamperedPackageError     its files do not match its manifest
     │   │   ├── ExtraFileError
@@ -121,6 +122,11 @@ class OverloadedError(HeliostatError):
 class UpstreamTimeoutError(HeliostatError):
     code = "timeout"
     http_status = 504
+
+
+class UpstreamFailedError(HeliostatError):
+    code = "upstream_failed"
+    http_status = 502
 
 
 class PackageError(HeliostatError):

@@ -1,0 +1,258 @@
+"""What every engine must do: one suite, run on each engine that is present."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from cluster.errors import InputError, UpstreamFailedError
+from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenOutput
+from serve_apps.llm.fake import FakeEngine
+
+VOCAB_SIZE = 97
+CONTEXT_TOKENS = 128
+
+
+def fake_engine() -> Engine:
+    return FakeEngine(vocab_size=VOCAB_SIZE, max_context_tokens=CONTEXT_TOKENS)
+
+
+def continuous_batching_engine() -> Engine:
+    import torch
+
+    from serve_apps.llm.continuous_batching import CacheBudget, ContinuousBatchingEngine
+
+    return ContinuousBatchingEngine(
+        tiny_llama(torch), CacheBudget(max_cache_bytes=2**20, max_running=8, max_batch_tokens=64)
+    )
+
+
+def tiny_llama(torch: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT_TOKENS,
+    )
+    model = LlamaForCausalLM(config).eval()
+    # Spread the logits, so that no two tokens are nearly tied.
+    model.lm_head.weight.data.mul_(20)
+    return model
+
+
+@pytest.fixture(params=[fake_engine, continuous_batching_engine], scope="module")
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    build: Callable[[], Engine] = request.param
+    engine = build()
+    yield engine
+    engine.close()
+
+
+def ask(request_id: str, prompt: tuple[int, ...] = (5, 6, 7), **sampling: Any) -> EngineRequest:
+    values = {"max_tokens": 12, "temperature": 0.0} | sampling
+    return EngineRequest(request_id, prompt, Sampling(**values))
+
+
+def run(engine: Engine, *requests: EngineRequest) -> dict[str, list[int]]:
+    """Each request's tokens."""
+    return {key: tokens for key, (tokens, _) in run_with_reasons(engine, *requests).items()}
+
+
+def run_with_reasons(
+    engine: Engine, *requests: EngineRequest
+) -> dict[str, tuple[list[int], str | None]]:
+    for request in requests:
+        engine.add(request)
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    reasons: dict[str, str | None] = {}
+    while len(reasons) < len(requests):
+        for output in engine.step():
+            assert output.request_id not in reasons, "nothing may follow the last output"
+            tokens[output.request_id].extend(output.token_ids)
+            if output.finish_reason is not None:
+                reasons[output.request_id] = output.finish_reason
+    return {key: (tokens[key], reasons[key]) for key in tokens}
+
+
+def test_a_greedy_answer_is_always_the_same(engine: Engine) -> None:
+    first = run(engine, ask("a"))["a"]
+    assert len(first) == 12
+    assert run(engine, ask("a"))["a"] == first
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(engine: Engine) -> None:
+    prompts = [(3, 1, 4), (1, 5, 9, 2, 6), tuple(range(2, 60))]
+    sampling = [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.0, "top_k": 9, "seed": 6}]
+    requests = [
+        ask(f"r{i}", prompt, **options)
+        for i, (prompt, options) in enumerate(zip(prompts, sampling, strict=True))
+    ]
+    together = run(engine, *requests)
+    for request in requests:
+        assert run(engine, request)[request.request_id] == together[request.request_id]
+
+
+def test_a_seed_repeats_an_answer_and_another_seed_changes_it(engine: Engine) -> None:
+    answers = [
+        run(engine, ask("s", temperature=1.5, seed=seed, max_tokens=24))["s"] for seed in (7, 7, 8)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_without_a_seed_answers_vary(engine: Engine) -> None:
+    # False failure: two 24-token samples at temperature 1.5 agreeing, far below 1e-9.
+    first, second = (run(engine, ask("v", temperature=1.5, max_tokens=24))["v"] for _ in range(2))
+    assert first != second
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_the_narrowest_sampling_is_greedy(engine: Engine, narrow: dict[str, Any]) -> None:
+    greedy = run(engine, ask("g"))["g"]
+    assert run(engine, ask("n", temperature=1.0, seed=1, **narrow))["n"] == greedy
+
+
+def test_an_answer_ends_at_max_tokens(engine: Engine) -> None:
+    assert run_with_reasons(engine, ask("m", max_tokens=1))["m"][1] == "length"
+    tokens, reason = run_with_reasons(engine, ask("m", max_tokens=5))["m"]
+    assert (len(tokens), reason) == (5, "length")
+
+
+def test_an_answer_ends_with_the_end_of_sequence_token(engine: Engine) -> None:
+    free = run(engine, ask("f"))["f"]
+    eos = free[2]
+    tokens, reason = run_with_reasons(engine, ask("e", eos_token_ids=(eos,)))["e"]
+    assert tokens == free[: free.index(eos) + 1]
+    assert reason == "stop"
+
+
+def test_one_step_speaks_for_all_running_requests(engine: Engine) -> None:
+    for i in range(4):
+        engine.add(ask(f"b{i}", max_tokens=20))
+    largest = 0
+    finished = 0
+    while finished < 4:
+        outputs = engine.step()
+        largest = max(largest, len(outputs))
+        finished += sum(output.finish_reason is not None for output in outputs)
+    assert largest == 4
+
+
+def test_an_aborted_request_says_no_more_and_frees_its_place(engine: Engine) -> None:
+    engine.add(ask("gone", max_tokens=100))
+    while not engine.step():
+        pass
+    engine.abort("gone")
+    engine.abort("never was")
+    after: list[TokenOutput] = []
+    for _ in range(3):
+        after.extend(engine.step())
+    assert [output.request_id for output in after] == []
+    assert engine.stats().num_running == engine.stats().num_waiting == 0
+    assert len(run(engine, ask("next"))["next"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (ask("x", prompt=()), "prompt"),
+        (ask("x", prompt=(1, VOCAB_SIZE)), "prompt"),
+        (ask("x", prompt=(-1,)), "prompt"),
+        (ask("x", prompt=(1,) * CONTEXT_TOKENS), "prompt"),
+        (ask("x", max_tokens=CONTEXT_TOKENS), "max_tokens"),
+        (ask("x", max_tokens=0), "max_tokens"),
+    ],
+)
+def test_impossible_requests_are_refused_by_field(
+    engine: Engine, request_: EngineRequest, field: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        engine.add(request_)
+    assert caught.value.param == field
+    assert engine.stats().num_running == engine.stats().num_waiting == 0
+
+
+def test_it_says_what_it_can_hold(engine: Engine) -> None:
+    stats = engine.stats()
+    assert (stats.max_context_tokens, stats.vocab_size) == (CONTEXT_TOKENS, VOCAB_SIZE)
+
+
+def test_more_requests_than_places_are_all_answered(engine: Engine) -> None:
+    requests = [ask(f"q{i}", prompt=tuple(range(i + 1, i + 40)), max_tokens=30) for i in range(20)]
+    answers = run(engine, *requests)
+    assert {len(tokens) for tokens in answers.values()} == {30}
+
+
+def test_greedy_tokens_equal_transformers_generate() -> None:
+    import torch
+
+    from serve_apps.llm.continuous_batching import ContinuousBatchingEngine
+
+    prompt = [11, 45, 14, 19, 19]
+    expected = tiny_llama(torch).generate(
+        torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None
+    )[0, len(prompt) :]
+    engine = ContinuousBatchingEngine(tiny_llama(torch))
+    try:
+        answer = run(engine, ask("g", prompt=tuple(prompt), max_tokens=30))["g"]
+    finally:
+        engine.close()
+    assert answer == expected.tolist()
+
+
+def test_samples_follow_the_models_probabilities() -> None:
+    import torch
+
+    from serve_apps.llm.sampling import perturb
+
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    sampling = Sampling(max_tokens=1, temperature=1.3)
+    draws = torch.tensor(
+        [int(perturb(logits, sampling, seed=3, position=i).argmax()) for i in range(4000)]
+    )
+    found = torch.bincount(draws, minlength=4) / 4000
+    # Fixed seeds: this passes or fails for good. 0.03 is four standard deviations.
+    assert torch.allclose(found, torch.softmax(logits / 1.3, dim=0), atol=0.03)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
+    import torch
+
+    from serve_apps.llm.sampling import perturb
+
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    sampling = Sampling(max_tokens=1, temperature=1.0, top_p=0.7)
+    scores = perturb(logits, sampling, seed=1, position=1)
+    assert torch.isfinite(scores).tolist() == [True, True, False, False]
+
+
+def test_a_broken_engine_says_so_instead_of_hanging() -> None:
+    import torch
+
+    from serve_apps.llm.continuous_batching import ContinuousBatchingEngine
+
+    model = tiny_llama(torch)
+    engine = ContinuousBatchingEngine(model)
+
+    def explode(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    model.forward = explode
+    engine.add(ask("doomed"))
+    outputs: list[TokenOutput] = []
+    while not outputs:
+        outputs.extend(engine.step())
+    with pytest.raises(UpstreamFailedError, match="out of memory"):
+        engine.step()
+    assert [output.finish_reason for output in outputs] == ["error"]
+    with pytest.raises(UpstreamFailedError, match="the engine stopped"):
+        engine.add(ask("later"))
+    engine.close()
