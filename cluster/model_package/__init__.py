@@ -1,0 +1,63 @@
+"""Model packages: the only thing that passes from `jobs` to `serve_apps`.
+
+The public face. `FORMAT.md` is the written specification. Importing this loads no torch,
+transformers, onnxruntime or model_signing; the functions load what they need.
+
+    writing   write_package(model_dir, name=…, kind=…, storage=…, signer=…) -> PublishedPackage
+    reading   open_package(digest, storage=…, trust=…, cache_dir=…)         -> ModelPackage
+              open_version(version, settings)                               -> ModelPackage
+              verify_directory(path, trust)                                 -> ModelPackage
+    golden    golden.replay(package), golden.check_graph(manifest, run),
+              golden.check_language_model(manifest, completions)
+    signing   signing.ensure_local_key(keys_dir), signing.LocalSigner, signing.TrustStore
+"""
+
+from cluster.model_package import golden, signing
+from cluster.model_package.manifest import (
+    FORMAT_VERSION,
+    FileEntry,
+    Golden,
+    Kind,
+    LanguageModelInfo,
+    Lineage,
+    Manifest,
+)
+from cluster.model_package.opening import open_version
+from cluster.model_package.reader import (
+    ModelPackage,
+    fetched,
+    open_package,
+    package_key,
+    verify_directory,
+)
+from cluster.model_package.signing import (
+    LocalSigner,
+    Signer,
+    TrustStore,
+    ensure_local_key,
+)
+from cluster.model_package.writer import PublishedPackage, write_package
+
+__all__ = [
+    "FORMAT_VERSION",
+    "FileEntry",
+    "Golden",
+    "Kind",
+    "LanguageModelInfo",
+    "Lineage",
+    "LocalSigner",
+    "Manifest",
+    "ModelPackage",
+    "PublishedPackage",
+    "Signer",
+    "TrustStore",
+    "ensure_local_key",
+    "fetched",
+    "golden",
+    "open_package",
+    "open_version",
+    "package_key",
+    "signing",
+    "verify_directory",
+    "write_package",
+]

@@ -10,10 +10,11 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError, field_validator
 
 from cluster.config import StrictModel
-from cluster.errors import NewerFormatError, PackageError
+from cluster.errors import ForbiddenFileError, NewerFormatError, PackageError
+from cluster.model_package.files import MODEL_DIR, check_file_name
 from cluster.processing import Processing, TensorSpec
 
 FORMAT_VERSION = 1
@@ -24,15 +25,16 @@ Kind = Literal["language_model", "graph", "adapter"]
 class FileEntry(StrictModel):
     """One file of the package."""
 
-    sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size_bytes: int = Field(ge=0)
 
 
 class Golden(StrictModel):
     """Inputs with the outputs that every replica must reproduce before it takes traffic.
 
-    For a graph: tensors by name, as nested lists. For a language model: `prompts` (token ids) in,
-    `completions` (greedy token ids) and `first_logits` (the largest logits after each prompt) out.
+    For a graph: what a client sends and gets, as nested lists by name. For a language model:
+    `prompts` (token ids) and `max_new_tokens` in; `completions` (greedy token ids), their `margins`
+    (largest logit minus the next) and `first_logits` (the largest after each prompt) out.
     """
 
     inputs: dict[str, JsonValue]
@@ -68,7 +70,7 @@ class LanguageModelInfo(StrictModel):
 class Manifest(StrictModel):
     """Everything a package declares. File names are POSIX paths relative to the package."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = Field(FORMAT_VERSION, ge=1)
     kind: Kind
     name: str
     """Name it was published under; the registry may list it under others too."""
@@ -90,6 +92,17 @@ class Manifest(StrictModel):
     golden: Golden
     lineage: Lineage = Lineage()
 
+    @field_validator("files")
+    @classmethod
+    def _file_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            check_file_name(name)
+            if not name.startswith(f"{MODEL_DIR}/"):
+                raise ForbiddenFileError(
+                    f"file '{name}' lies outside {MODEL_DIR}/", hint="publish the package again"
+                )
+        return files
+
     def to_bytes(self) -> bytes:
         """Canonical bytes."""
         values = self.model_dump(mode="json")
@@ -100,7 +113,11 @@ class Manifest(StrictModel):
 
     @property
     def digest(self) -> str:
-        """`sha256:` and 64 hexadecimal digits."""
+        """`sha256:` and 64 hexadecimal digits, of the bytes that this version would write.
+
+        For a package that was read, its `ModelPackage.digest` counts: an older version may have
+        written other bytes.
+        """
         return digest_of(self.to_bytes())
 
     @classmethod
@@ -112,8 +129,11 @@ class Manifest(StrictModel):
             PackageError: not a manifest.
         """
         try:
-            values: Any = json.loads(data)
-        except ValueError:
+            values: Any = json.loads(
+                data, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+            )
+        # Python gives up on deep nesting with a RecursionError.
+        except (ValueError, RecursionError):
             raise PackageError(
                 "manifest.json is not JSON", hint="publish the package again"
             ) from None
@@ -131,6 +151,18 @@ class Manifest(StrictModel):
             raise PackageError(
                 f"manifest.json: '{where}': {first['msg']}", hint="publish the package again"
             ) from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Two readers must not see two manifests in the same bytes."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key appears twice")
+    return values
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def digest_of(data: bytes) -> str:

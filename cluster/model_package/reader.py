@@ -1,0 +1,217 @@
+"""Open a model package: verify first, parse afterwards, from a cache that only this module writes.
+
+The order is the security of it: list the files without opening any; check the signature over their
+bytes; check that the manifest is the one asked for; only then parse it, and hold the files against
+it. What is opened is a private copy, so nothing can change between the check and the use.
+
+    package = open_package(digest, storage=storage, trust=TrustStore(keys_dir), cache_dir=cache)
+    runtime = OnnxRuntime(package.graph_path)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import (
+    ChangedFileError,
+    MachineError,
+    MissingFileError,
+    NotFoundError,
+    PackageError,
+    UnknownKeyError,
+)
+from cluster.model_package.files import (
+    GRAPH,
+    MANIFEST,
+    MODEL_DIR,
+    SIGNATURE,
+    list_files,
+    refuse_code_references,
+)
+from cluster.model_package.manifest import Manifest, digest_of
+from cluster.model_package.signing import TrustStore, difference
+from cluster.storage import Storage
+
+MAX_MANIFEST_BYTES = 64 * 1024**2
+
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})", re.ASCII)
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelPackage:
+    """A verified package on this machine."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+    """Its identity: the SHA-256 of the manifest's bytes."""
+    signer: str | None
+    """Fingerprint of the key that signed it; None where unsigned packages are allowed."""
+
+    @property
+    def model_dir(self) -> Path:
+        """A Hugging Face directory for a language model."""
+        return self.path / MODEL_DIR
+
+    @property
+    def graph_path(self) -> Path:
+        """The ONNX file of a graph."""
+        return self.path / MODEL_DIR / GRAPH
+
+
+def package_key(digest: str) -> str:
+    """Where a package lies in storage."""
+    match = _DIGEST.fullmatch(digest)
+    if match is None:
+        raise PackageError(
+            f"package digest {digest[:100]!r} is not valid", hint="write sha256: and 64 hex digits"
+        )
+    return f"packages/{match[1]}"
+
+
+def open_package(
+    digest: str,
+    *,
+    storage: Storage,
+    trust: TrustStore,
+    cache_dir: Path,
+    allow_unsigned: bool = False,
+) -> ModelPackage:
+    """Fetch, verify and cache the package with this digest.
+
+    A cached copy is verified in full again: hashing (2.4 GB/s on one core) is faster than loading,
+    and a cache that was tampered with is noticed, dropped and fetched anew.
+
+    Raises:
+        NotFoundError: no such package in storage.
+        PackageError: it cannot be trusted; the class says why.
+    """
+    key = package_key(digest)
+    entry = cache_dir / key.rpartition("/")[2]
+    if entry.exists():
+        try:
+            return verify_directory(entry, trust, digest=digest, allow_unsigned=allow_unsigned)
+        except UnknownKeyError:
+            raise
+        except PackageError as error:
+            _logger.warning("cached package %s is dropped and fetched again: %s", digest, error)
+            _discard(entry)
+    with fetched(digest, storage, cache_dir) as incoming:
+        package = verify_directory(incoming, trust, digest=digest, allow_unsigned=allow_unsigned)
+        for name in list_files(incoming):
+            (incoming / name).chmod(0o444)
+        # Fails if another process was faster; its copy is verified like any other.
+        with contextlib.suppress(OSError):
+            incoming.rename(entry)
+            return dataclasses.replace(package, path=entry)
+    return verify_directory(entry, trust, digest=digest, allow_unsigned=allow_unsigned)
+
+
+@contextlib.contextmanager
+def fetched(digest: str, storage: Storage, cache_dir: Path) -> Iterator[Path]:
+    """An unverified private copy of a stored package, gone at the end."""
+    key = package_key(digest)
+    _make_private(cache_dir)
+    parent = Path(tempfile.mkdtemp(prefix=".incoming-", dir=cache_dir))
+    try:
+        source = storage.local_path(key)
+        if source is not None and source.is_dir():
+            # Refuse links and devices before copying them.
+            list_files(source)
+        try:
+            storage.get_dir(key, parent / "package")
+        except NotFoundError:
+            raise NotFoundError(
+                f"package {digest} is not in storage ({storage.path(key)})",
+                hint="check HELIOSTAT_STORAGE_URL, or publish it again",
+            ) from None
+        yield parent / "package"
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+def verify_directory(
+    directory: Path, trust: TrustStore, *, digest: str | None = None, allow_unsigned: bool = False
+) -> ModelPackage:
+    """Verify a package where it lies; safe to use only if nobody else writes there.
+
+    Args:
+        digest: the identity asked for; None accepts whichever it has.
+
+    Raises:
+        PackageError: the class says what is wrong.
+    """
+    sizes = list_files(directory)
+    if MANIFEST not in sizes:
+        raise MissingFileError(
+            f"{MANIFEST} is missing in {directory}", hint="point to a package's own directory"
+        )
+    if sizes[MANIFEST] > MAX_MANIFEST_BYTES:
+        raise PackageError(f"{MANIFEST} has {sizes[MANIFEST]} bytes", hint="publish it again")
+    signer, digests = _check_bytes(directory, sizes, trust, allow_unsigned)
+    data = (directory / MANIFEST).read_bytes()
+    found = digest_of(data)
+    if digests[MANIFEST] != found.removeprefix("sha256:") or (digest or found) != found:
+        raise ChangedFileError(
+            f"{MANIFEST} has digest {found}, expected {digest or digests[MANIFEST]}",
+            hint="this is another package; fetch it again",
+        )
+    manifest = Manifest.from_bytes(data)
+    _check_declared(manifest, digests)
+    refuse_code_references(directory, list(manifest.files))
+    return ModelPackage(directory, manifest, found, signer)
+
+
+def _check_bytes(
+    directory: Path, sizes: dict[str, int], trust: TrustStore, allow_unsigned: bool
+) -> tuple[str | None, dict[str, str]]:
+    if SIGNATURE in sizes or not allow_unsigned:
+        verified = trust.verify(directory)
+        return verified.fingerprint, verified.digests
+    return None, {name: _sha256(directory / name) for name in sizes}
+
+
+def _check_declared(manifest: Manifest, digests: dict[str, str]) -> None:
+    declared = {name: entry.sha256 for name, entry in manifest.files.items()}
+    actual = {name: value for name, value in digests.items() if name != MANIFEST}
+    if declared != actual:
+        raise difference(declared, actual)
+    wanted = f"{MODEL_DIR}/{GRAPH if manifest.kind == 'graph' else 'config.json'}"
+    if manifest.kind != "adapter" and wanted not in declared:
+        raise MissingFileError(
+            f"file '{wanted}' is missing, a {manifest.kind} package needs it", hint="publish again"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _make_private(cache_dir: Path) -> None:
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        cache_dir.chmod(0o700)
+    except OSError as error:
+        raise MachineError(
+            f"package cache {cache_dir} cannot be used: {error.strerror}",
+            hint="check HELIOSTAT_HOME and its permissions",
+        ) from None
+
+
+def _discard(entry: Path) -> None:
+    """Take a cache entry away in one step; who has its files open keeps them."""
+    aside = Path(tempfile.mkdtemp(prefix=".discarded-", dir=entry.parent))
+    with contextlib.suppress(OSError):
+        entry.rename(aside / "package")
+    shutil.rmtree(aside, ignore_errors=True)

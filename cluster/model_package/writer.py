@@ -1,0 +1,232 @@
+"""Write a model package: stage, describe, compute golden outputs, hash, sign, publish in one step.
+
+Nothing is left behind when any of it fails. `created_at` is part of the manifest, so writing the
+same model twice gives two packages with two digests.
+
+    published = write_package(
+        Path("out/model"), name="digits", kind="graph", storage=storage,
+        signer=LocalSigner(settings.keys_dir), golden_inputs={"pixels": pixels_BF},
+    )
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from cluster.errors import HeliostatError, MachineError, MissingFileError, PackageError
+from cluster.model_package import golden
+from cluster.model_package.files import (
+    GRAPH,
+    MANIFEST,
+    MODEL_DIR,
+    copy_files,
+    list_files,
+    refuse_code_references,
+)
+from cluster.model_package.manifest import (
+    FileEntry,
+    Golden,
+    Kind,
+    LanguageModelInfo,
+    Lineage,
+    Manifest,
+)
+from cluster.model_package.reader import MAX_MANIFEST_BYTES, package_key
+from cluster.model_package.signing import Signer
+from cluster.model_ref import check_name
+from cluster.processing import Array, Processing, check_processing
+from cluster.storage import Storage
+
+GoldenInputs = Mapping[str, Array] | Sequence[str]
+
+_PROMPTS = ("The quick brown fox", "def main():", "1, 2, 3,", "你好")
+
+
+@dataclass(frozen=True)
+class PublishedPackage:
+    """A package in storage."""
+
+    digest: str
+    location: str
+    """For people and tools; readers find it by digest."""
+    manifest: Manifest
+
+
+def write_package(
+    model_dir: Path,
+    *,
+    name: str,
+    kind: Kind,
+    storage: Storage,
+    signer: Signer | None,
+    processing: Processing | None = None,
+    golden_inputs: GoldenInputs | None = None,
+    language_model: LanguageModelInfo | None = None,
+    lineage: Lineage | None = None,
+    metrics: Mapping[str, float] | None = None,
+    profile: Mapping[str, JsonValue] | None = None,
+    work_dir: Path | None = None,
+) -> PublishedPackage:
+    """Publish the model in `model_dir`.
+
+    Args:
+        model_dir: a Hugging Face directory for a language model, or a directory with `model.onnx`
+            (and its external data) for a graph.
+        signer: None publishes without a signature; readers refuse it unless told otherwise.
+        golden_inputs: for a graph a few samples as clients send them, for a language model a few
+            prompts as text; None makes some up.
+        language_model: None derives it from the model.
+        work_dir: where to stage; None stages beside the storage folder.
+
+    Raises:
+        ForbiddenFileError: pickle, code, links or other files that may not be in a package.
+        PackageError: the model is not whole, or its processing does not fit it.
+        MachineError: no space left.
+    """
+    check_name(name)
+    with _one_line_on_full_disk(), _stage(storage, work_dir) as stage:
+        package_dir = stage / "package"
+        copy_files(model_dir, package_dir / MODEL_DIR)
+        names = list(list_files(package_dir))
+        refuse_code_references(package_dir, names)
+        described = _describe(
+            package_dir / MODEL_DIR, kind, processing or Processing(), golden_inputs, language_model
+        )
+        manifest = Manifest(
+            kind=kind,
+            name=name,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            files={name: _entry(package_dir / name) for name in names},
+            lineage=lineage or Lineage(),
+            metrics=_finite(metrics or {}),
+            profile=dict(profile or {}),
+            **described,
+        )
+        return _publish(package_dir, manifest, storage, signer)
+
+
+def _publish(
+    package_dir: Path, manifest: Manifest, storage: Storage, signer: Signer | None
+) -> PublishedPackage:
+    data = manifest.to_bytes()
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise PackageError(
+            f"the manifest would have {len(data)} bytes", hint="give fewer or smaller golden inputs"
+        )
+    (package_dir / MANIFEST).write_bytes(data)
+    if signer is not None:
+        signer.sign(package_dir)
+    key = package_key(manifest.digest)
+    storage.put_dir(package_dir, key, move=True)
+    return PublishedPackage(manifest.digest, storage.path(key), manifest)
+
+
+def _describe(
+    model_dir: Path,
+    kind: Kind,
+    processing: Processing,
+    golden_inputs: GoldenInputs | None,
+    language_model: LanguageModelInfo | None,
+) -> dict[str, Any]:
+    """The manifest's fields that depend on the model itself."""
+    if kind == "graph":
+        if golden_inputs is not None and not isinstance(golden_inputs, Mapping):
+            raise PackageError("golden inputs of a graph are arrays by name, not prompts")
+        return _describe_graph(model_dir, processing, golden_inputs)
+    if kind == "language_model":
+        if isinstance(golden_inputs, Mapping):
+            raise PackageError("golden inputs of a language model are prompts, not arrays")
+        return _describe_language_model(model_dir, golden_inputs or _PROMPTS, language_model)
+    raise PackageError(
+        f"packages of kind '{kind}' cannot be written yet", hint="use language_model or graph"
+    )
+
+
+@dataclass(frozen=True)
+class _Graph:
+    inputs: Any
+    outputs: Any
+    processing: Processing
+
+
+def _describe_graph(
+    model_dir: Path, processing: Processing, golden_inputs: Mapping[str, Array] | None
+) -> dict[str, Any]:
+    from cluster.model_package.golden_inputs import find_inputs
+    from cluster.runtimes.onnx import OnnxRuntime
+
+    path = model_dir / GRAPH
+    if not path.is_file():
+        raise MissingFileError(f"there is no {GRAPH} among the model's files", hint="name it so")
+    runtime = OnnxRuntime(path)
+    graph = _Graph(runtime.inputs, runtime.outputs, processing)
+    check_processing(graph)
+    inputs = golden_inputs if golden_inputs is not None else find_inputs(graph, runtime.run)
+    computed = golden.compute_graph(graph, runtime.run, inputs)
+    fields = {"inputs": graph.inputs, "outputs": graph.outputs, "processing": processing}
+    _check_deterministic(path, {**fields, "golden": computed})
+    return {**fields, "golden": computed}
+
+
+def _check_deterministic(path: Path, fields: dict[str, Any]) -> None:
+    """Fresh outputs must be the golden ones, or no replica would ever pass."""
+    from cluster.runtimes.onnx import OnnxRuntime
+
+    trial = Manifest(kind="graph", name="trial", created_at="", files={}, **fields)
+    golden.check_graph(trial, OnnxRuntime(path).run)
+
+
+def _describe_language_model(
+    model_dir: Path, texts: Sequence[str], given: LanguageModelInfo | None
+) -> dict[str, Any]:
+    from cluster.model_package import language_model as reference
+
+    model = reference.load_reference(model_dir)
+    info = given or reference.describe_language_model(model_dir, model)
+    prompts = reference.encode_prompts(model_dir, texts, info.max_context_tokens)
+    computed: Golden = golden.compute_language_model(model, prompts, info.eos_token_ids)
+    return {"language_model": info, "golden": computed}
+
+
+def _entry(path: Path) -> FileEntry:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileEntry(sha256=digest, size_bytes=path.stat().st_size)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """JSON has no NaN: a metric that is not a number says nothing."""
+    return {name: value for name, value in metrics.items() if abs(value) < float("inf")}
+
+
+@contextlib.contextmanager
+def _stage(storage: Storage, work_dir: Path | None) -> Iterator[Path]:
+    if work_dir is None:
+        with storage.staging() as stage:
+            yield stage
+        return
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="package-", dir=work_dir) as directory:
+        yield Path(directory)
+
+
+@contextlib.contextmanager
+def _one_line_on_full_disk() -> Iterator[None]:
+    try:
+        yield
+    except HeliostatError:
+        raise
+    except OSError as error:
+        raise MachineError(
+            f"the package cannot be written: {error.strerror or error}",
+            hint="free disk space, or move HELIOSTAT_HOME or HELIOSTAT_STORAGE_URL",
+        ) from None
