@@ -1,0 +1,150 @@
+"""A prepared dataset: a directory of rows per split, described and sealed by `dataset.json`.
+
+    dataset.json                 what it holds, and the digest of every other file
+    train.arrow  validation.arrow  test.arrow
+    tokenizer.json               for text
+
+It knows nothing about where the data came from or how it will be used.
+
+    dataset = Dataset.open(directory)
+    dataset.rows("train").read(np.array([0, 1]))
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from cluster.config import StrictModel
+from cluster.errors import InputError, NotFoundError
+from jobs.data.config import DataConfig
+from jobs.data.rows import Rows
+
+DATASET_FILE = "dataset.json"
+TOKENIZER_FILE = "tokenizer.json"
+FORMAT_VERSION = 1
+
+
+class DataFile(StrictModel):
+    sha256: str
+    size_bytes: int = Field(ge=0)
+
+
+class ColumnInfo(StrictModel):
+    dtype: str
+    shape: tuple[int, ...]
+    """Shape of one row."""
+
+
+class TextInfo(StrictModel):
+    """What is particular to tokenised text."""
+
+    vocab_size: int
+    sequence_length: int
+    num_tokens: dict[str, int]
+    """Tokens of each split, before packing."""
+    unigram_entropy: float
+    """Nats per token of the validation split under the train split's token frequencies."""
+
+
+class DatasetInfo(StrictModel):
+    """The content of `dataset.json`."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    kind: Literal["tokens", "arrays"]
+    config: DataConfig
+    source_digest: str
+    num_rows: dict[str, int]
+    columns: dict[str, ColumnInfo]
+    text: TextInfo | None = None
+    class_names: tuple[str, ...] = ()
+    files: dict[str, DataFile]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the whole: of its description, which holds every file's digest."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+class Dataset:
+    """An opened dataset directory."""
+
+    def __init__(self, directory: Path, info: DatasetInfo) -> None:
+        self.directory = directory
+        self.info = info
+
+    @classmethod
+    def open(cls, directory: Path, *, verify: bool = True) -> Dataset:
+        """Raises InputError if it is not a dataset or a file has changed since it was prepared."""
+        path = directory / DATASET_FILE
+        try:
+            info = DatasetInfo.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise NotFoundError(
+                f"'{directory}' is not a prepared dataset: it has no {DATASET_FILE}",
+                hint="run jobs.prepare",
+            ) from None
+        except ValidationError as error:
+            raise InputError(
+                f"'{path}' is not a dataset description: {error.errors()[0]['msg']}",
+                hint="delete the directory and run jobs.prepare again",
+            ) from None
+        if verify:
+            _verify_files(directory, info)
+        return cls(directory, info)
+
+    @functools.cache  # noqa: B019 - datasets live as long as their process
+    def rows(self, split: str) -> Rows:
+        return Rows.open(self.directory / f"{split}.arrow")
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.directory / TOKENIZER_FILE
+
+    @property
+    def text(self) -> TextInfo:
+        """Raises InputError for arrays."""
+        if self.info.text is None:
+            raise InputError(
+                f"dataset '{self.info.name}' holds arrays, and this model family needs text",
+                hint="choose a text source, or another model.family",
+                param="model.family",
+            )
+        return self.info.text
+
+
+def describe_files(directory: Path) -> dict[str, DataFile]:
+    """Digest and size of every file but the description."""
+    return {
+        path.name: DataFile(sha256=hash_file(path), size_bytes=path.stat().st_size)
+        for path in sorted(directory.iterdir())
+        if path.name != DATASET_FILE
+    }
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_info(directory: Path, info: DatasetInfo) -> None:
+    text = json.dumps(info.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    (directory / DATASET_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _verify_files(directory: Path, info: DatasetInfo) -> None:
+    found: dict[str, Any] = describe_files(directory)
+    for name, expected in info.files.items():
+        if found.get(name) != expected:
+            state = "is missing" if name not in found else "has changed since it was prepared"
+            raise InputError(
+                f"dataset '{info.name}': '{directory / name}' {state}",
+                hint="delete the directory and run jobs.prepare again",
+            )

@@ -1,0 +1,126 @@
+"""Family `causal_lm`: a Llama-shaped decoder, exported as a plain Hugging Face directory.
+
+Shapes: B rows, T = sequence_length, V = vocabulary.
+
+    family = CausalLm(config, DataShape.of(dataset.info))
+    loss = family.loss(family.build(), {"tokens": tokens_BT1})
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from cluster.errors import InputError
+from jobs.data.dataset import Dataset
+from jobs.data.tokenizing import END_OF_TEXT
+from jobs.models.config import CausalLmConfig
+from jobs.models.family import Batch, DataShape, Exported
+
+_END_OF_TEXT_ID = 0
+_NUM_GOLDEN_PROMPTS = 2
+_GOLDEN_PROMPT_TOKENS = 16
+
+
+class CausalLm:
+    """See `jobs.models.family.Family`."""
+
+    unit = "tokens"
+
+    def __init__(self, config: CausalLmConfig, shape: DataShape) -> None:
+        if not shape.vocab_size:
+            raise InputError(
+                "model.family 'causal_lm' needs text, and data.source holds arrays",
+                hint="choose a text source, or model.family=cnn",
+                param="model.family",
+            )
+        self._config = config
+        self._shape = shape
+        self.units_per_row = shape.sequence_length
+
+    def build(self) -> torch.nn.Module:
+        from transformers import LlamaForCausalLM
+
+        model: torch.nn.Module = LlamaForCausalLM(self._llama_config())
+        return model
+
+    def _llama_config(self) -> Any:
+        from transformers import LlamaConfig
+
+        config = self._config
+        return LlamaConfig(
+            vocab_size=self._shape.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_key_value_heads or config.num_heads,
+            intermediate_size=config.intermediate_size or -(-config.hidden_size * 8 // 96) * 32,
+            max_position_embeddings=config.max_context_tokens or self._shape.sequence_length,
+            tie_word_embeddings=config.tie_embeddings,
+            bos_token_id=_END_OF_TEXT_ID,
+            eos_token_id=_END_OF_TEXT_ID,
+            pad_token_id=None,
+            use_cache=False,
+        )
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        logits_BTV, labels_BT = _predict(model, batch)
+        return functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten())
+
+    def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        logits_BTV, labels_BT = _predict(model, batch)
+        loss = functional.cross_entropy(
+            logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="sum"
+        )
+        num_correct = (logits_BTV.argmax(-1) == labels_BT).sum()
+        values = [loss.double(), num_correct.double(), torch.tensor(float(labels_BT.numel()))]
+        return torch.stack([value.to(torch.float64).cpu() for value in values])
+
+    def metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        loss, num_correct, num_tokens = sums.tolist()
+        return language_metrics(loss, num_correct, num_tokens)
+
+    def export(self, model: torch.nn.Module, dataset: Dataset, directory: Path) -> Exported:
+        from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+        # Generation needs what training does not.
+        model.config.use_cache = True  # type: ignore[union-attr]
+        model.generation_config = GenerationConfig(
+            bos_token_id=_END_OF_TEXT_ID, eos_token_id=_END_OF_TEXT_ID
+        )
+        model.save_pretrained(directory)  # type: ignore[operator]
+        PreTrainedTokenizerFast(
+            tokenizer_file=str(dataset.tokenizer_path),
+            bos_token=END_OF_TEXT,
+            eos_token=END_OF_TEXT,
+            clean_up_tokenization_spaces=False,
+            model_max_length=model.config.max_position_embeddings,  # type: ignore[union-attr]
+        ).save_pretrained(directory)
+        return Exported("language_model", directory, {"prompts": _golden_prompts(dataset)})
+
+
+def _predict(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = batch["tokens"].long()
+    logits: torch.Tensor = model(input_ids=tokens[:, :-1]).logits
+    return logits.float(), tokens[:, 1:]
+
+
+def _golden_prompts(dataset: Dataset) -> list[list[int]]:
+    rows = dataset.rows("train")
+    ids = torch.arange(min(_NUM_GOLDEN_PROMPTS, len(rows))).numpy()
+    tokens = rows.read(ids)["tokens"][:, :_GOLDEN_PROMPT_TOKENS]
+    prompts: list[list[int]] = tokens.tolist()
+    return prompts
+
+
+def language_metrics(loss: float, num_correct: float, num_tokens: float) -> dict[str, float]:
+    """Means from sums over tokens; perplexity is kept finite for the first steps of a run."""
+    mean = loss / num_tokens
+    return {
+        "loss": mean,
+        "perplexity": float(torch.tensor(mean, dtype=torch.float64).clamp(max=50).exp()),
+        "next_token_accuracy": num_correct / num_tokens,
+    }

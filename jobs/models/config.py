@@ -1,0 +1,64 @@
+"""What a model is made of: the `model` section of a training config, one type per family.
+
+It loads no torch; `jobs.models.families` builds what is described here.
+
+    CausalLmConfig(family="causal_lm", hidden_size=256, num_layers=6)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cluster.config import StrictModel
+
+
+class CausalLmConfig(StrictModel):
+    """A Llama-shaped decoder; vocabulary and row length come from the dataset."""
+
+    family: Literal["causal_lm"]
+    hidden_size: int = Field(256, ge=8)
+    num_layers: int = Field(6, ge=1)
+    num_heads: int = Field(8, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    """Fewer than `num_heads` shares keys and values among heads; None means as many."""
+    intermediate_size: int | None = Field(None, ge=8)
+    """Width of the feed-forward layers; None means 8/3 of `hidden_size`, rounded up to 32."""
+    tie_embeddings: bool = True
+    """One matrix for reading and for predicting tokens."""
+    max_context_tokens: int | None = Field(None, ge=2)
+    """Longest text the served model accepts; None means the row length it was trained on."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> CausalLmConfig:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of "
+                f"2 * num_heads = {2 * self.num_heads}"
+            )
+        if self.num_key_value_heads and self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+class CnnConfig(StrictModel):
+    """A small convolutional classifier of single-channel images."""
+
+    family: Literal["cnn"]
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field((32, 64), min_length=1)
+    """Output channels of the 3 × 3 convolutions; the last is followed by 2 × 2 max-pooling."""
+    hidden_size: int = Field(128, ge=1)
+    dropout: float = Field(0.2, ge=0, lt=1)
+    feature: str = "pixels"
+    """Column that holds the images."""
+    label: str = "label"
+    """Column that holds class numbers."""
+    value_max: float = Field(16.0, gt=0)
+    """Brightest value in the data; images are divided by it."""
+
+
+ModelConfig = Annotated[CausalLmConfig | CnnConfig, Field(discriminator="family")]

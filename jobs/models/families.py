@@ -1,0 +1,24 @@
+"""The table of model families.
+
+family = make_family(CnnConfig(family="cnn"), DataShape.of(dataset.info))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jobs.models.causal_lm import CausalLm
+from jobs.models.cnn import Cnn
+from jobs.models.config import ModelConfig
+from jobs.models.family import DataShape, Family
+
+FAMILIES: dict[str, Callable[[Any, DataShape], Family]] = {
+    "causal_lm": CausalLm,
+    "cnn": Cnn,
+}
+
+
+def make_family(config: ModelConfig, shape: DataShape) -> Family:
+    """Raises InputError if the data does not suit the family."""
+    return FAMILIES[config.family](config, shape)

@@ -1,0 +1,76 @@
+"""The seam between training and models: what a model family must be able to do.
+
+A family knows its architecture, its loss, its metrics and how it is exported; it knows nothing of
+optimisers, workers, checkpoints or packages.
+
+    family = make_family(config.model, DataShape.of(dataset.info))
+    model = family.build()
+    loss = family.loss(model, batch)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from cluster.processing import Processing
+from jobs.data.dataset import ColumnInfo, Dataset, DatasetInfo
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What of a dataset decides a model's shape."""
+
+    columns: dict[str, ColumnInfo]
+    class_names: tuple[str, ...] = ()
+    vocab_size: int = 0
+    sequence_length: int = 0
+
+    @classmethod
+    def of(cls, info: DatasetInfo) -> DataShape:
+        return cls(
+            columns=info.columns,
+            class_names=info.class_names,
+            vocab_size=info.text.vocab_size if info.text else 0,
+            sequence_length=info.text.sequence_length if info.text else 0,
+        )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model in its public form, in `directory`, and what its package must say of it."""
+
+    kind: Literal["language_model", "graph"]
+    directory: Path
+    golden_inputs: dict[str, Any]
+    """Inputs whose outputs every replica must reproduce."""
+    processing: Processing = field(default_factory=Processing)
+
+
+class Family(Protocol):
+    """One kind of model, for one config and one shape of data."""
+
+    unit: str
+    """What a row consists of, for speeds: 'tokens' or 'samples'."""
+    units_per_row: int
+
+    def build(self) -> torch.nn.Module:
+        """A model with fresh weights, drawn from torch's current random state."""
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Mean loss over the batch, as a scalar."""
+
+    def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """A float64 vector whose sum over all batches and workers gives the metrics."""
+
+    def metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        """Metrics from summed `measure` vectors; 'loss' is always one of them."""
+
+    def export(self, model: torch.nn.Module, dataset: Dataset, directory: Path) -> Exported:
+        """Write the model's public form into an empty directory."""

@@ -1,0 +1,41 @@
+"""How a global batch is cut into what each worker takes at a time. Pure arithmetic.
+
+plan = BatchPlan.make(batch_size=32, micro_batch_size=4, world_size=2)
+plan.accumulation_steps    # 4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """batch_size = micro_batch_size * accumulation_steps * world_size."""
+
+    batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    world_size: int
+
+    @classmethod
+    def make(cls, *, batch_size: int, micro_batch_size: int | None, world_size: int) -> BatchPlan:
+        """Raises ConfigError if the parts do not divide."""
+        share, rest = divmod(batch_size, world_size)
+        if rest:
+            raise ConfigError(
+                f"batch_size {batch_size} cannot be shared equally by {world_size} workers",
+                hint=f"set batch_size to {max(1, round(batch_size / world_size)) * world_size}",
+                param="batch_size",
+            )
+        micro = micro_batch_size or share
+        if share % micro:
+            divisors = [n for n in range(1, share + 1) if share % n == 0]
+            raise ConfigError(
+                f"micro_batch_size {micro} does not divide a worker's {share} rows per step",
+                hint=f"choose one of: {', '.join(map(str, divisors))}",
+                param="micro_batch_size",
+            )
+        return cls(batch_size, micro, share // micro, world_size)

@@ -1,0 +1,168 @@
+"""The whole of a training run, as one config: what `jobs.train` reads.
+
+Defaults live here and nowhere else; a YAML file states what deviates. It loads no torch.
+
+    config = load_config("configs/train/digits.yaml", TrainConfig, ["steps=200"])
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, field_validator, model_validator
+
+from cluster.config import StrictModel
+from cluster.model_ref import check_name
+from jobs.data.config import DataConfig
+from jobs.models.config import ModelConfig
+
+
+class OptimizerConfig(StrictModel):
+    """How gradients change weights."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak value; the schedule scales it."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled for adamw, L2 for sgd; matrices only, never biases or norms."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """adamw only."""
+    epsilon: float = Field(1e-8, gt=0)
+    """adamw only."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """sgd only."""
+
+
+class ConstantSchedule(StrictModel):
+    """The peak learning rate throughout."""
+
+    kind: Literal["constant"]
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which it first rises in a straight line."""
+
+
+class CosineSchedule(StrictModel):
+    """Half a cosine, from the peak to `final_ratio` of it at the last step."""
+
+    kind: Literal["cosine"]
+    warmup_steps: int = Field(0, ge=0)
+    final_ratio: float = Field(0.1, ge=0, le=1)
+
+
+class LinearSchedule(StrictModel):
+    """A straight line from the peak to `final_ratio` of it at the last step."""
+
+    kind: Literal["linear"]
+    warmup_steps: int = Field(0, ge=0)
+    final_ratio: float = Field(0.0, ge=0, le=1)
+
+
+ScheduleConfig = Annotated[
+    ConstantSchedule | CosineSchedule | LinearSchedule, Field(discriminator="kind")
+]
+
+
+class CheckpointConfig(StrictModel):
+    """When a run's state is saved, and how many states are kept."""
+
+    every_steps: int = Field(100, ge=1)
+    """The last step is always saved."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept; older ones are deleted after a newer one is safe."""
+
+
+class TrainConfig(StrictModel):
+    """One training run."""
+
+    name: str
+    """Name the model is registered under."""
+    run_name: str = ""
+    """Name of the run; empty means `name`."""
+    experiment: str = "train"
+    """MLflow experiment."""
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = CosineSchedule(kind="cosine")
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(ge=1)
+    """Rows per step over all workers; what a step sees never depends on their number."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows per worker at a time; None means a worker's whole share at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products in bfloat16 (autocast), weights and optimizer in float32."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 leaves gradients alone."""
+    seed: int = Field(0, ge=0)
+    """Of weights, order of rows and dropout."""
+    num_workers: int = Field(2, ge=1)
+    """Processes that share a batch."""
+    threads_per_worker: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: one GPU per worker where the cluster has that many, else CPUs."""
+    launcher: Literal["ray", "local"] = "ray"
+    """ray: Ray Train places the workers. local: this process is the worker, or one of those that
+    torchrun started; num_workers is then not used."""
+    log_every_steps: int = Field(10, ge=1)
+    evaluate_every_steps: int = Field(100, ge=1)
+    """Steps between measurements on the validation split; the last step is always measured."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: Literal["auto", "reuse", "never"] = "auto"
+    """auto: continue this config's run if it was interrupted. reuse: also answer with the version
+    of its finished run instead of training again. never: start anew."""
+    max_failures: int = Field(3, ge=0)
+    """How often Ray Train replaces lost workers, from the last checkpoint, before giving up."""
+    deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
+    """An ordinary ds_config, passed on to DeepSpeed; only keys that other fields here decide are
+    refused when they differ."""
+
+    @field_validator("name")
+    @classmethod
+    def _usable_as_a_model_name(cls, value: str) -> str:
+        return check_name(value)
+
+    @field_validator("run_name")
+    @classmethod
+    def _usable_as_a_folder(cls, value: str) -> str:
+        return check_name(value) if value else value
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> TrainConfig:
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds steps {self.steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _validation_exists(self) -> TrainConfig:
+        if self.data.splits.validation == 0:
+            raise ValueError(
+                "data.splits.validation is 0, and a model is only registered with its loss on "
+                "unseen data: give it a share, e.g. 0.1"
+            )
+        return self
+
+    @property
+    def identity(self) -> str:
+        """Hexadecimal digest of all that decides the result; the same identity is the same run."""
+        values = self.model_dump(mode="json", exclude=set(_NO_PART_OF_IDENTITY))
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+_NO_PART_OF_IDENTITY = ("launcher", "resume", "max_failures", "device", "log_every_steps")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys: how a run's parameters are listed."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,46 @@
+"""The seam between the loop and what computes: one optimizer step, and its state on disk.
+
+The loop knows this Protocol only; `deepspeed_setup` provides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from jobs.models.family import Batch
+
+LossFunction = Callable[[torch.nn.Module, Batch], torch.Tensor]
+
+
+class Engine(Protocol):
+    """One worker's share of the model, its optimizer and their state."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module to call; never its inner module, whose parameters may be elsewhere."""
+
+    def train_step(
+        self, loss: LossFunction, micro_batches: Sequence[Batch], learning_rate: float
+    ) -> torch.Tensor:
+        """One optimizer step over all workers; this worker's mean loss, as a detached scalar."""
+
+    def learning_rate(self) -> float:
+        """The rate that the last step used."""
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Context in which the forward pass has the run's precision."""
+
+    def whole_model(self) -> AbstractContextManager[torch.nn.Module]:
+        """Context in which the inner module has all its weights; all workers enter together."""
+
+    def save(self, directory: Path) -> None:
+        """Write this worker's state; raises OSError if it cannot be written, after every worker
+        has tried, so that no worker waits for another."""
+
+    def load(self, directory: Path) -> None:
+        """Read back what `save` wrote, with the same number of workers."""

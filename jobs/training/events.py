@@ -1,0 +1,62 @@
+"""What a worker tells the driver while it trains. Plain data, so it crosses Ray.
+
+sink(Progress(step=10, metrics={"train/loss": 2.3}, units_per_s=8000.0))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker group is ready; sent again after each recovery."""
+
+    num_parameters: int
+    world_size: int
+    device: str
+    unit: str
+    first_step: int
+    """0, or the step of the checkpoint that training goes on from."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Training metrics over the last interval."""
+
+    step: int
+    """Steps done."""
+    loss: float
+    learning_rate: float
+    units_per_s: float
+    """Tokens or samples per second, over all workers."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Metrics on a held-out split."""
+
+    step: int
+    split: str
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint was committed."""
+
+    step: int
+    size_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know: one line."""
+
+    text: str
+
+
+Event = Started | Progress | Evaluated | Saved | Notice
+Sink = Callable[[Event], None]

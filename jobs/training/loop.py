@@ -1,0 +1,118 @@
+"""The training loop: one iterable of steps, over any engine and any family.
+
+It knows nothing of Ray, DeepSpeed, files or tracking. A step's data is a function of its number
+alone, so a loop may start at any step.
+
+    for step in train_steps(engine, family, feed, config, first_step=0):
+        print(step.number, float(step.loss))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from jobs.data.rows import Array, Rows
+from jobs.data.sampler import Ids, global_batch, ids_for_rank
+from jobs.models.family import Batch, Family
+from jobs.training.batching import BatchPlan
+from jobs.training.config import TrainConfig
+from jobs.training.engine import Engine
+from jobs.training.process_group import ProcessGroup
+from jobs.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that has been taken."""
+
+    number: int
+    """Counted from 1."""
+    loss: torch.Tensor
+    """This worker's mean loss."""
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Feed:
+    """This worker's share of the training rows, as micro-batches."""
+
+    rows: Rows
+    plan: BatchPlan
+    seed: int
+    group: ProcessGroup
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        ids = global_batch(
+            num_rows=len(self.rows), batch_size=self.plan.batch_size, seed=self.seed, step=step
+        )
+        mine = ids_for_rank(ids, rank=self.group.rank, world_size=self.group.world_size)
+        parts = np.split(mine, self.plan.accumulation_steps)
+        return [to_batch(self.rows.read(part), self.group.device) for part in parts]
+
+
+def train_steps(
+    engine: Engine, family: Family, feed: Feed, config: TrainConfig, *, first_step: int
+) -> Iterator[Step]:
+    """Take the steps from `first_step` (steps already done) to the last."""
+    for step in range(first_step, config.steps):
+        engine.model.train()
+        seed_everything(config.seed, step, feed.group.rank)
+        rate = learning_rate(
+            config.schedule, peak=config.optimizer.learning_rate, step=step, steps=config.steps
+        )
+        loss = engine.train_step(family.loss, feed.micro_batches(step), rate)
+        yield Step(step + 1, loss, engine.learning_rate())
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine, family: Family, rows: Rows, *, batch_size: int, group: ProcessGroup
+) -> dict[str, float]:
+    """Metrics over all rows, shared among the workers; every worker gets them."""
+    engine.model.eval()
+    total: torch.Tensor | None = None
+    for ids, counts in _evaluation_ids(len(rows), batch_size, group):
+        with engine.precision():
+            sums = family.measure(engine.model, to_batch(rows.read(ids), group.device))
+        sums = sums if counts else torch.zeros_like(sums)
+        total = sums if total is None else total + sums
+    assert total is not None, "a split that is evaluated has rows"
+    return family.metrics(group.sum(total))
+
+
+def _evaluation_ids(
+    num_rows: int, batch_size: int, group: ProcessGroup
+) -> Iterator[tuple[Ids, bool]]:
+    """This worker's batches, and whether they count.
+
+    Every worker gets the same number of batches, since a sharded model's forward pass needs all of
+    them; a worker that has run out repeats a row that does not count.
+    """
+    for start in itertools.count(0, batch_size * group.world_size):
+        if start >= num_rows:
+            return
+        first = start + group.rank * batch_size
+        ids = np.arange(first, min(first + batch_size, num_rows), dtype=np.int64)
+        yield (ids, True) if len(ids) else (np.zeros(1, np.int64), False)
+
+
+def to_batch(columns: dict[str, Array], device: torch.device) -> Batch:
+    """Arrays as tensors; torch has few unsigned types, so token ids widen."""
+    return {
+        name: torch.from_numpy(array.astype(np.int64) if array.dtype.kind == "u" else array).to(
+            device
+        )
+        for name, array in columns.items()
+    }
+
+
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Random state (dropout) as a function of the step, so that it need not be saved."""
+    text = f"{seed}/{step}/{rank}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))

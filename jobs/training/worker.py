@@ -1,0 +1,194 @@
+"""What every worker does, from an opened dataset to an exported model; the same under Ray, torchrun
+or alone.
+
+It knows nothing of Ray, tracking or packages: it tells a sink, and returns what it made.
+
+    outcome = run_worker(WorkerJob(config, dataset_dir, run_dir), sink)
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.errors import ConflictError, JobFailedError
+from jobs.data.dataset import Dataset
+from jobs.models.families import make_family
+from jobs.models.family import DataShape, Exported, Family
+from jobs.training.batching import BatchPlan
+from jobs.training.checkpointing import Checkpoint, CheckpointStore
+from jobs.training.config import TrainConfig
+from jobs.training.deepspeed_config import make_deepspeed_config
+from jobs.training.deepspeed_setup import start_deepspeed
+from jobs.training.engine import Engine
+from jobs.training.events import Evaluated, Notice, Progress, Saved, Sink, Started
+from jobs.training.loop import Feed, Step, evaluate, train_steps
+from jobs.training.process_group import ProcessGroup, start_process_group
+from jobs.training.saving import save_together
+from jobs.training.speed import SpeedMeter
+
+CHECKPOINTS_DIR = "checkpoints"
+EXPORT_DIR = "export"
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What a worker is told; the same for all of them."""
+
+    config: TrainConfig
+    dataset_dir: Path
+    run_dir: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training made."""
+
+    exported: Exported
+    metrics: dict[str, float]
+    """By split and name: 'validation/loss', 'test/accuracy', …"""
+    num_parameters: int
+    seconds: float
+    """Time spent in steps, evaluations and checkpoints since the (last) start."""
+
+
+def run_worker(job: WorkerJob, sink: Sink) -> Outcome:
+    """Train from the newest checkpoint to the last step, then export.
+
+    Raises:
+        JobFailedError: the loss is no longer a number.
+        ConflictError: the newest checkpoint was written by another number of workers.
+    """
+    torch.set_num_threads(job.config.threads_per_worker)
+    group = start_process_group()
+    tell: Sink = sink if group.is_first else _tell_nobody
+    return _Worker(job, group, tell).run()
+
+
+def _tell_nobody(_event: object) -> None:
+    """The sink of all workers but the first."""
+
+
+class _Worker:
+    def __init__(self, job: WorkerJob, group: ProcessGroup, tell: Sink) -> None:
+        config = job.config
+        self.job, self.config, self.group, self.tell = job, config, group, tell
+        self.dataset = Dataset.open(job.dataset_dir, verify=group.is_first)
+        self.plan = BatchPlan.make(
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            world_size=group.world_size,
+        )
+        self.family: Family = make_family(config.model, DataShape.of(self.dataset.info))
+        torch.manual_seed(config.seed)
+        model = self.family.build()
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.engine: Engine = start_deepspeed(
+            model, config, make_deepspeed_config(config, self.plan), group
+        )
+        self.store = CheckpointStore(job.run_dir / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
+
+    def run(self) -> Outcome:
+        first_step = self._resume()
+        self.tell(
+            Started(
+                num_parameters=self.num_parameters,
+                world_size=self.group.world_size,
+                device=self.group.device.type,
+                unit=self.family.unit,
+                first_step=first_step,
+            )
+        )
+        started_at = time.monotonic()
+        self._train(first_step)
+        metrics = self._final_metrics()
+        seconds = time.monotonic() - started_at
+        return Outcome(self._export(), metrics, self.num_parameters, seconds)
+
+    def _resume(self) -> int:
+        """Steps already done."""
+        found: Checkpoint | None = None
+        if self.group.is_first:
+            found = self.store.newest(notify=lambda text: self.tell(Notice(text)))
+        found = self.group.from_first(found)
+        if found is None:
+            return 0
+        if found.world_size != self.group.world_size:
+            raise ConflictError(
+                f"checkpoint {found.path.name} was written by {found.world_size} workers, and this "
+                f"run has {self.group.world_size}",
+                hint=f"run with {found.world_size} workers, or --set resume=never to start anew",
+            )
+        self.engine.load(found.state_dir)
+        return found.step
+
+    def _train(self, first_step: int) -> None:
+        config = self.config
+        feed = Feed(self.dataset.rows("train"), self.plan, config.seed, self.group)
+        meter = SpeedMeter(self.plan.batch_size * self.family.units_per_row)
+        for step in train_steps(self.engine, self.family, feed, config, first_step=first_step):
+            meter.count()
+            last = step.number == config.steps
+            if last or step.number % config.log_every_steps == 0:
+                self._log(step, meter)
+            if not last and step.number % config.evaluate_every_steps == 0:
+                with meter.paused():
+                    self._evaluate("validation", step.number)
+            if last or step.number % config.checkpoint.every_steps == 0:
+                with meter.paused():
+                    self._save(step.number)
+
+    def _log(self, step: Step, meter: SpeedMeter) -> None:
+        loss = float(self.group.sum(step.loss)) / self.group.world_size
+        if not math.isfinite(loss):
+            raise JobFailedError(
+                f"the loss is {loss} at step {step.number}",
+                hint="lower optimizer.learning_rate or lengthen schedule.warmup_steps",
+            )
+        self.tell(Progress(step.number, loss, step.learning_rate, meter.units_per_s()))
+
+    def _evaluate(self, split: str, step: int) -> dict[str, float]:
+        metrics = evaluate(
+            self.engine,
+            self.family,
+            self.dataset.rows(split),
+            batch_size=self.plan.micro_batch_size,
+            group=self.group,
+        )
+        self.tell(Evaluated(step, split, metrics))
+        return metrics
+
+    def _final_metrics(self) -> dict[str, float]:
+        splits = [split for split in ("validation", "test") if len(self.dataset.rows(split))]
+        return {
+            f"{split}/{name}": value
+            for split in splits
+            for name, value in self._evaluate(split, self.config.steps).items()
+        }
+
+    def _save(self, step: int) -> None:
+        """Failing to save, on a full disk say, costs the checkpoint and not the training."""
+        started_at = time.monotonic()
+        try:
+            saved = save_together(self.engine, self.store, self.group, step)
+        except OSError as error:
+            self.tell(Notice(f"checkpoint at step {step} was not saved: {error}"))
+            return
+        if saved is not None:
+            self.tell(Saved(step, saved.size_bytes, time.monotonic() - started_at))
+
+    def _export(self) -> Exported:
+        directory = self.job.run_dir / EXPORT_DIR
+        with self.engine.whole_model() as module:
+            exported = None
+            if self.group.is_first:
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir(parents=True)
+                exported = self.family.export(module.cpu().eval(), self.dataset, directory)
+        result: Exported = self.group.from_first(exported)
+        return result
