@@ -39,7 +39,7 @@ def load_config(
         ConfigError: one line naming the file, the key, what was found and what was expected.
     """
     path = Path(path)
-    values = _read_mapping(path)
+    values = read_mapping(path)
     for override in overrides:
         _apply_override(values, override)
     return parse_config(values, config_type, source=str(path))
@@ -58,7 +58,8 @@ def parse_config(
         ) from None
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, not validated; an empty file is an empty mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -22,11 +22,13 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from cluster.config import parse_config, read_mapping
 from cluster.errors import ConfigError
 
 _PREFIX = "HELIOSTAT_"
 _DEFAULT_HOME = Path(".heliostat")
 SETTINGS_FILE = "settings.json"
+LOOPBACK = "127.0.0.1"
 
 
 class Settings(BaseSettings):
@@ -37,14 +39,16 @@ class Settings(BaseSettings):
     home: Path = _DEFAULT_HOME
     """Directory that holds all state; made absolute."""
     host: str = "127.0.0.1"
-    """Address the gateway, gRPC, MLflow and the dashboard bind to."""
+    """Address the gateway, gRPC and the dashboard bind to, which all ask for a key or a token;
+    everything else stays on loopback."""
     gateway_port: int = Field(8000, ge=1, le=65535)
     grpc_port: int = Field(9000, ge=1, le=65535)
     mlflow_port: int = Field(5000, ge=1, le=65535)
     dashboard_port: int = Field(8265, ge=1, le=65535)
     ray_port: int = Field(6379, ge=1, le=65535)
     """Port of Ray's control store (GCS)."""
-    ray_client_port: int = Field(10001, ge=1, le=65535)
+    dashboard_metrics_port: int = Field(44227, ge=1, le=65535)
+    """Port on which the Ray dashboard exports its own Prometheus metrics."""
     haproxy_stats_port: int = Field(8404, ge=1, le=65535)
     haproxy_metrics_port: int = Field(9101, ge=1, le=65535)
     proxy_port: int = Field(8500, ge=1, le=65535)
@@ -69,8 +73,6 @@ class Settings(BaseSettings):
     """Deploy packages without a signature. Only ever for experiments."""
     git_commit: str = ""
     """Commit of the code a job runs, set by `heliostat submit`."""
-    source_dir: Path | None = None
-    """Checkout that `up` ran from, set by `up`."""
 
     @field_validator("home")
     @classmethod
@@ -91,16 +93,21 @@ class Settings(BaseSettings):
         return init_settings, env_settings, stored
 
     @property
+    def source_dir(self) -> Path:
+        """The checkout (or image directory) that this code runs from."""
+        return Path(__file__).resolve().parents[1]
+
+    @property
     def gateway_url(self) -> str:
-        return f"http://{self.host}:{self.gateway_port}"
+        return f"http://{_reachable(self.host)}:{self.gateway_port}"
 
     @property
     def dashboard_url(self) -> str:
-        return f"http://{self.host}:{self.dashboard_port}"
+        return f"http://{_reachable(self.host)}:{self.dashboard_port}"
 
     @property
     def tracking_uri(self) -> str:
-        return self.mlflow_tracking_uri or f"http://{self.host}:{self.mlflow_port}"
+        return self.mlflow_tracking_uri or f"http://{LOOPBACK}:{self.mlflow_port}"
 
     @property
     def storage_root(self) -> str:
@@ -146,9 +153,39 @@ def load_settings(**values: Any) -> Settings:
         ) from None
 
 
+def load_settings_file(path: Path) -> Settings:
+    """Settings with the keys of a YAML file; `HELIOSTAT_*` variables still win.
+
+    Raises:
+        ConfigError: one line naming the file and the key.
+    """
+    values = read_mapping(path)
+    parse_config(values, Settings, source=str(path))
+    in_environment = {name.lower().removeprefix(_PREFIX.lower()) for name in os.environ}
+    return load_settings(**{key: values[key] for key in values.keys() - in_environment})
+
+
 def environment_for_children(settings: Settings) -> dict[str, str]:
-    """This process's environment plus what a child needs to find the same state."""
-    return {**os.environ, f"{_PREFIX}HOME": str(settings.home)}
+    """This process's environment plus what a child needs to find the same state.
+
+    Other `HELIOSTAT_*` variables are left out: the child reads what `store_settings` wrote.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}
+    return {**inherited, f"{_PREFIX}HOME": str(settings.home)}
+
+
+def store_settings(settings: Settings) -> None:
+    """Write what deviates from the defaults to `settings.json`, so that every process agrees."""
+    values = settings.model_dump(mode="json", exclude_defaults=True, exclude={"home", "git_commit"})
+    path = settings.home / SETTINGS_FILE
+    staged = path.with_suffix(".tmp")
+    staged.touch(mode=0o600)  # a database URL may hold a password
+    staged.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def _reachable(host: str) -> str:
+    return LOOPBACK if host in ("0.0.0.0", "") else host  # noqa: S104
 
 
 def _read_stored(home: Path) -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""The `heliostat` command: the verbs, and the one place where an error becomes a line.
+
+Loads only light libraries, so `--help` is quick; each verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cluster.cli import cluster, jobs, keys
+from cluster.errors import HeliostatError
+
+app = typer.Typer(
+    name="heliostat",
+    help="A large model's whole life on one self-hosted Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+cluster.register(app)
+jobs.register(app)
+keys.register(app)
+
+
+def main() -> None:
+    """Entry point of the `heliostat` script."""
+    try:
+        app()
+    except HeliostatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The ports a stack needs, and the one-line answer when somebody else has one.
+
+check_ports_are_free(settings, ["mlflow"])       # raises PortInUseError
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+
+import psutil
+
+from cluster.errors import ConfigError, PortInUseError
+from cluster.settings import LOOPBACK, Settings
+
+# Part → the settings that hold its ports. Replicas' ports come from a range of their own.
+PORTS: dict[str, tuple[str, ...]] = {
+    "ray": ("ray_port", "dashboard_port", "dashboard_metrics_port"),
+    "mlflow": ("mlflow_port",),
+    "serving": (
+        "gateway_port",
+        "proxy_port",
+        "haproxy_stats_port",
+        "haproxy_metrics_port",
+    ),
+}
+_PUBLIC = ("gateway_port", "dashboard_port")
+
+
+def check_ports_differ(settings: Settings) -> None:
+    """Raises ConfigError if two settings name the same port, or one of the replicas' range."""
+    first, last = settings.replica_port_min, replica_port_max(settings)
+    taken: dict[int, str] = {}
+    for name in (name for names in PORTS.values() for name in names):
+        port = getattr(settings, name)
+        if port in taken:
+            raise ConfigError(
+                f"settings '{taken[port]}' and '{name}' both name port {port}",
+                hint=f"give one of them another, e.g. HELIOSTAT_{name.upper()}={port + 1}",
+            )
+        if first <= port <= last:
+            raise ConfigError(
+                f"setting '{name}' is {port}, inside the replicas' ports {first}-{last}",
+                hint="move it, or HELIOSTAT_REPLICA_PORT_MIN",
+            )
+        taken[port] = name
+
+
+def replica_port_max(settings: Settings) -> int:
+    return min(settings.replica_port_min + settings.replica_port_count - 1, 65535)
+
+
+def check_ports_are_free(settings: Settings, parts: Iterable[str]) -> None:
+    """Raises PortInUseError naming the port, who has it if known, and the setting that moves it."""
+    for part in parts:
+        for name in PORTS[part]:
+            port = getattr(settings, name)
+            host = settings.host if name in _PUBLIC else LOOPBACK
+            if not is_free(port, host):
+                raise PortInUseError(
+                    f"port {port} ({name}) is in use{_holder(port)}",
+                    hint=f"end that, or choose another with HELIOSTAT_{name.upper()}=PORT",
+                )
+
+
+def is_free(port: int, host: str = LOOPBACK) -> bool:
+    """Whether a server could listen there now; connections that linger do not count."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _holder(port: int) -> str:
+    try:
+        connections = psutil.net_connections(kind="tcp")
+    except (psutil.Error, OSError):
+        return ""
+    for connection in connections:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,):
+            try:
+                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+            except (psutil.Error, ValueError):
+                return ""
+    return ""
