@@ -11,7 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional
 
 from cluster.errors import InputError
@@ -22,7 +24,7 @@ from jobs.models.family import Batch, DataShape, Exported
 
 _END_OF_TEXT_ID = 0
 _NUM_GOLDEN_PROMPTS = 2
-_GOLDEN_PROMPT_TOKENS = 16
+_GOLDEN_PROMPT_TOKENS = 6
 
 
 class CausalLm:
@@ -99,7 +101,7 @@ class CausalLm:
             clean_up_tokenization_spaces=False,
             model_max_length=model.config.max_position_embeddings,  # type: ignore[union-attr]
         ).save_pretrained(directory)
-        return Exported("language_model", directory, {"prompts": _golden_prompts(dataset)})
+        return Exported("language_model", directory, _golden_prompts(dataset))
 
 
 def _predict(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,12 +110,13 @@ def _predict(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.
     return logits.float(), tokens[:, 1:]
 
 
-def _golden_prompts(dataset: Dataset) -> list[list[int]]:
+def _golden_prompts(dataset: Dataset) -> list[str]:
+    """How the first training rows begin: text that the model has seen."""
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_path))
     rows = dataset.rows("train")
-    ids = torch.arange(min(_NUM_GOLDEN_PROMPTS, len(rows))).numpy()
-    tokens = rows.read(ids)["tokens"][:, :_GOLDEN_PROMPT_TOKENS]
-    prompts: list[list[int]] = tokens.tolist()
-    return prompts
+    ids = np.arange(min(_NUM_GOLDEN_PROMPTS, len(rows)))
+    tokens = rows.read(ids)["tokens"][:, 1 : 1 + _GOLDEN_PROMPT_TOKENS]
+    return [tokenizer.decode(row.tolist()) for row in tokens]
 
 
 def language_metrics(loss: float, num_correct: float, num_tokens: float) -> dict[str, float]:

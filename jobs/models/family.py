@@ -10,14 +10,14 @@ optimisers, workers, checkpoints or packages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
-from cluster.processing import Processing
+from cluster.processing import Array, Processing
 from jobs.data.dataset import ColumnInfo, Dataset, DatasetInfo
 
 Batch = Mapping[str, torch.Tensor]
@@ -48,8 +48,8 @@ class Exported:
 
     kind: Literal["language_model", "graph"]
     directory: Path
-    golden_inputs: dict[str, Any]
-    """Inputs whose outputs every replica must reproduce."""
+    golden_inputs: Mapping[str, Array] | Sequence[str]
+    """What clients might send, arrays by name or prompts; every replica must answer it alike."""
     processing: Processing = field(default_factory=Processing)
 
 

@@ -1,0 +1,192 @@
+"""Train a model, package it and register it as the `candidate` of its name.
+
+    python -m jobs.train --config configs/train/digits.yaml
+    python -m jobs.train --config configs/train/digits.yaml --check
+    python -m jobs.train --config configs/train/digits.yaml --set launcher=local
+
+Run again after an interruption, the same config goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import JsonValue
+
+from cluster.errors import NotFoundError
+from cluster.model_ref import ModelRef
+from cluster.registry import ModelRegistry, ModelVersion
+from cluster.settings import Settings
+from cluster.submission import git_commit
+from cluster.tracking import RunTracker
+from jobs._entrypoint import run_job
+from jobs.data.dataset import Dataset
+from jobs.prepare import describe, open_catalog
+from jobs.training.batching import BatchPlan
+from jobs.training.config import TrainConfig
+from jobs.training.deepspeed_config import make_deepspeed_config
+from jobs.training.estimate import estimate
+from jobs.training.launchers import Launcher, LocalLauncher, follow
+from jobs.training.process_group import launched_rank, launched_world_size
+from jobs.training.publishing import publish
+from jobs.training.ray_trainer import RayLauncher
+from jobs.training.reporter import Reporter, say
+from jobs.training.run_directory import RunDirectory, RunState
+from jobs.training.toolchain import require_compiler
+from jobs.training.worker import Outcome, WorkerJob
+
+_VERSIONS_OF = ("torch", "deepspeed", "ray", "transformers", "numpy", "pyarrow", "mlflow")
+
+
+def train(config: TrainConfig, settings: Settings) -> None:
+    """Do the whole job; see the module's first lines."""
+    if config.launcher == "local" and launched_rank() > 0:
+        follow()
+        return
+    launcher = make_launcher(config, settings)
+    deepspeed_config = check_config(config, launcher.world_size)
+    facts = launcher.check()
+    with RunDirectory.of(config, settings.home).locked() as run:
+        state = run.begin(config.resume)
+        if state.result is not None and is_registered(state.result, settings):
+            say(f"already trained: {state.result['name']}/{state.result['version']}")
+            announce(state.result)
+            return
+        dataset, _ = open_catalog(settings).ensure(config.data)
+        say(describe(dataset.info))
+        facts = {
+            **facts,
+            "git_commit": find_commit(settings),
+            "dataset_digest": dataset.info.digest,
+        }
+        with tracked(config, settings, deepspeed_config, launcher, facts, state) as tracker:
+            run.write(RunState(tracking_run_id=tracker.run_id))
+            outcome = launcher.run(
+                WorkerJob(config, dataset.directory, run.path),
+                make_reporter(config, dataset, tracker),
+            )
+            version = publish(
+                outcome,
+                config,
+                dataset,
+                settings,
+                run_id=tracker.run_id,
+                job_id=facts.get("submission_id", facts.get("ray_job_id", "")),
+                git_commit=facts["git_commit"],
+            )
+            tracker.set_tags({"model_version": f"{version.name}/{version.version}"})
+            result = make_result(outcome, version, dataset, tracker)
+            run.write(RunState(tracking_run_id=tracker.run_id, result=result))
+        announce(result)
+
+
+def check(config: TrainConfig, settings: Settings) -> None:
+    """Validate and estimate; the cluster is not touched."""
+    world_size = make_launcher(config, settings).world_size
+    check_config(config, world_size)
+    for line in estimate(config, world_size).lines():
+        print(line)
+
+
+def make_launcher(config: TrainConfig, settings: Settings) -> Launcher:
+    if config.launcher == "local":
+        return LocalLauncher(launched_world_size())
+    return RayLauncher(config, settings)
+
+
+def check_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The ds_config that workers will use; raises before anything is started."""
+    plan = BatchPlan.make(
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        world_size=world_size,
+    )
+    deepspeed_config = make_deepspeed_config(config, plan)
+    require_compiler(deepspeed_config)
+    return deepspeed_config
+
+
+@contextlib.contextmanager
+def tracked(
+    config: TrainConfig,
+    settings: Settings,
+    deepspeed_config: dict[str, Any],
+    launcher: Launcher,
+    facts: dict[str, str],
+    state: RunState,
+) -> Iterator[RunTracker]:
+    """The run's record, new or continued."""
+    values = config.model_dump(mode="json")
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
+    with RunTracker.start(
+        settings,
+        config.experiment,
+        config.run_name or config.name,
+        params={**values, "world_size": launcher.world_size, "versions": versions},
+        tags={"job": "train", "model": config.name, **facts},
+        run_id=state.tracking_run_id or None,
+    ) as tracker:
+        say(f"run {tracker.url}")
+        tracker.log_dict(values, "config.json")
+        tracker.log_dict(deepspeed_config, "deepspeed.json")
+        yield tracker
+
+
+def make_reporter(config: TrainConfig, dataset: Dataset, tracker: RunTracker) -> Reporter:
+    units_per_row = dataset.info.text.sequence_length if dataset.info.text else 1
+    return Reporter(
+        steps=config.steps,
+        units_per_step=config.batch_size * units_per_row,
+        log_metrics=tracker.log_metrics,
+    )
+
+
+def make_result(
+    outcome: Outcome, version: ModelVersion, dataset: Dataset, tracker: RunTracker
+) -> dict[str, JsonValue]:
+    """What the last line of a training says, for programs."""
+    text = dataset.info.text
+    return {
+        "name": version.name,
+        "version": version.version,
+        "digest": version.digest,
+        "run_id": tracker.run_id,
+        "run_url": tracker.url,
+        "dataset_digest": dataset.info.digest,
+        "num_parameters": outcome.num_parameters,
+        "training_seconds": round(outcome.seconds, 2),
+        "metrics": dict(outcome.metrics),
+        **({"unigram_entropy": text.unigram_entropy} if text else {}),
+    }
+
+
+def is_registered(result: dict[str, JsonValue], settings: Settings) -> bool:
+    """Whether the version of a finished run is still there."""
+    reference = ModelRef.parse(f"{result['name']}/{result['version']}")
+    try:
+        return ModelRegistry.open(settings).resolve(reference).digest == result["digest"]
+    except NotFoundError:
+        return False
+
+
+def announce(result: dict[str, JsonValue]) -> None:
+    say(f"registered {result['name']}/{result['version']} ({result['digest']})")
+    say("result: " + json.dumps(result))
+
+
+def find_commit(settings: Settings) -> str:
+    return settings.git_commit or git_commit(settings.source_dir) or "unknown"
+
+
+if __name__ == "__main__":
+    run_job(
+        TrainConfig,
+        verb="train",
+        description="Train a model, package it and register it.",
+        run=train,
+        check=check,
+    )

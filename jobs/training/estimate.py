@@ -1,0 +1,109 @@
+"""What a run will take, from its config alone: parameters, bytes per worker, steps.
+
+Weights are never allocated. Activations are not counted: they depend on the kernels.
+
+    for line in estimate(config).lines(): print(line)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from jobs.data.config import DataConfig
+from jobs.data.dataset import ColumnInfo
+from jobs.data.packing import token_dtype
+from jobs.data.preparation import read_source
+from jobs.data.sources import Arrays
+from jobs.models.families import make_family
+from jobs.models.family import DataShape
+from jobs.training.batching import BatchPlan
+from jobs.training.config import TrainConfig
+from jobs.training.deepspeed_config import make_deepspeed_config, zero_stage
+
+_FP32_BYTES = 4
+# Numbers that an optimizer keeps per parameter.
+_OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes are per worker."""
+
+    num_parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    zero_stage: int
+    plan: BatchPlan
+    steps: int
+    unit: str
+    units_per_step: int
+
+    def lines(self) -> Iterator[str]:
+        total = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+        yield f"parameters  {self.num_parameters:,}"
+        yield (
+            f"per worker  {_megabytes(total)}: weights {_megabytes(self.weight_bytes)}, gradients "
+            f"{_megabytes(self.gradient_bytes)}, optimizer {_megabytes(self.optimizer_bytes)} "
+            f"(ZeRO {self.zero_stage} over {self.plan.world_size}); activations not counted"
+        )
+        yield (
+            f"per step    {self.plan.batch_size} rows ({self.units_per_step:,} {self.unit}) = "
+            f"{self.plan.world_size} workers * {self.plan.accumulation_steps} * "
+            f"{self.plan.micro_batch_size} rows"
+        )
+        yield (
+            f"in all      {self.steps:,} steps, {self.steps * self.units_per_step:,} {self.unit}"
+        )
+
+
+def estimate(config: TrainConfig, world_size: int) -> Estimate:
+    """Raises what the run itself would raise for a wrong config or a missing source."""
+    plan = BatchPlan.make(
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        world_size=world_size,
+    )
+    stage = zero_stage(make_deepspeed_config(config, plan))
+    family = make_family(config.model, expected_shape(config.data))
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in family.build().parameters())
+    states = _OPTIMIZER_STATES[config.optimizer.name]
+    whole = num_parameters * _FP32_BYTES
+    return Estimate(
+        num_parameters=num_parameters,
+        weight_bytes=_share(whole, plan, sharded=stage >= 3),
+        gradient_bytes=_share(whole, plan, sharded=stage >= 2),
+        optimizer_bytes=_share(whole * states, plan, sharded=stage >= 1),
+        zero_stage=stage,
+        plan=plan,
+        steps=config.steps,
+        unit=family.unit,
+        units_per_step=plan.batch_size * family.units_per_row,
+    )
+
+
+def expected_shape(config: DataConfig) -> DataShape:
+    """The shape that a dataset will have once it is prepared; reads the source."""
+    content = read_source(config)
+    if isinstance(content, Arrays):
+        columns = {
+            name: ColumnInfo(dtype=str(array.dtype), shape=tuple(array.shape[1:]))
+            for name, array in content.columns.items()
+        }
+        return DataShape(columns, class_names=content.class_names)
+    text = config.text
+    dtype = token_dtype(text.vocab_size).__name__
+    columns = {"tokens": ColumnInfo(dtype=dtype, shape=(text.sequence_length + 1,))}
+    return DataShape(columns, vocab_size=text.vocab_size, sequence_length=text.sequence_length)
+
+
+def _share(total_bytes: int, plan: BatchPlan, *, sharded: bool) -> int:
+    return -(-total_bytes // plan.world_size) if sharded else total_bytes
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"

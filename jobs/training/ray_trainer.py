@@ -1,0 +1,172 @@
+"""Ray Train as the launcher: the thin shell that places workers and replaces lost ones.
+
+All knowledge of Ray in training is here. Checkpoints are found on disk by the workers themselves,
+since the controller forgets one that was reported just before a kill; so nothing is reported to it.
+
+    launcher = RayLauncher(config, settings)
+    launcher.check()
+    outcome = launcher.run(WorkerJob(config, dataset_dir, run_dir), print)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from cluster.errors import HeliostatError, JobFailedError, MachineError, NotRunningError
+from cluster.settings import Settings
+from jobs.training.config import TrainConfig
+from jobs.training.events import Sink
+from jobs.training.worker import Outcome, WorkerJob, run_worker
+
+# Set by Ray for the process that a submitted job starts.
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+class RayLauncher:
+    """See `jobs.training.launchers.Launcher`."""
+
+    def __init__(self, config: TrainConfig, settings: Settings) -> None:
+        self._config = config
+        self._settings = settings
+        self._use_gpu = False
+
+    @property
+    def world_size(self) -> int:
+        return self._config.num_workers
+
+    def check(self) -> dict[str, str]:
+        """Connect, and refuse more workers than the cluster has room for."""
+        import ray
+
+        if not ray.is_initialized():
+            _connect(self._settings)
+        resources = ray.cluster_resources()
+        self._use_gpu = _wants_gpu(self._config, int(resources.get("GPU", 0)))
+        needed = self._config.num_workers
+        kind = "GPU" if self._use_gpu else "CPU"
+        if resources.get(kind, 0) < needed:
+            raise MachineError(
+                f"num_workers is {needed}, and the cluster has {resources.get(kind, 0):g} {kind}s",
+                hint=f"set num_workers to {max(1, int(resources.get(kind, 0)))} or less, "
+                "or add nodes",
+                param="num_workers",
+            )
+        return {"ray_job_id": ray.get_runtime_context().get_job_id(), **_submission()}
+
+    def run(self, job: WorkerJob, sink: Sink) -> Outcome:
+        """Raises JobFailedError if workers fail more than `max_failures` times."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        scratch = self._settings.home / "ray_train"
+        name = f"{job.run_dir.name}-{uuid.uuid4().hex[:8]}"
+        with _forwarded(sink) as queue:
+            trainer = TorchTrainer(
+                _work,
+                train_loop_config={"job": job, "queue": queue},
+                torch_config=TorchConfig(backend="nccl" if self._use_gpu else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=self._config.num_workers, use_gpu=self._use_gpu
+                ),
+                run_config=RunConfig(
+                    # A name of its own: Train would otherwise take up its own record of the run.
+                    name=name,
+                    storage_path=str(scratch),
+                    failure_config=FailureConfig(max_failures=self._config.max_failures),
+                ),
+            )
+            try:
+                result = trainer.fit()
+            except Exception as error:
+                raise _in_our_words(error) from error
+            finally:
+                shutil.rmtree(scratch / name, ignore_errors=True)
+        outcome: Outcome = result.return_value
+        return outcome
+
+
+def _work(arguments: dict[str, Any]) -> Outcome:
+    """A worker's whole life, in its own process."""
+    return run_worker(arguments["job"], arguments["queue"].put)
+
+
+def _connect(settings: Settings) -> None:
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(settings.ray_token_path))
+    # A submitted job is told where its cluster is; a shell's RAY_ADDRESS may be the dashboard's.
+    address = "auto" if _JOB_CONFIG in os.environ else f"{settings.host}:{settings.ray_port}"
+    try:
+        # Workers report through a queue; what else they print is in Ray's own logs.
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise NotRunningError(
+            f"no Ray cluster answers at {address} ({type(error).__name__})",
+            hint="run `heliostat up`, or train in this process with --set launcher=local",
+        ) from error
+
+
+def _wants_gpu(config: TrainConfig, num_gpus: int) -> bool:
+    if config.device == "auto":
+        return num_gpus >= config.num_workers
+    return config.device == "gpu"
+
+
+def _submission() -> dict[str, str]:
+    """Id under which this job was submitted, if it was."""
+    metadata = json.loads(os.environ.get(_JOB_CONFIG, "{}")).get("metadata", {})
+    job_id = metadata.get("job_submission_id", "")
+    return {"submission_id": job_id} if job_id else {}
+
+
+@contextlib.contextmanager
+def _forwarded(sink: Sink) -> Iterator[Any]:
+    """A queue whose events a thread of this process hands to `sink`."""
+    from ray.util.queue import Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+    thread = threading.Thread(target=_forward, args=(queue, sink), daemon=True)
+    thread.start()
+    try:
+        yield queue
+    finally:
+        queue.put(None)
+        thread.join()
+        queue.shutdown()
+
+
+def _forward(queue: Any, sink: Sink) -> None:
+    while (event := queue.get()) is not None:
+        sink(event)
+
+
+def _in_our_words(error: Exception) -> HeliostatError:
+    """The one error to show: ours if a worker raised it, else the first worker's own."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    causes = [_innermost(failure) for failure in failures.values()]
+    for cause in causes:
+        if isinstance(cause, HeliostatError):
+            return cause
+    first = str(causes[0]).strip().splitlines() or [""]
+    return JobFailedError(
+        f"a training worker failed: {type(causes[0]).__name__}: {first[0]}",
+        hint="its log is in the Ray dashboard; run the same command again to resume",
+    )
+
+
+def _innermost(error: BaseException) -> BaseException:
+    # Ray wraps what a worker raised, and keeps it under one of these names.
+    for name in ("_base_exc", "cause"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return _innermost(inner)
+    return error

@@ -1,0 +1,103 @@
+"""A run on disk: one directory per config, its lock, and what is known of it across restarts.
+
+    runs/NAME-IDENTITY/
+      run.json            tracking run id, and the result once it is finished
+      lock                held while a process drives the run
+      checkpoints/ export/
+
+It knows nothing of training.
+
+    with RunDirectory.of(config, settings.home).locked() as run:
+        run.begin(config.resume)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import JsonValue, ValidationError
+
+from cluster.config import StrictModel
+from cluster.errors import ConflictError
+from jobs.training.config import TrainConfig
+
+_STATE_FILE = "run.json"
+_LOCK_FILE = "lock"
+
+
+class RunState(StrictModel):
+    """What outlives a driver."""
+
+    tracking_run_id: str = ""
+    result: dict[str, JsonValue] | None = None
+    """Set once the model is registered: the run is finished."""
+
+
+class RunDirectory:
+    """The directory of the run that a config describes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def of(cls, config: TrainConfig, home: Path) -> RunDirectory:
+        name = config.run_name or config.name
+        return cls(home / "runs" / f"{name}-{config.identity[:12]}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[RunDirectory]:
+        """Hold the run; the lock goes with the process, so a killed driver leaves none.
+
+        Raises:
+            ConflictError: another process drives this run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / _LOCK_FILE).open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConflictError(
+                    f"run {self.path.name} is being trained by another process",
+                    hint="wait for it, stop it, or give this one another --set run_name=NAME",
+                ) from None
+            yield self
+
+    def begin(self, resume: Literal["auto", "reuse", "never"]) -> RunState:
+        """What to go on from: the state of an interrupted run, or of a finished one to reuse.
+
+        Anything else is cleared away, and an empty state returned.
+        """
+        state = self._read()
+        finished = state.result is not None
+        if resume == "never" or (finished and resume == "auto"):
+            self._clear()
+            return RunState()
+        return state
+
+    def write(self, state: RunState) -> None:
+        temporary = self.path / f".{_STATE_FILE}"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(state.model_dump(mode="json"), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path / _STATE_FILE)
+
+    def _read(self) -> RunState:
+        try:
+            return RunState.model_validate_json((self.path / _STATE_FILE).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return RunState()
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK_FILE:
+                path.unlink()

@@ -1,0 +1,47 @@
+"""What the machine must have before DeepSpeed compiles an operator.
+
+require_compiler({"optimizer": {"type": "Adam", "params": {"torch_adam": False}}})
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from cluster.errors import MissingToolError
+
+_TOOLS = {"g++": "g++", "ninja": "ninja-build"}
+_COMPILED_TYPES = ("lion", "lamb", "cpuadam", "fusedadam", "onebitadam", "zerooneadam")
+
+
+def require_compiler(
+    deepspeed_config: dict[str, Any], *, which: Callable[[str], str | None] = shutil.which
+) -> None:
+    """Raises MissingToolError if the configuration compiles an operator and a tool is missing."""
+    reason = compiled_part(deepspeed_config)
+    if reason is None:
+        return
+    missing = [tool for tool in _TOOLS if which(tool) is None]
+    if missing:
+        packages = " ".join(_TOOLS[tool] for tool in missing)
+        raise MissingToolError(
+            f"{reason} is compiled on first use, and there is no {' and no '.join(missing)} here",
+            hint=f"run: apt-get install -y {packages}",
+            param=reason,
+        )
+
+
+def compiled_part(deepspeed_config: dict[str, Any]) -> str | None:
+    """The key that makes DeepSpeed compile an operator, if there is one."""
+    optimizer = deepspeed_config.get("optimizer", {})
+    kind = str(optimizer.get("type", "")).lower()
+    if kind in ("adam", "adamw") and not optimizer.get("params", {}).get("torch_adam"):
+        return "deepspeed.optimizer.params.torch_adam=false"
+    if kind in _COMPILED_TYPES:
+        return f"deepspeed.optimizer.type={optimizer['type']}"
+    zero = deepspeed_config.get("zero_optimization", {})
+    for part in ("offload_optimizer", "offload_param"):
+        if str(zero.get(part, {}).get("device", "")) == "nvme":
+            return f"deepspeed.zero_optimization.{part}.device=nvme"
+    return None
