@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -71,6 +71,8 @@ class Settings(BaseSettings):
     """Empty means the MLflow server that `up` starts."""
     allow_unsigned: bool = False
     """Deploy packages without a signature. Only ever for experiments."""
+    log_format: Literal["text", "json"] = "text"
+    """How our processes write their logs."""
     git_commit: str = ""
     """Commit of the code a job runs, set by `heliostat submit`."""
 
@@ -176,12 +178,22 @@ def environment_for_children(settings: Settings) -> dict[str, str]:
 
 def store_settings(settings: Settings) -> None:
     """Write what deviates from the defaults to `settings.json`, so that every process agrees."""
-    values = settings.model_dump(mode="json", exclude_defaults=True, exclude={"home", "git_commit"})
     path = settings.home / SETTINGS_FILE
     staged = path.with_suffix(".tmp")
     staged.touch(mode=0o600)  # a database URL may hold a password
-    staged.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    staged.write_text(json.dumps(_deviations(settings), indent=2) + "\n", encoding="utf-8")
     staged.replace(path)
+
+
+def changed_settings(settings: Settings) -> list[str]:
+    """Names of the settings that differ from the stored ones."""
+    stored, current = _read_stored(settings.home), _deviations(settings)
+    names = stored.keys() | current.keys()
+    return sorted(name for name in names if stored.get(name) != current.get(name))
+
+
+def _deviations(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude_defaults=True, exclude={"home", "git_commit"})
 
 
 def _reachable(host: str) -> str:

@@ -24,7 +24,7 @@ def down(settings: Settings, say: Callable[[str], None]) -> None:
     with locked(settings.home):
         begun_s = time.monotonic()
         record = read_record(settings.home)
-        count = end_stack(settings.home, roots=record.parts.values())
+        count = end_stack(settings.home, heads=record.parts.values())
         left = find(settings.home)
         if left:
             raise HeliostatError(

@@ -26,6 +26,7 @@ PART_VARIABLE = "HELIOSTAT_PART"
 
 # psutil derives the start time from the boot time, which may shift by a clock correction.
 _START_TIME_TOLERANCE_S = 2.0
+_POLL_INTERVAL_S = 0.02
 
 
 class ProcessRecord(StrictModel):
@@ -56,6 +57,7 @@ def start(
             cwd=stack,
             start_new_session=True,
         )
+    child.returncode = 0  # it outlives this process, nobody will wait for it
     created_at_s = psutil.Process(child.pid).create_time()
     return ProcessRecord(pid=child.pid, created_at_s=created_at_s, log_path=log_path)
 
@@ -64,11 +66,10 @@ def is_alive(record: ProcessRecord) -> bool:
     """Whether that very process still runs."""
     try:
         process = psutil.Process(record.pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return abs(process.create_time() - record.created_at_s) < _START_TIME_TOLERANCE_S
+        difference_s = abs(process.create_time() - record.created_at_s)
     except psutil.Error:
         return False
+    return difference_s < _START_TIME_TOLERANCE_S and _lives(process)
 
 
 def find(stack: Path, part: str | None = None) -> list[psutil.Process]:
@@ -77,42 +78,51 @@ def find(stack: Path, part: str | None = None) -> list[psutil.Process]:
     family = {*marked}
     for process in marked:
         family.update(_children(process))
-    return sorted(family - _own_line(), key=lambda process: process.pid)
+    others = (process for process in family - _own_line() if _lives(process))
+    return sorted(others, key=lambda process: process.pid)
 
 
-def end(
-    processes: Iterable[psutil.Process],
-    *,
-    first: Iterable[psutil.Process] = (),
-    grace_s: float = 5.0,
-) -> list[psutil.Process]:
-    """Ask `first` (or all) to end, wait, then kill what is left; return what survived even that.
-
-    The head of a part ends its own children in good order, so it may be asked alone.
-    """
+def end(processes: Iterable[psutil.Process], heads: Iterable[psutil.Process] = ()) -> None:
+    """Ask `heads` to end their families in good order, then ask all, then kill what is left."""
     everyone = list(processes)
-    for process in list(first) or everyone:
-        _signal(process, "terminate")
-    _, alive = psutil.wait_procs(everyone, timeout=grace_s)
-    for process in alive:
-        _signal(process, "kill")
-    _, alive = psutil.wait_procs(alive, timeout=5.0)
-    return [process for process in alive if process.is_running()]
+    waits_s = (
+        (list(heads), "terminate", 5.0),
+        (everyone, "terminate", 1.0),
+        (everyone, "kill", 5.0),
+    )
+    for members, verb, timeout_s in waits_s:
+        alive = [process for process in members if _lives(process)]
+        for process in alive:
+            _signal(process, verb)
+        _wait_until_gone(alive, timeout_s)
 
 
-def end_stack(stack: Path, part: str | None = None, roots: Iterable[ProcessRecord] = ()) -> int:
+def end_stack(stack: Path, part: str | None = None, heads: Iterable[ProcessRecord] = ()) -> int:
     """End every process of the stack (or of one part); return how many there were.
 
     New workers may be born while their parents die, so it looks again until nobody is left.
     """
-    heads = [psutil.Process(root.pid) for root in roots if is_alive(root)]
-    ended = 0
+    known_heads = [psutil.Process(head.pid) for head in heads if is_alive(head)]
+    ended: set[psutil.Process] = set()
     deadline_s = time.monotonic() + 20
     while (members := find(stack, part)) and time.monotonic() < deadline_s:
-        end(members, first=heads, grace_s=5.0 if heads or not ended else 0.2)
-        ended += len(members)
-        heads = []
-    return ended
+        end(members, known_heads)
+        ended.update(members)
+    return len(ended)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it runs; one that ended and waits for its parent to notice does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _wait_until_gone(processes: Sequence[psutil.Process], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while any(_lives(process) for process in processes) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_INTERVAL_S)
 
 
 def _is_marked(process: psutil.Process, stack: Path, part: str | None) -> bool:

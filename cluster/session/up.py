@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
-from cluster.errors import StartError
+from cluster.errors import ConflictError, StartError
 from cluster.session import ray_head, serving
 from cluster.session.environment import stack_environment
 from cluster.session.first_start import prepare_home, prepare_keys
@@ -20,7 +20,7 @@ from cluster.session.ports import check_ports_are_free, check_ports_differ
 from cluster.session.processes import ProcessRecord, end_stack, is_alive, start
 from cluster.session.record import locked, read_record, write_record
 from cluster.session.scratch import prepare_scratch, scratch_dir
-from cluster.settings import Settings, store_settings
+from cluster.settings import Settings, changed_settings, store_settings
 
 SERVING_TIMEOUT_S = 180.0
 _POLL_INTERVAL_S = 0.1
@@ -53,6 +53,7 @@ class _Start:
         self._begun_s = time.monotonic()
 
     def run(self) -> None:
+        self._check_settings_are_those_that_run()
         missing = self._missing_servers()
         names = [part.name for part in missing]
         serves = RAY not in names and self._serves()
@@ -65,6 +66,15 @@ class _Start:
         except BaseException:
             self._end_what_was_started()
             raise
+
+    def _check_settings_are_those_that_run(self) -> None:
+        runs = any(is_alive(process) for process in self._record.parts.values())
+        changed = changed_settings(self._settings)
+        if runs and changed:
+            raise ConflictError(
+                f"the cluster runs with other settings than asked for: {', '.join(changed)}",
+                hint="run `heliostat down` first",
+            )
 
     def _missing_servers(self) -> list[ServerPart]:
         """Parts whose process is gone, or lives but no longer answers."""

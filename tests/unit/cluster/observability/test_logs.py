@@ -1,0 +1,42 @@
+import json
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.observability.logs import JsonFormatter, TextFormatter, configure_logging
+
+
+@pytest.fixture(autouse=True)
+def root_logger_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_json_holds_the_event_and_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("json")
+    logging.getLogger("release").info("deployed %s", "数字", extra={"version": 3})
+    line = json.loads(capsys.readouterr().err)
+    assert (line["event"], line["level"], line["logger"]) == ("deployed 数字", "INFO", "release")
+    assert line["version"] == 3
+
+
+def test_configuring_twice_writes_each_line_once(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+    configure_logging()
+    logging.getLogger("release").info("deployed", extra={"version": 3})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("INFO release deployed version=3")
+
+
+@pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()])
+def test_an_exception_is_written_with_its_event(formatter: logging.Formatter) -> None:
+    try:
+        raise ValueError("bad weights")
+    except ValueError:
+        record = logging.makeLogRecord({"msg": "failed", "exc_info": sys.exc_info()})
+    assert "bad weights" in formatter.format(record)
