@@ -1,0 +1,87 @@
+"""A package in words, for people: the description and the tags of its version in MLflow.
+
+Pure text from the manifest; knows nothing of MLflow.
+
+    model_card(digest, manifest)     # Markdown
+"""
+
+from __future__ import annotations
+
+from cluster.model_package.manifest import Manifest
+from cluster.processing import public_inputs, public_outputs
+
+
+def version_tags(digest: str, manifest: Manifest, location: str) -> dict[str, str]:
+    """What a version is and where it came from; empty values are left out."""
+    lineage = manifest.lineage
+    tags = {
+        "digest": digest,
+        "kind": manifest.kind,
+        "location": location,
+        "source": lineage.source,
+        "dataset": lineage.dataset_digest,
+        "commit": lineage.git_commit,
+        "parent": lineage.parent_digest,
+        "job": lineage.job_id,
+    }
+    return {f"heliostat.{name}": value for name, value in tags.items() if value}
+
+
+def model_card(digest: str, manifest: Manifest) -> str:
+    """Markdown for the version's page."""
+    sections = [
+        f"# {manifest.name}",
+        _facts(digest, manifest),
+        _interface(manifest),
+        _table("Metrics", ("metric", "value"), [(n, f"{v:.6g}") for n, v in _metrics(manifest)]),
+        _table(
+            "Files",
+            ("file", "bytes"),
+            [(name, str(entry.size_bytes)) for name, entry in sorted(manifest.files.items())],
+        ),
+        f"Check it offline with `heliostat models verify {manifest.name}/VERSION`.",
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _facts(digest: str, manifest: Manifest) -> str:
+    lineage = manifest.lineage
+    rows = [
+        ("digest", f"`{digest}`"),
+        ("kind", manifest.kind),
+        ("made", f"{manifest.created_at} by {lineage.source or 'an unknown tool'}"),
+        ("data", f"`{lineage.dataset_digest}`" if lineage.dataset_digest else ""),
+        ("commit", f"`{lineage.git_commit}`" if lineage.git_commit else ""),
+        ("derived from", f"`{lineage.parent_digest}`" if lineage.parent_digest else ""),
+    ]
+    if info := manifest.language_model:
+        rows += [
+            ("architecture", info.architecture),
+            ("parameters", f"{info.num_parameters:,}"),
+            ("context", f"{info.max_context_tokens:,} tokens"),
+        ]
+    return _table("", ("", ""), [row for row in rows if row[1]])
+
+
+def _interface(manifest: Manifest) -> str:
+    if manifest.kind != "graph":
+        return ""
+    rows = [("takes", f"`{spec}`") for spec in public_inputs(manifest)]
+    rows += [("gives", f"`{spec}`") for spec in public_outputs(manifest)]
+    return _table("Interface", ("", "tensor"), rows)
+
+
+def _metrics(manifest: Manifest) -> list[tuple[str, float]]:
+    return sorted(manifest.metrics.items())
+
+
+def _table(title: str, heads: tuple[str, ...], rows: list[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"## {title}\n"] if title else []
+    lines += [_row(heads), _row(("---",) * len(heads)), *(_row(row) for row in rows)]
+    return "\n".join(lines)
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
