@@ -156,9 +156,9 @@ def _ask_language_model(
     for text in _stream(customer, body):
         console.print(text, end="", markup=False)
     console.print(
-        f"\n\nvalidation loss {manifest.metrics['validation/loss']:.2f} nats/token; guessing by token "
-        f"frequency alone gives {manifest.profile['unigram_entropy']:.2f}. A model this small only "
-        "shows the plumbing."
+        f"\n\nvalidation loss {manifest.metrics['validation/loss']:.2f} nats/token; guessing by "
+        f"token frequency alone gives {manifest.profile['unigram_entropy']:.2f}. A model this small "
+        "only shows the plumbing."
     )
 
 
