@@ -157,8 +157,8 @@ def _ask_language_model(
         console.print(text, end="", markup=False)
     console.print(
         f"\n\nvalidation loss {manifest.metrics['validation/loss']:.2f} nats/token; guessing by "
-        f"token frequency alone gives {manifest.profile['unigram_entropy']:.2f}. A model this small "
-        "only shows the plumbing."
+        f"token frequency alone gives {manifest.profile['unigram_entropy']:.2f}. A model this "
+        "small only shows the plumbing."
     )
 
 
