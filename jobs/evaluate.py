@@ -1,0 +1,115 @@
+"""Evaluate a registered model version on a split, and log the metrics beside its training run.
+
+    python -m jobs.evaluate --config configs/evaluate/digits.yaml
+    python -m jobs.evaluate --config configs/evaluate/digits.yaml --set model=digits/3
+
+The package is verified before it is loaded, and never changed: results go to MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from cluster.errors import InputError
+from cluster.model_package import ModelPackage, open_version
+from cluster.model_ref import ModelRef
+from cluster.registry import ModelRegistry, ModelVersion
+from cluster.settings import Settings
+from cluster.tracking import RunTracker
+from jobs._entrypoint import run_job
+from jobs.data.dataset import Dataset
+from jobs.data.preparation import read_source
+from jobs.evaluation.classifier import evaluate_classifier
+from jobs.evaluation.config import EvaluateConfig
+from jobs.evaluation.language_model import evaluate_language_model
+from jobs.prepare import describe, open_catalog
+
+Evaluator = Callable[[ModelPackage, Dataset, EvaluateConfig], dict[str, float]]
+
+EVALUATORS: dict[str, Evaluator] = {
+    "graph": evaluate_classifier,
+    "language_model": evaluate_language_model,
+}
+
+
+def evaluate(config: EvaluateConfig, settings: Settings) -> None:
+    """Measure, print and log."""
+    version = ModelRegistry.open(settings).resolve(ModelRef.parse(config.model))
+    evaluator = find_evaluator(version)
+    package = open_version(version, settings)
+    dataset = find_dataset(config, package, settings)
+    print(describe(dataset.info), flush=True)
+    if not dataset.info.num_rows[config.split]:
+        raise InputError(
+            f"split '{config.split}' of dataset '{dataset.info.name}' is empty",
+            hint=f"give data.splits.{config.split} a share, or choose another split",
+            param="split",
+        )
+    name = f"{version.name}/{version.version}"
+    with RunTracker.start(
+        settings,
+        config.experiment,
+        f"evaluate {name} on {config.split}",
+        params=config.model_dump(mode="json"),
+        tags={
+            "job": "evaluate",
+            "model": version.name,
+            "model_version": name,
+            "model_digest": version.digest,
+            "dataset_digest": dataset.info.digest,
+        },
+        parent_run_id=version.run_id,
+    ) as tracker:
+        print(f"run {tracker.url}", flush=True)
+        metrics = evaluator(package, dataset, config)
+        tracker.log_metrics({f"{config.split}/{key}": v for key, v in metrics.items()}, 0)
+    shown = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+    print(f"{name} on {config.split}: {shown}")
+    result = {
+        "name": version.name,
+        "version": version.version,
+        "digest": version.digest,
+        "split": config.split,
+        "run_id": tracker.run_id,
+        "metrics": metrics,
+    }
+    print("result: " + json.dumps(result), flush=True)
+
+
+def check(config: EvaluateConfig, settings: Settings) -> None:
+    """The version exists and can be evaluated, and so does the data."""
+    version = ModelRegistry.open(settings).resolve(ModelRef.parse(config.model))
+    find_evaluator(version)
+    if config.data is not None:
+        read_source(config.data)
+    print(f"config is valid; would evaluate {version.name}/{version.version} on {config.split}")
+
+
+def find_evaluator(version: ModelVersion) -> Evaluator:
+    """Raises InputError for kinds that have no metrics of their own."""
+    if version.kind not in EVALUATORS:
+        raise InputError(
+            f"{version.name}/{version.version} is a package of kind '{version.kind}'",
+            hint=f"expected one of: {', '.join(EVALUATORS)}",
+            param="model",
+        )
+    return EVALUATORS[version.kind]
+
+
+def find_dataset(config: EvaluateConfig, package: ModelPackage, settings: Settings) -> Dataset:
+    """The dataset that the config describes, or the one the package was trained on."""
+    catalog = open_catalog(settings)
+    if config.data is not None:
+        return catalog.ensure(config.data)[0]
+    return catalog.find(package.manifest.lineage.dataset_digest)
+
+
+if __name__ == "__main__":
+    run_job(
+        EvaluateConfig,
+        verb="evaluate",
+        description="Evaluate a registered model version on a split.",
+        run=evaluate,
+        check=check,
+    )
