@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import logging
 import secrets
 import shlex
 import subprocess
@@ -31,6 +32,7 @@ from cluster.settings import Settings
 EXCLUDES = ["/docs/", "/tests/", "/infra/", "/benchmarks/"]
 _CONFIG_VARIABLE = "HELIOSTAT_JOB_CONFIG"
 _MAX_CONFIG_BYTES = 100_000
+_POLL_INTERVAL_S = 0.3
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -69,6 +71,9 @@ class Jobs:
         """Raises NotRunningError if there is no cluster."""
         from ray.job_submission import JobSubmissionClient
 
+        # They tell of every file that is left out.
+        for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             token = settings.ray_token_path.read_text(encoding="ascii").strip()
             client = JobSubmissionClient(
@@ -105,12 +110,39 @@ class Jobs:
         return job_id
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """What the job prints, until it ends."""
+        """What the job prints, as it prints it, until it ends."""
         self.info(job_id)
+        num_shown = 0
+        for text in self._tail(job_id):
+            num_shown += len(text)
+            yield text
+        has_ended = False
+        while not has_ended:  # the last lines, or all that follow a broken stream
+            has_ended = self._has_ended(job_id)
+            rest = self._client.get_job_logs(job_id)[num_shown:]
+            num_shown += len(rest)
+            yield rest
+            if not has_ended:
+                time.sleep(_POLL_INTERVAL_S)
+
+    def _tail(self, job_id: str) -> Iterator[str]:
+        """Pieces of output; stops when the job ends, which Ray's stream notices seconds later."""
         stream = self._client.tail_job_logs(job_id)
         with asyncio.Runner() as runner:
-            while (text := runner.run(_next(stream))) is not None:
-                yield text
+            waiting: asyncio.Task[str | None] | None = None
+            while True:
+                waiting = waiting or runner.get_loop().create_task(_next(stream))
+                if runner.run(_is_done(waiting)):
+                    text = None if waiting.exception() else waiting.result()
+                    if text is None:
+                        return
+                    yield text
+                    waiting = None
+                elif self._has_ended(job_id):
+                    return
+
+    def _has_ended(self, job_id: str) -> bool:
+        return str(self._client.get_job_status(job_id).value) in _ENDED
 
     def logs(self, job_id: str) -> str:
         """What the job has printed so far."""
@@ -147,11 +179,12 @@ class Jobs:
         Raises:
             JobFailedError: it failed or was stopped.
         """
-        while (info := self.info(job_id)).status not in _ENDED:
-            time.sleep(0.2)
+        while not self._has_ended(job_id):
+            time.sleep(_POLL_INTERVAL_S)
+        info = self.info(job_id)
         if info.status != "SUCCEEDED":
             raise JobFailedError(
-                f"job {job_id} {info.status.lower()}: {_first_line(info.message)}",
+                f"job {job_id} {info.status.lower()}: {info.message}",
                 hint=f"its output: `heliostat jobs logs {job_id}`",
             )
 
@@ -202,12 +235,17 @@ async def _next(stream: Any) -> str | None:
     return await anext(stream, None)
 
 
+async def _is_done(task: asyncio.Task[str | None]) -> bool:
+    done, _ = await asyncio.wait({task}, timeout=_POLL_INTERVAL_S)
+    return bool(done)
+
+
 def _info(job: Any) -> JobInfo:
     return JobInfo(
         id=job.submission_id,
         verb=(job.metadata or {}).get("verb", ""),
         status=str(getattr(job.status, "value", job.status)),
-        message=job.message or "",
+        message=_reason(job),
         started_at=_time(job.start_time),
         ended_at=_time(job.end_time),
     )
@@ -219,9 +257,12 @@ def _time(milliseconds: int | None) -> str | None:
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
 
 
-def _first_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else "no reason given"
+def _reason(job: Any) -> str:
+    """Why it ended, without the output that Ray appends to it."""
+    if job.driver_exit_code:
+        return f"exit code {job.driver_exit_code}"
+    lines = [line.strip() for line in (job.message or "").splitlines() if line.strip()]
+    return lines[0] if lines else ""
 
 
 def _git(source_dir: Path, *arguments: str) -> str:

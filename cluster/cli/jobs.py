@@ -29,6 +29,7 @@ def submit(
         list[str] | None, typer.Option("--set", help="Override a key: a.b=value; repeatable.")
     ] = None,
     wait: Annotated[bool, typer.Option(help="Show its output and end as it ends.")] = True,
+    check: Annotated[bool, typer.Option("--check", help="Only validate the config, here.")] = False,
 ) -> None:
     """Run a job on the cluster; exit code 0 if it succeeds, 1 if it fails."""
     from cluster.submission import check_config, check_verb
@@ -36,6 +37,8 @@ def submit(
     settings = load_settings()
     check_verb(job, settings.source_dir)
     check_config(config)
+    if check:
+        raise typer.Exit(_check(job, config, overrides or []))
     jobs = _connect()
     job_id = jobs.submit(job, config, overrides or [])
     if not wait:
@@ -73,6 +76,15 @@ def logs(
 def stop(job_id: Annotated[str, typer.Argument(help="An id from `jobs list`.")]) -> None:
     """End a running job."""
     print(f"stopping {job_id}" if _connect().stop(job_id) else f"{job_id} had ended already")
+
+
+def _check(job: str, config: Path, overrides: list[str]) -> int:
+    import subprocess
+    import sys
+
+    settings = [part for override in overrides for part in ("--set", override)]
+    command = [sys.executable, "-m", f"jobs.{job}", "--config", str(config), *settings, "--check"]
+    return subprocess.run(command, check=False).returncode
 
 
 def _connect() -> Jobs:

@@ -38,6 +38,10 @@ def stack_environment(settings: Settings) -> dict[str, str]:
         "PYTHONPATH": str(settings.source_dir),
         "PYTHONUNBUFFERED": "1",
         "TMPDIR": str(scratch_dir(settings.home) / "tmp"),
+        # A machine may share what it compiled between stacks.
+        "TORCH_EXTENSIONS_DIR": inherited.get(
+            "TORCH_EXTENSIONS_DIR", str(settings.home / "cache" / "torch_extensions")
+        ),
         **_library_variables(settings),
         **ray_variables(settings),
         **_serve_variables(settings),
@@ -67,7 +71,6 @@ def _library_variables(settings: Settings) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": settings.tracking_uri,
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "TORCH_EXTENSIONS_DIR": str(settings.home / "cache" / "torch_extensions"),
         "DS_BUILD_OPS": "0",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

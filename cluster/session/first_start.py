@@ -35,6 +35,12 @@ def prepare_home(home: Path) -> None:
         ) from None
 
 
+def forget_unfinished_builds(home: Path) -> None:
+    """Remove the locks of compilations that were killed; torch would wait for them for ever."""
+    for lock in (home / "cache" / "torch_extensions").rglob("lock"):
+        lock.unlink(missing_ok=True)
+
+
 def prepare_keys(settings: Settings) -> None:
     """Migrate the database and make the signing key, the local API key and HAProxy's launcher."""
     from cluster.database import open_database

@@ -13,7 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from cluster.errors import ConflictError, StartError
 from cluster.session import ray_head, serving
 from cluster.session.environment import stack_environment
-from cluster.session.first_start import prepare_home, prepare_keys
+from cluster.session.first_start import (
+    forget_unfinished_builds,
+    prepare_home,
+    prepare_keys,
+)
 from cluster.session.last_words import last_words
 from cluster.session.parts import RAY, SERVING, ServerPart, server_parts
 from cluster.session.ports import check_ports_are_free, check_ports_differ
@@ -108,6 +112,7 @@ class _Start:
         scratch = scratch_dir(self._settings.home)
         if starts_ray:
             prepare_scratch(scratch)
+            forget_unfinished_builds(self._settings.home)
         self._record = self._record.model_copy(update={"scratch_dir": scratch})
         write_record(self._settings.home, self._record)
         ray_head.ensure_token(self._settings)

@@ -40,7 +40,10 @@ def test_the_client_environment_marks_no_process_as_ours(settings: Settings) -> 
     assert not {STACK_VARIABLE, PART_VARIABLE} & set(client_environment(settings))
 
 
-def test_two_homes_share_no_path_and_no_replica_port(tmp_path: Path) -> None:
+def test_two_homes_share_no_path_and_no_replica_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     one = stack_environment(Settings(home=tmp_path / "one"))
     two = stack_environment(Settings(home=tmp_path / "two", replica_port_min=32000))
     shared = {name for name in one if one[name] == two.get(name)}

@@ -1,0 +1,49 @@
+"""What tests of every kind share: an environment without leftovers, and the local stack.
+
+A test that asks for `stack` gets the one stack of the session, started by the real command on its
+own home and ports, so that a developer's own stack may run beside it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.settings import Settings
+from tests.stack import Stack, new_stack
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_from_the_shell() -> Iterator[None]:
+    """Tests do not see what `eval "$(heliostat env)"` left in the developer's shell."""
+    names = {f"HELIOSTAT_{name.upper()}" for name in Settings.model_fields}
+    names |= {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def short_dir() -> Iterator[Path]:
+    """A directory with a short name: Unix sockets lie in it."""
+    path = Path(tempfile.mkdtemp(prefix="hst"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def stack(short_dir: Path) -> Iterator[Stack]:
+    """The running stack that all tests of the session share."""
+    started = new_stack(short_dir)
+    try:
+        up = started.up()
+        assert up.returncode == 0, up.stderr
+        yield started
+    finally:
+        down = started.run_cli("down")
+        assert down.returncode == 0, down.stderr

@@ -1,0 +1,112 @@
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import app as cli
+from cluster.cli.keys import parse_expiry
+from cluster.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HELIOSTAT_HOME", str(tmp_path))
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["heliostat", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def test_a_key_is_printed_once_and_its_id_listed_and_revoked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "keys", "create", "--tenant", "team", "--expires", "30d") == 0
+    key = capsys.readouterr().out.strip()
+    assert key.startswith("hst_")
+    assert run(monkeypatch, "keys", "list", "--json") == 0
+    text = capsys.readouterr().out
+    (listed,) = json.loads(text)
+    assert key not in text
+    assert (listed["tenant"], listed["scopes"], listed["state"]) == ("team", ["infer"], "active")
+    assert run(monkeypatch, "keys", "revoke", listed["id"]) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "keys", "list") == 0
+    assert "revoked" in capsys.readouterr().out
+
+
+def test_an_error_is_one_line_and_sets_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "keys", "revoke", "key_none") == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: there is no API key 'key_none'; see `heliostat keys list`"
+    ]
+    assert run(monkeypatch, "keys", "create", "--tenant", "t", "--scope", "everything") == 2
+    assert "everything" in capsys.readouterr().err
+
+
+def test_a_wrong_setting_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HELIOSTAT_GATEWAY_PORT", "many")
+    assert run(monkeypatch, "status") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_env_before_the_first_start_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "env") == 1
+    assert "heliostat up" in capsys.readouterr().err
+
+
+def test_down_of_what_never_ran_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "down") == 0
+
+
+def test_doctor_names_a_next_step_for_every_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(monkeypatch, "doctor", "--json")
+    checks = json.loads(capsys.readouterr().out)
+    assert {"Python", "C++ compiler", "free disk", "ports"} <= {check["name"] for check in checks}
+    assert all(check["next_step"] for check in checks if not check["ok"])
+    assert code == (0 if all(check["ok"] for check in checks) else 1)
+
+
+def test_every_verb_explains_itself() -> None:
+    import typer
+
+    def walk(command: Any, name: str) -> None:
+        assert command.help or command.short_help, name
+        for child, sub in getattr(command, "commands", {}).items():
+            walk(sub, f"{name} {child}")
+
+    walk(typer.main.get_command(cli.app), "heliostat")
+
+
+def test_an_unknown_verb_is_a_usage_error() -> None:
+    command = [sys.executable, "-m", "cluster.cli.app", "fly"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_expiries_are_durations_or_times() -> None:
+    in_a_month = parse_expiry("30d")
+    assert in_a_month is not None
+    assert abs(in_a_month - datetime.now(UTC) - timedelta(days=30)) < timedelta(minutes=1)
+    assert parse_expiry("2031-02-03T04:05:06Z") == datetime(2031, 2, 3, 4, 5, 6, tzinfo=UTC)
+    assert parse_expiry("2031-02-03") == datetime(2031, 2, 3, tzinfo=UTC)
+    assert parse_expiry(None) is None
+    for text in ("soon", "0d", "-3d", "30"):
+        with pytest.raises(InputError):
+            parse_expiry(text)
