@@ -44,7 +44,7 @@ def open_client(settings: Settings) -> Any:
         NotRunningError: it does not.
     """
     uri = settings.tracking_uri
-    _require_answer(uri)
+    require_server(settings)
     # mlflow's client sends usage data unless told otherwise before its first call.
     from mlflow.environment_variables import (
         MLFLOW_DISABLE_TELEMETRY,
@@ -65,7 +65,13 @@ def open_client(settings: Settings) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _require_answer(uri: str) -> None:
+def require_server(settings: Settings) -> None:
+    """Ask whether the MLflow server answers, without loading mlflow.
+
+    Raises:
+        NotRunningError: it does not.
+    """
+    uri = settings.tracking_uri
     if not uri.startswith(("http://", "https://")):
         return
     try:

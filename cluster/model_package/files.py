@@ -85,6 +85,7 @@ def copy_files(source: Path, target: Path) -> None:
     Raises:
         ForbiddenFileError: a file is not allowed, or is a link.
     """
+    target.mkdir(parents=True)
     for name in list_files(source):
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def load_reference(model_dir: Path) -> Any:
     refuse_code_references(model_dir, names)
     from transformers import AutoModelForCausalLM
 
-    with _one_line(f"model in '{model_dir}' cannot be loaded"), _quiet():
+    with _one_line("the model cannot be loaded"), _quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             model_dir,
             local_files_only=True,
@@ -46,7 +46,7 @@ def load_reference(model_dir: Path) -> Any:
         )
     if missing := sorted(report["missing_keys"]):
         raise PackageError(
-            f"the weights in '{model_dir}' lack '{missing[0]}' and {len(missing) - 1} others",
+            f"the model's weights lack '{missing[0]}' and {len(missing) - 1} others",
             hint="copy all safetensors shards, and save the model with its head",
         )
     return model.eval()
@@ -60,7 +60,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _one_line(f"tokenizer in '{model_dir}' cannot be loaded"), _quiet():
+    with _one_line("the tokenizer cannot be loaded"), _quiet():
         return AutoTokenizer.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=False
         )
@@ -89,7 +89,7 @@ def encode_prompts(
     prompts = [list(tokenizer(text)["input_ids"])[:longest] for text in texts]
     if not any(prompts):
         raise PackageError(
-            f"the tokenizer in '{model_dir}' makes no tokens of {texts[0]!r}",
+            f"the tokenizer makes no tokens of {texts[0]!r}",
             hint="save the tokenizer that belongs to the model",
         )
     return [prompt for prompt in prompts if prompt]
@@ -98,18 +98,19 @@ def encode_prompts(
 def _require_files(model_dir: Path, names: list[str]) -> None:
     if "config.json" not in names:
         raise MissingFileError(
-            f"'{model_dir}' has no config.json",
+            "the model directory has no config.json",
             hint="point to a directory written by save_pretrained of a causal language model",
         )
     if not any(name.endswith(".safetensors") for name in names):
         raise MissingFileError(
-            f"'{model_dir}' has no safetensors weights",
+            "the model directory has no safetensors weights",
             hint="save them with model.save_pretrained(DIR, safe_serialization=True)",
         )
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if not any(name in tokenizers for name in names):
         raise MissingFileError(
-            f"'{model_dir}' has no tokenizer", hint="add it with tokenizer.save_pretrained(DIR)"
+            "the model directory has no tokenizer",
+            hint="add it with tokenizer.save_pretrained(DIR)",
         )
     if "model.safetensors.index.json" in names:
         _require_shards(model_dir, names)
@@ -123,7 +124,7 @@ def _require_shards(model_dir: Path, names: list[str]) -> None:
         raise PackageError(f"'{index}' is not an index of shards", hint="copy it again") from None
     if missing := sorted(shards - set(names)):
         raise MissingFileError(
-            f"'{model_dir}' lacks the weights '{missing[0]}'", hint="copy all shards"
+            f"the model directory lacks the weights '{missing[0]}'", hint="copy all shards"
         )
 
 

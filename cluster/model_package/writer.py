@@ -93,7 +93,9 @@ def write_package(
         MachineError: no space left.
     """
     check_name(name)
-    with _one_line_on_full_disk(), _stage(storage, work_dir) as stage:
+    if not model_dir.is_dir():
+        raise MissingFileError(f"model directory '{model_dir}' does not exist", hint="check it")
+    with _disk_errors(), _stage(storage, work_dir) as stage:
         package_dir = stage / "package"
         copy_files(model_dir, package_dir / MODEL_DIR)
         names = list(list_files(package_dir))
@@ -220,7 +222,7 @@ def _stage(storage: Storage, work_dir: Path | None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _one_line_on_full_disk() -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
     try:
         yield
     except HeliostatError:
