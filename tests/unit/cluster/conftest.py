@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.settings import Settings
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -71,3 +73,40 @@ def s3_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         f"&endpoint_override=127.0.0.1%3A{port}"
     )
     stop_server(process)
+
+
+@pytest.fixture(scope="session")
+def mlflow_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Port of a real MLflow server with an empty database."""
+    home = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    command = [
+        str(Path(sys.executable).parent / "mlflow"),
+        "server",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--workers=1",
+        f"--backend-store-uri=sqlite:///{home / 'mlflow.db'}",
+        f"--artifacts-destination={home / 'artifacts'}",
+    ]
+    process = start_server(
+        command,
+        f"http://127.0.0.1:{port}/health",
+        home / "server.log",
+        MLFLOW_DISABLE_TELEMETRY="true",
+        MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
+    )
+    yield port
+    stop_server(process)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, mlflow_port: int) -> Settings:
+    """A home directory of its own, beside the shared MLflow server."""
+    return Settings(home=tmp_path / "home", mlflow_port=mlflow_port)
+
+
+@pytest.fixture
+def settings_without_server(settings: Settings) -> Settings:
+    """The same home with nothing listening where MLflow should be."""
+    return Settings(home=settings.home, mlflow_port=free_port())

@@ -1,0 +1,136 @@
+"""Models as other tools leave them are cleaned up, or refused with the way to convert them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cluster.errors import ForbiddenFileError, HeliostatError, InputError, PackageError
+from cluster.model_package.importing import prepare_import
+from cluster.runtimes.onnx import OnnxRuntime
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Path:
+    directory = tmp_path / "stage"
+    directory.mkdir()
+    return directory
+
+
+def names(stage: Path) -> set[str]:
+    return {path.name for path in stage.iterdir()}
+
+
+def test_a_hugging_face_directory_is_reduced_to_what_is_allowed(
+    llama_dir: Path, stage: Path
+) -> None:
+    wanted = names(llama_dir)
+    for extra in ("training_args.bin", ".gitattributes", "picture.png", "consolidated.safetensors"):
+        (llama_dir / extra).write_bytes(b"x")
+    (llama_dir / ".git").mkdir()
+    prepared = prepare_import(llama_dir, stage)
+    assert prepared.kind == "language_model"
+    assert names(stage) == wanted
+    assert prepared.notes == (
+        "left out: .git/, .gitattributes, consolidated.safetensors, picture.png, training_args.bin",
+    )
+
+
+def test_links_of_a_hugging_face_cache_are_followed(
+    llama_dir: Path, stage: Path, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in llama_dir.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    prepare_import(snapshot, stage)
+    assert names(stage) == names(llama_dir)
+    assert not any(path.is_symlink() for path in stage.iterdir())
+
+
+def test_pickled_weights_are_refused_with_the_fix(llama_dir: Path, stage: Path) -> None:
+    (llama_dir / "model.safetensors").rename(llama_dir / "pytorch_model.bin")
+    with pytest.raises(ForbiddenFileError, match=r"pytorch_model\.bin.*safe_serialization"):
+        prepare_import(llama_dir, stage)
+
+
+def test_pickles_beside_safetensors_are_left_out(llama_dir: Path, stage: Path) -> None:
+    (llama_dir / "pytorch_model.bin").write_bytes(b"x")
+    assert "pytorch_model.bin" in prepare_import(llama_dir, stage).notes[0]
+
+
+def test_adapters_are_refused_with_the_fix(llama_dir: Path, stage: Path) -> None:
+    (llama_dir / "adapter_config.json").write_text("{}")
+    with pytest.raises(PackageError, match="merge_and_unload"):
+        prepare_import(llama_dir, stage)
+
+
+@pytest.mark.parametrize("name", ["model.pkl", "model.pt", "model.joblib", "model.bin"])
+def test_pickle_files_are_refused_with_the_fix(tmp_path: Path, stage: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ForbiddenFileError, match="ONNX"):
+        prepare_import(tmp_path / name, stage)
+
+
+def test_what_is_no_model_is_named(tmp_path: Path, stage: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        prepare_import(tmp_path / "none", stage)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="neither"):
+        prepare_import(tmp_path / "notes.txt", stage)
+    (tmp_path / "bad.onnx").write_bytes(b"not a graph")
+    with pytest.raises(PackageError, match=r"bad\.onnx"):
+        prepare_import(tmp_path / "bad.onnx", stage)
+
+
+def graph_with_external_data(directory: Path, location: str) -> Path:
+    weights = np.arange(4096, dtype=np.float32).reshape(2, 2048)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "W"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", 2048])],
+        [numpy_helper.from_array(weights, "W")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = directory / "big.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location=location)
+    return path
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_external_data_comes_along(
+    tmp_path: Path, stage: Path, inline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not inline:
+        monkeypatch.setattr("cluster.model_package.importing._MAX_INLINE_BYTES", 10)
+    path = graph_with_external_data(tmp_path, "weights.bin")
+    prepared = prepare_import(path, stage)
+    assert names(stage) == ({"model.onnx"} if inline else {"model.onnx", "model.onnx.data"})
+    assert "weights.bin" in prepared.notes[0]
+    y = OnnxRuntime(stage / "model.onnx").run({"x": np.array([[1, 0]], np.float32)})["y"]
+    np.testing.assert_array_equal(y[0], np.arange(2048))
+
+
+def test_missing_external_data_is_named(tmp_path: Path, stage: Path) -> None:
+    path = graph_with_external_data(tmp_path, "weights.bin")
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(PackageError, match=r"weights\.bin"):
+        prepare_import(path, stage)
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname"])
+def test_external_data_elsewhere_is_refused(tmp_path: Path, stage: Path, location: str) -> None:
+    path = graph_with_external_data(tmp_path, "weights.bin")
+    model = onnx.load(path, load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = location
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(HeliostatError, match="outside its own directory"):
+        prepare_import(path, stage)
+    assert names(stage) == set()

@@ -1,0 +1,258 @@
+"""Versions are numbered once, aliases move one at a time, and reading needs no MLflow."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from cluster import database
+from cluster.database import deployments, open_database
+from cluster.errors import ConflictError, NotFoundError, NotRunningError
+from cluster.model_package import Golden, Lineage, Manifest, PublishedPackage
+from cluster.model_ref import ModelRef
+from cluster.registry import ModelRegistry
+from cluster.settings import Settings
+from cluster.tracking import RunTracker, open_client
+
+
+def package(settings: Settings, **lineage: str) -> PublishedPackage:
+    manifest = Manifest(
+        kind="graph",
+        name="digits",
+        created_at=uuid.uuid4().hex,
+        files={},
+        golden=Golden(inputs={}, outputs={}),
+        metrics={"accuracy": 0.97},
+        lineage=Lineage(**lineage),
+    )
+    location = Path(settings.storage_root) / "packages" / manifest.digest.removeprefix("sha256:")
+    location.mkdir(parents=True)
+    return PublishedPackage(manifest.digest, str(location), manifest)
+
+
+@pytest.fixture
+def name() -> str:
+    """MLflow's server is shared by the tests, so each has its own model."""
+    return f"digits-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def registry(settings: Settings) -> ModelRegistry:
+    return ModelRegistry.open(settings)
+
+
+def move(registry: ModelRegistry, name: str, version: int | None, **options: int) -> None:
+    registry.set_alias(name, "champion", version, actor="test", reason="why", **options)
+
+
+def test_versions_are_numbered_and_the_same_package_is_the_same_version(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    first, second = package(settings), package(settings)
+    one = registry.register(name, first)
+    two = registry.register(name, second)
+    assert (one.version, two.version) == (1, 2)
+    assert registry.register(name, first) == one
+    assert registry.list_versions(name) == [one, two]
+    assert pickle.loads(pickle.dumps(one)) == one
+
+
+def test_mlflow_shows_what_a_version_is_and_links_its_run(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    with RunTracker.start(settings, "e", "r") as run:
+        pass
+    published = package(
+        settings, source="jobs.train", dataset_digest="data", git_commit="abc", parent_digest="p"
+    )
+    registry.register(name, published, run_id=run.run_id)
+    shown = open_client(settings).get_model_version(name, "1")
+    assert shown.run_id == run.run_id
+    assert shown.tags["heliostat.digest"] == published.digest
+    assert shown.tags["heliostat.kind"] == "graph"
+    assert shown.tags["heliostat.dataset"] == "data"
+    assert shown.tags["heliostat.commit"] == "abc"
+    assert shown.tags["heliostat.parent"] == "p"
+    assert published.digest in shown.description
+    assert "accuracy" in shown.description
+
+
+def test_an_interrupted_registration_is_finished_not_repeated(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    published = package(settings)
+    registry.register(name, published)
+    engine = open_database(settings.database)
+    with engine.begin() as connection:
+        connection.execute(sa.delete(database.model_versions))
+    assert registry.register(name, published).version == 1
+    assert len(open_client(settings).search_model_versions(f"name = '{name}'")) == 1
+
+
+def test_the_same_package_registered_by_many_at_once_is_one_version(
+    settings: Settings, name: str
+) -> None:
+    published = package(settings)
+    versions: list[int] = []
+
+    def register() -> None:
+        versions.append(ModelRegistry.open(settings).register(name, published).version)
+
+    threads = [threading.Thread(target=register) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(versions) == 4
+    assert len(set(versions)) == 1
+    assert len(ModelRegistry.open(settings).list_versions(name)) == 1
+
+
+def test_references_resolve_to_versions(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    registry.register(name, package(settings))
+    registry.register(name, package(settings))
+    move(registry, name, 2)
+    for text in (name, f"{name}@champion", f"{name}/2", f"models:/{name}@champion"):
+        found = registry.resolve(ModelRef.parse(text))
+        assert (found.version, found.aliases) == (2, ("champion",))
+
+
+def test_what_does_not_exist_is_named_with_what_does(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    registry.register(name, package(settings))
+    for text, message in (
+        ("nothing", f"there are: {name}"),
+        (f"{name}/7", "it has versions 1"),
+        (name, f"write {name}/1"),
+        (f"{name}@shadow", "no alias 'shadow'"),
+    ):
+        with pytest.raises(NotFoundError, match=message):
+            registry.resolve(ModelRef.parse(text))
+    with pytest.raises(NotFoundError, match="no version 7"):
+        move(registry, name, 7)
+    with pytest.raises(NotFoundError):
+        registry.history("nothing")
+
+
+def test_moves_are_remembered_and_mirrored(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    registry.register(name, package(settings))
+    registry.register(name, package(settings))
+    for version in (1, 2, 2, None, 1):
+        move(registry, name, version)
+    moves = [(c.from_version, c.to_version, c.actor, c.reason) for c in registry.history(name)]
+    assert moves == [
+        (None, 1, "test", "why"),
+        (1, 2, "test", "why"),
+        (2, None, "test", "why"),
+        (None, 1, "test", "why"),
+    ]
+    assert open_client(settings).get_registered_model(name).aliases == {"champion": "1"}
+
+
+def test_a_decision_on_an_old_state_is_a_conflict(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    registry.register(name, package(settings))
+    registry.register(name, package(settings))
+    move(registry, name, 1, expected_revision=0)
+    with pytest.raises(ConflictError, match="moved by somebody else"):
+        move(registry, name, 2, expected_revision=0)
+    seen = registry.get_alias(name, "champion")
+    assert seen is not None
+    move(registry, name, 2, expected_revision=seen.revision)
+    move(registry, name, None)
+    move(registry, name, 1)
+    with pytest.raises(ConflictError):
+        move(registry, name, 2, expected_revision=seen.revision)
+    assert len(registry.history(name)) == 4
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_of_two_writers_at_once_one_wins(settings: Settings, name: str, exists: bool) -> None:
+    registry = ModelRegistry.open(settings)
+    for _ in range(3):
+        registry.register(name, package(settings))
+    if exists:
+        move(registry, name, 1)
+    before = registry.get_alias(name, "champion")
+    revision = before.revision if before else 0
+    barrier = threading.Barrier(2)
+    outcomes: list[object] = []
+
+    def write(version: int) -> None:
+        barrier.wait()
+        try:
+            move(registry, name, version, expected_revision=revision)
+            outcomes.append(version)
+        except ConflictError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=write, args=(version,)) for version in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [outcome for outcome in outcomes if isinstance(outcome, int)]
+    assert len(outcomes) == 2
+    assert len(winners) == 1
+    after = registry.get_alias(name, "champion")
+    assert after is not None
+    assert after.version == winners[0]
+
+
+def test_without_mlflow_reading_works_and_registering_says_why(
+    registry: ModelRegistry, settings: Settings, settings_without_server: Settings, name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    known = registry.register(name, package(settings))
+    alone = ModelRegistry.open(settings_without_server)
+    assert alone.resolve(ModelRef.parse(f"{name}/1")) == known
+    assert alone.list_versions() == [known]
+    with pytest.raises(NotRunningError, match="heliostat up") as caught:
+        alone.register(name, package(settings))
+    assert "\n" not in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        move(alone, name, 1)
+    assert "not shown in MLflow yet" in caplog.text
+    registry.set_alias(name, "candidate", 1, actor="test", reason="later")
+    mirrored = open_client(settings).get_registered_model(name).aliases
+    assert mirrored == {"champion": "1", "candidate": "1"}
+
+
+def test_only_what_nobody_uses_is_deleted(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    published = package(settings)
+    registry.register(name, published)
+    registry.register(f"{name}-too", published)
+    move(registry, name, 1)
+    with pytest.raises(ConflictError, match="is champion"):
+        registry.delete_version(name, 1)
+    move(registry, name, None)
+    row = {
+        "name": name, "version": 1, "digest": "d", "application": "a", "state": "champion",
+        "reason": "", "options": {}, "created_at": "", "updated_at": "",
+    }  # fmt: skip
+    with open_database(settings.database).begin() as connection:
+        connection.execute(sa.insert(deployments).values(row))
+    with pytest.raises(ConflictError, match="undeploy"):
+        registry.delete_version(name, 1)
+    with open_database(settings.database).begin() as connection:
+        connection.execute(sa.delete(deployments))
+    registry.delete_version(name, 1)
+    assert Path(published.location).exists()
+    registry.delete_version(f"{name}-too", 1)
+    assert not Path(published.location).exists()
+    assert registry.list_versions() == []
+    assert registry.register(name, package(settings)).version == 2
