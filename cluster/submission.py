@@ -72,8 +72,8 @@ class Jobs:
         from ray.job_submission import JobSubmissionClient
 
         # They tell of every file that is left out.
-        for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for name in ("", ".dashboard.modules.dashboard_sdk", ".dashboard.modules.job.sdk"):
+            logging.getLogger(f"ray{name}").setLevel(logging.ERROR)
         try:
             token = settings.ray_token_path.read_text(encoding="ascii").strip()
             client = JobSubmissionClient(
@@ -82,6 +82,11 @@ class Jobs:
         except (FileNotFoundError, ConnectionError):
             raise NotRunningError(
                 f"no Ray cluster answers at {settings.dashboard_url}", hint="run `heliostat up`"
+            ) from None
+        except RuntimeError as error:
+            raise NotRunningError(
+                f"Ray at {settings.dashboard_url} refused us: {str(error).splitlines()[0][:200]}",
+                hint=f"is that the cluster of {settings.home}? see `heliostat status`",
             ) from None
         return cls(client, settings.source_dir)
 
@@ -96,7 +101,8 @@ class Jobs:
         check_config(config)
         entrypoint, variables = _entrypoint(verb, config, overrides, self._source_dir)
         moment = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        job_id: str = self._client.submit_job(
+        job_id: str = self._ask(
+            "submit_job",
             entrypoint=entrypoint,
             submission_id=f"{verb}-{moment}-{secrets.token_hex(2)}",
             runtime_env={
@@ -119,7 +125,7 @@ class Jobs:
         has_ended = False
         while not has_ended:  # the last lines, or all that follow a broken stream
             has_ended = self._has_ended(job_id)
-            rest = self._client.get_job_logs(job_id)[num_shown:]
+            rest = self._ask("get_job_logs", job_id)[num_shown:]
             num_shown += len(rest)
             yield rest
             if not has_ended:
@@ -142,12 +148,12 @@ class Jobs:
                     return
 
     def _has_ended(self, job_id: str) -> bool:
-        return str(self._client.get_job_status(job_id).value) in _ENDED
+        return str(self._ask("get_job_status", job_id).value) in _ENDED
 
     def logs(self, job_id: str) -> str:
         """What the job has printed so far."""
         self.info(job_id)
-        text: str = self._client.get_job_logs(job_id)
+        text: str = self._ask("get_job_logs", job_id)
         return text
 
     def info(self, job_id: str) -> JobInfo:
@@ -163,7 +169,7 @@ class Jobs:
 
     def list(self) -> Sequence[JobInfo]:
         """Every submitted job, newest first."""
-        details = [job for job in self._client.list_jobs() if job.submission_id]
+        details = [job for job in self._ask("list_jobs") if job.submission_id]
         details.sort(key=lambda job: job.start_time or 0, reverse=True)
         return [_info(job) for job in details]
 
@@ -171,7 +177,18 @@ class Jobs:
         """Ask the job to stop; False if it had ended already."""
         if self.info(job_id).status in _ENDED:
             return False
-        return bool(self._client.stop_job(job_id))
+        return bool(self._ask("stop_job", job_id))
+
+    def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call Ray's client; its errors become one line."""
+        try:
+            return getattr(self._client, method)(*arguments, **options)
+        except (OSError, RuntimeError) as error:  # a refused connection, or a head half gone
+            text = str(error).strip() or type(error).__name__
+            raise NotRunningError(
+                f"the Ray cluster did not answer ({method}): {text.splitlines()[-1][:200]}",
+                hint="see `heliostat status`",
+            ) from None
 
     def require_success(self, job_id: str) -> None:
         """Wait for the job's end.

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cluster.cli import cluster, jobs, keys
+from cluster.cli import cluster, jobs, keys, models
 from cluster.errors import HeliostatError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 
 cluster.register(app)
 jobs.register(app)
+app.add_typer(models.app, name="models")
 keys.register(app)
 
 
