@@ -1,0 +1,4 @@
+output "platform" {
+  description = "What infra/kubernetes and its secrets are filled from."
+  value       = module.platform
+}
