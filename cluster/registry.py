@@ -168,7 +168,7 @@ class ModelRegistry:
         with self._engine.begin() as connection:
             if not move_alias(connection, change, expected_revision):
                 return
-        self._mirror_aliases(name)
+        self.mirror_aliases(name)
 
     def history(self, name: str) -> list[AliasChange]:
         """Every move of the model's aliases, oldest first.
@@ -245,7 +245,7 @@ class ModelRegistry:
                 client.delete_model_version(name, str(number))
         return known
 
-    def _mirror_aliases(self, name: str) -> None:
+    def mirror_aliases(self, name: str) -> None:
         """Make MLflow's aliases those of SQL; if it is down, the next move does it."""
         ours = {alias: str(v.version) for v in self.list_versions(name) for alias in v.aliases}
         try:

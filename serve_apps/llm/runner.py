@@ -14,7 +14,7 @@ import contextlib
 import functools
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from cluster.errors import HeliostatError, OverloadedError, UpstreamFailedError
 from serve_apps.llm.engine import Engine, EngineRequest, EngineStats, StepOutput, TokenOutput
@@ -58,7 +58,7 @@ class EngineRunner:
         self.failure: HeliostatError | None = None
         """Why the engine stopped; None while it works."""
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """The request's tokens as they come. Leaving early frees its place in the engine.
 
         Raises:

@@ -1,0 +1,140 @@
+"""Administration: deploy, undeploy, roll back. Scope `admin`, and every act leaves an audit row.
+
+The work is the release controller's; here are the routes and the record of who asked.
+
+    router = build_router(control, audit)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from cluster.errors import HeliostatError, InputError, NotFoundError
+from cluster.security.api_keys import Identity
+from serve_apps.gateway.authentication import require_any
+from serve_apps.gateway.requests import parse_object, validate
+
+
+class ReleaseControl(Protocol):
+    """What the gateway asks of the release controller. Answers are plain JSON values."""
+
+    async def deploy(
+        self, ref: str, strategy: str, options: dict[str, Any], actor: str
+    ) -> dict[str, Any]: ...
+
+    async def undeploy(
+        self, name: str, version: int | None, actor: str
+    ) -> list[dict[str, Any]]: ...
+
+    async def rollback(self, name: str, actor: str) -> dict[str, Any]: ...
+
+    async def deployments(self, name: str | None) -> list[dict[str, Any]]: ...
+
+    async def release(self, name: str) -> dict[str, Any]: ...
+
+
+Audit = Callable[[str, str, str, dict[str, Any]], None]
+"""Records actor, action, target and detail; blocking."""
+
+
+class DeployRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    ref: str
+    strategy: str = "direct"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def build_router(control: ReleaseControl, audit: Audit) -> APIRouter:
+    """The routes below /admin."""
+    router = APIRouter(prefix="/admin")
+
+    @router.post("/deployments")
+    async def deploy(request: Request) -> Response:
+        actor = _actor(require_any(request, "admin"))
+        asked = validate(DeployRequest, parse_object(await request.body()))
+        async with _Audited(audit, actor, "deploy", asked.ref, asked.model_dump()):
+            row = await control.deploy(asked.ref, asked.strategy, asked.options, actor)
+        return JSONResponse(row, 202)
+
+    @router.get("/deployments")
+    async def list_deployments(request: Request) -> Response:
+        require_any(request, "admin")
+        return JSONResponse({"deployments": await control.deployments(None)})
+
+    @router.get("/deployments/{name}/{version}")
+    async def show_deployment(request: Request, name: str, version: str) -> Response:
+        require_any(request, "admin")
+        return JSONResponse(_only(await control.deployments(name), name, _number(version)))
+
+    @router.delete("/deployments/{name}")
+    async def undeploy(request: Request, name: str) -> Response:
+        actor = _actor(require_any(request, "admin"))
+        text = request.query_params.get("version")
+        version = None if text is None else _number(text)
+        async with _Audited(audit, actor, "undeploy", name, {"version": version}):
+            rows = await control.undeploy(name, version, actor)
+        return JSONResponse({"deployments": rows}, 202)
+
+    @router.post("/releases/{name}/rollback")
+    async def rollback(request: Request, name: str) -> Response:
+        actor = _actor(require_any(request, "admin"))
+        async with _Audited(audit, actor, "rollback", name, {}):
+            row = await control.rollback(name, actor)
+        return JSONResponse(row)
+
+    @router.get("/releases/{name}")
+    async def release(request: Request, name: str) -> Response:
+        require_any(request, "admin")
+        return JSONResponse(await control.release(name))
+
+    return router
+
+
+class _Audited:
+    """Writes one row for an act, with its outcome."""
+
+    def __init__(
+        self, audit: Audit, actor: str, action: str, target: str, detail: dict[str, Any]
+    ) -> None:
+        self._audit = audit
+        self._row = (actor, action, target)
+        self._detail = detail
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        outcome = "accepted" if error is None else f"refused: {_short(error)}"
+        detail = self._detail | {"outcome": outcome}
+        await asyncio.to_thread(self._audit, *self._row, detail)
+
+
+def _short(error: BaseException) -> str:
+    return error.code if isinstance(error, HeliostatError) else type(error).__name__
+
+
+def _actor(identity: Identity) -> str:
+    return f"{identity.tenant}/{identity.key_id}"
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 10):
+        raise InputError(f"version '{text}' is not a positive number", param="version")
+    return int(text)
+
+
+def _only(rows: list[dict[str, Any]], name: str, version: int) -> dict[str, Any]:
+    for row in rows:
+        if row["version"] == version:
+            return row
+    raise NotFoundError(
+        f"model '{name}' has no deployment of version {version}",
+        hint="see `heliostat releases list`",
+    )

@@ -1,0 +1,102 @@
+"""Who is asking: a key on every path but health.
+
+Keys are looked up in a thread and remembered for less than a second, so that a revoked key ends
+within one on every replica.
+
+    app = Authentication(inner, KeyCache(ApiKeys(engine).verify))
+    identity_of(request).require("infer")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from typing import cast
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.errors import AuthenticationError, PermissionDeniedError
+from cluster.security.api_keys import Identity
+from serve_apps.gateway.errors import render
+
+PUBLIC_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
+"""Everything else needs a key, unknown paths included."""
+
+_REMEMBER_S = 0.8
+_MAX_REMEMBERED = 10_000
+
+Verify = Callable[[str], Identity]
+
+
+class KeyCache:
+    """Remembers verified keys, by their hash, for a moment."""
+
+    def __init__(self, verify: Verify, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._verify = verify
+        self._clock = clock
+        self._known: dict[bytes, tuple[float, Identity]] = {}
+
+    async def identify(self, key: str) -> Identity:
+        """Raises AuthenticationError for a key that is missing, unknown, expired or revoked."""
+        digest = hashlib.sha256(key.encode()).digest()
+        found = self._known.get(digest)
+        # The age counts from before the look-up: the answer may be that old already.
+        asked_at = self._clock()
+        if found is not None and asked_at - found[0] < _REMEMBER_S:
+            return found[1]
+        self._known.pop(digest, None)
+        identity = await asyncio.to_thread(self._verify, key)
+        if len(self._known) >= _MAX_REMEMBERED:
+            self._known.clear()
+        self._known[digest] = (asked_at, identity)
+        return identity
+
+
+class Authentication:
+    """Lets nobody pass without a good key."""
+
+    def __init__(self, app: ASGIApp, keys: KeyCache) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            # Websockets and the like: there are none here, and none may slip past the keys.
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        if scope["path"] not in PUBLIC_PATHS:
+            try:
+                identity = await self._keys.identify(_bearer(Headers(scope=scope)))
+            except AuthenticationError as error:
+                await render(error, scope["path"])(scope, receive, send)
+                return
+            scope.setdefault("state", {})["identity"] = identity
+        await self._app(scope, receive, send)
+
+
+def identity_of(request: Request) -> Identity:
+    """Who sent this request."""
+    return cast(Identity, request.state.identity)
+
+
+def require_any(request: Request, *scopes: str) -> Identity:
+    """The caller, who must have one of these scopes.
+
+    Raises:
+        PermissionDeniedError: the key has none of them.
+    """
+    identity = identity_of(request)
+    if not identity.scopes.intersection(scopes):
+        identity.require(scopes[0])
+        raise PermissionDeniedError(f"this key lacks the scope '{scopes[0]}'")
+    return identity
+
+
+def _bearer(headers: Headers) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""

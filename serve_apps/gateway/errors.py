@@ -1,0 +1,93 @@
+"""One error, in the shape that each protocol's clients expect.
+
+The Open Inference routes answer `{"error": "message"}`, all others OpenAI's
+`{"error": {message, type, code, param}}`. This is the only place that knows either.
+
+    response = render(InputError("…", param="prompt"), "/v1/completions")
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from cluster.errors import (
+    AuthenticationError,
+    HeliostatError,
+    NotFoundError,
+    OverloadedError,
+    UsageError,
+)
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 1
+
+
+class MethodNotAllowedError(UsageError):
+    """The path exists, but not for this method."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
+def as_heliostat_error(error: Exception) -> HeliostatError:
+    """Any error as one of ours; what is unexpected keeps its details to the log."""
+    if isinstance(error, HeliostatError):
+        return error
+    if isinstance(error, HTTPException):
+        return _from_http(error)
+    logger.error("unexpected error", exc_info=error)
+    return HeliostatError(
+        "an unexpected error happened here", hint="report the request id to the operator"
+    )
+
+
+def render(error: Exception, path: str) -> JSONResponse:
+    """The response for an error on this path."""
+    known = as_heliostat_error(error)
+    headers: dict[str, str] = {}
+    if isinstance(known, OverloadedError):
+        headers["retry-after"] = str(_RETRY_AFTER_S)
+    if isinstance(known, AuthenticationError):
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(body_for(known, path), known.http_status, headers)
+
+
+def body_for(error: HeliostatError, path: str) -> dict[str, Any]:
+    """The JSON body of an error on this path."""
+    if path == "/v2" or path.startswith("/v2/"):
+        return {"error": str(error)}
+    return {
+        "error": {
+            "message": str(error),
+            "type": _openai_type(error),
+            "code": error.code,
+            "param": error.param,
+        }
+    }
+
+
+def server_sent(error: Exception, path: str) -> str:
+    """An error as the last event of a stream that has begun."""
+    return f"data: {json.dumps(body_for(as_heliostat_error(error), path))}\n\n"
+
+
+def _openai_type(error: HeliostatError) -> str:
+    if error.http_status == AuthenticationError.http_status:
+        return "authentication_error"
+    if error.http_status == 403:
+        return "permission_error"
+    return "invalid_request_error" if error.http_status < 500 else "server_error"
+
+
+def _from_http(error: HTTPException) -> HeliostatError:
+    if error.status_code == 404:
+        return NotFoundError("there is no such path", hint="see the paths in docs/serving.md")
+    if error.status_code == 405:
+        return MethodNotAllowedError("this path does not take this method")
+    return UsageError(str(error.detail)) if error.status_code < 500 else HeliostatError("failed")

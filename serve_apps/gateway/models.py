@@ -1,0 +1,149 @@
+"""From a model's name to its answer: the part that every protocol shares.
+
+Resolves references, keeps a batcher for each graph and counts the streams of each language model.
+Knows nothing of HTTP.
+
+    models = Models(table, catalogue, backend)
+    model = await models.find("digits@champion")
+    outputs = await models.infer(model, {"pixels": pixels})
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping
+
+from cluster.errors import (
+    InvalidReferenceError,
+    NotFoundError,
+    OverloadedError,
+    UpstreamTimeoutError,
+)
+from cluster.model_ref import ModelRef
+from cluster.processing import Array, is_batchable, postprocess, preprocess
+from serve_apps.gateway.backend import Arrays, ModelBackend
+from serve_apps.gateway.batcher import Batcher, BatchLimits
+from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
+from serve_apps.gateway.routing_table import Routes, RoutingTable, ServedVersion
+from serve_apps.llm.engine import EngineRequest, TokenOutput
+
+
+class Models:
+    """Every model that is served."""
+
+    def __init__(
+        self, table: RoutingTable, catalogue: ModelCatalogue, backend: ModelBackend
+    ) -> None:
+        self._table = table
+        self._catalogue = catalogue
+        self._backend = backend
+        self._batchers: dict[ServedVersion, Batcher] = {}
+        self._streams: Counter[str] = Counter()
+        self._applications: set[str] = set()
+        table.on_change.append(self._follow)
+
+    @property
+    def routes(self) -> Routes:
+        return self._table.current
+
+    @property
+    def is_ready(self) -> bool:
+        return self._table.is_ready
+
+    async def find(self, text: str) -> ServedModel:
+        """The model behind NAME, NAME@ALIAS or NAME/VERSION.
+
+        Raises:
+            NotFoundError: nothing is served under it, or it is no reference at all.
+        """
+        try:
+            ref = ModelRef.parse(text)
+        except InvalidReferenceError as error:
+            raise NotFoundError(error.message, hint=error.hint, param="model") from None
+        return await self._catalogue.get(await self._table.resolve(ref))
+
+    async def infer(self, model: ServedModel, inputs: Mapping[str, Array]) -> Arrays:
+        """Answer a graph's client: pre-process, batch, post-process.
+
+        Raises:
+            InputError: the inputs are not what the package declares; `param` names the input.
+        """
+        model.require_graph()
+        manifest = model.manifest
+        if manifest.processing.raw_inputs:
+            # Decoding images takes milliseconds: not in the event loop.
+            arrays = await asyncio.to_thread(preprocess, manifest, inputs)
+        else:
+            arrays = preprocess(manifest, inputs)
+        return postprocess(manifest, await self._batcher(model).submit(arrays))
+
+    async def generate(
+        self, model: ServedModel, request: EngineRequest
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """A language model's tokens; closing the generator frees its place.
+
+        Raises:
+            OverloadedError: too many streams are open.
+            UpstreamTimeoutError: no token came in time.
+        """
+        served = model.served
+        options = served.options
+        limit = options.max_ongoing_requests * options.num_replicas + options.max_queued_requests
+        if self._streams[served.application] >= limit:
+            raise OverloadedError(
+                f"{limit} requests to model '{served}' are open, the most allowed",
+                hint="try again in a moment",
+            )
+        self._streams[served.application] += 1
+        outputs = self._backend.generate(served.application, request)
+        try:
+            async for output in _with_timeout(outputs, options.request_timeout_s):
+                yield output
+        finally:
+            self._streams[served.application] -= 1
+            await outputs.aclose()
+
+    def _batcher(self, model: ServedModel) -> Batcher:
+        batcher = self._batchers.get(model.served)
+        if batcher is None:
+            application, options = model.served.application, model.served.options
+            limits = BatchLimits(
+                max_batch_size=options.max_batch_size,
+                max_queued=options.max_queued_requests,
+                max_in_flight=options.num_replicas,
+                timeout_s=options.request_timeout_s,
+                can_join=is_batchable(model.manifest),
+            )
+            batcher = Batcher(lambda arrays: self._backend.predict(application, arrays), limits)
+            self._batchers[model.served] = batcher
+        return batcher
+
+    def _follow(self, routes: Routes) -> None:
+        """Let go of what is no longer served, before its application is deleted."""
+        self._catalogue.follow(routes)
+        current = set(routes.served.values())
+        for gone in set(self._batchers) - current:
+            self._batchers.pop(gone).close()
+        applications = {served.application for served in current}
+        for application in self._applications - applications:
+            self._backend.forget(application)
+        self._applications = applications
+
+
+async def _with_timeout(
+    outputs: AsyncGenerator[TokenOutput, None], timeout_s: float
+) -> AsyncGenerator[TokenOutput, None]:
+    while True:
+        try:
+            async with asyncio.timeout(timeout_s):
+                output = await anext(outputs)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UpstreamTimeoutError(
+                f"the model gave no token within {timeout_s:g} s", hint="try again later"
+            ) from None
+        yield output
+        if output.finish_reason is not None:
+            return

@@ -1,0 +1,256 @@
+"""The Open Inference Protocol, version 2, over HTTP with JSON tensors.
+
+Specification: https://github.com/kserve/open-inference-protocol. Binary tensors and gRPC are not
+here. Raw inputs travel as BYTES: base64 text where the package declares an image.
+
+    router = build_router(models)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import math
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from cluster.errors import InputError, NotFoundError, NotRunningError, UpstreamFailedError
+from cluster.processing import Array, Datatype, TensorSpec, public_inputs, public_outputs
+from serve_apps.gateway.authentication import require_any
+from serve_apps.gateway.backend import Arrays
+from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.models import Models
+from serve_apps.gateway.openai import MODEL_VERSION_HEADER
+from serve_apps.gateway.requests import parse_object, validate
+
+_LARGE_BODY_BYTES = 128 * 1024
+"""Bodies from here on are parsed in a thread: about a millisecond of the event loop."""
+
+
+class _Tensor(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    datatype: str
+    shape: list[int] = Field(max_length=16)
+    data: list[Any]
+    parameters: dict[str, Any] | None = None
+
+
+class _WantedOutput(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+class _InferRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    inputs: list[_Tensor] = Field(min_length=1)
+    outputs: list[_WantedOutput] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+def build_router(models: Models) -> APIRouter:
+    """The routes below /v2; only the two health routes are public."""
+    router = APIRouter(prefix="/v2")
+
+    @router.get("/health/live")
+    async def live() -> Response:
+        return JSONResponse({"live": True})
+
+    @router.get("/health/ready")
+    async def ready() -> Response:
+        if not models.is_ready:
+            raise NotRunningError(
+                "the gateway has not read its routes yet", hint="try again in a moment"
+            )
+        return JSONResponse({"ready": True})
+
+    @router.get("")
+    async def server_metadata(request: Request) -> Response:
+        require_any(request, "models:read", "infer")
+        return JSONResponse({"name": "heliostat", "version": _version(), "extensions": []})
+
+    @router.get("/models/{name}")
+    @router.get("/models/{name}/versions/{version}")
+    async def metadata(request: Request, name: str, version: str | None = None) -> Response:
+        require_any(request, "models:read", "infer")
+        return JSONResponse(_metadata(models, await _find(models, name, version)))
+
+    @router.get("/models/{name}/ready")
+    @router.get("/models/{name}/versions/{version}/ready")
+    async def model_ready(request: Request, name: str, version: str | None = None) -> Response:
+        require_any(request, "models:read", "infer")
+        model = await _find(models, name, version)
+        return JSONResponse({"name": model.served.name, "ready": True})
+
+    @router.post("/models/{name}/infer")
+    @router.post("/models/{name}/versions/{version}/infer")
+    async def infer(request: Request, name: str, version: str | None = None) -> Response:
+        require_any(request, "infer")
+        model = await _find(models, name, version)
+        model.require_graph()
+        body = await request.body()
+        if len(body) < _LARGE_BODY_BYTES:
+            asked, inputs = _read(body, model)
+        else:
+            asked, inputs = await asyncio.to_thread(_read, body, model)
+        outputs = await models.infer(model, inputs)
+        headers = {MODEL_VERSION_HEADER: str(model.served)}
+        return JSONResponse(_answer(asked, model, outputs), headers=headers)
+
+    return router
+
+
+async def _find(models: Models, name: str, version: str | None) -> ServedModel:
+    if version is None:
+        return await models.find(name)
+    if "@" in name or "/" in name:
+        raise NotFoundError(f"model '{name}' has a version already", param="model")
+    return await models.find(f"{name}/{version}")
+
+
+def _metadata(models: Models, model: ServedModel) -> dict[str, Any]:
+    manifest, name = model.manifest, model.served.name
+    is_graph = manifest.kind == "graph"
+    return {
+        "name": name,
+        "versions": [str(v) for v in models.routes.versions(name)],
+        "platform": "onnx" if is_graph else "heliostat_language_model",
+        "inputs": [_describe(spec) for spec in public_inputs(manifest)] if is_graph else [],
+        "outputs": [_describe(spec) for spec in public_outputs(manifest)] if is_graph else [],
+    }
+
+
+def _describe(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
+
+
+def _read(body: bytes, model: ServedModel) -> tuple[_InferRequest, Arrays]:
+    """A request with its tensors as arrays.
+
+    Raises:
+        InputError: `param` names the tensor at fault.
+    """
+    asked = validate(_InferRequest, parse_object(body))
+    raw_inputs = model.manifest.processing.raw_inputs
+    inputs: Arrays = {}
+    for tensor in asked.inputs:
+        if tensor.name in inputs:
+            raise InputError(f"input '{tensor.name}' is given twice", param=tensor.name)
+        inputs[tensor.name] = _to_array(tensor, is_base64=tensor.name in raw_inputs)
+    return asked, inputs
+
+
+def _to_array(tensor: _Tensor, *, is_base64: bool) -> Array:
+    shape, name = tuple(tensor.shape), tensor.name
+    try:
+        spec = TensorSpec(name=name, datatype=tensor.datatype, shape=shape)
+    except ValueError:
+        raise InputError(
+            f"input '{name}' has datatype '{tensor.datatype}', which does not exist",
+            hint="use the protocol's words, e.g. FP32, INT64, BYTES",
+            param=name,
+        ) from None
+    array = _elements(spec, tensor.data, is_base64)
+    if any(size < 0 for size in shape) or math.prod(shape) != array.size:
+        raise InputError(
+            f"input '{name}' has shape {list(shape)} but {array.size} elements",
+            hint="the shape must match the data",
+            param=name,
+        )
+    return array.reshape(shape)
+
+
+def _elements(spec: TensorSpec, data: list[Any], is_base64: bool) -> Array:
+    if spec.datatype == "BYTES":
+        values = _flat(data)
+        elements = np.empty(len(values), dtype=object)
+        elements[:] = [_to_bytes(spec.name, value, is_base64) for value in values]
+        return elements
+    try:
+        found = np.asarray(data)
+        if found.dtype.kind not in "biuf" or not _holds(spec.datatype, found):
+            raise ValueError
+        with np.errstate(over="ignore"):  # infinity is refused with the other values
+            return found.astype(spec.numpy_dtype)
+    except (ValueError, OverflowError, TypeError):
+        raise InputError(
+            f"input '{spec.name}' holds values that are no {spec.datatype}, or lists of unequal "
+            "length",
+            hint=f"expected numbers for {spec.datatype}, flat or nested like the shape",
+            param=spec.name,
+        ) from None
+
+
+def _holds(datatype: Datatype, found: Array) -> bool:
+    """Whether numbers can become this datatype without changing their meaning."""
+    if datatype == "BOOL":
+        return found.dtype.kind == "b" or bool(np.isin(found, (0, 1)).all())
+    if datatype.startswith("FP"):
+        return found.dtype.kind in "iuf"
+    if found.dtype.kind not in "iu":
+        return False
+    limits = np.iinfo(np.dtype(datatype.lower()))
+    return found.size == 0 or bool(limits.min <= found.min() and found.max() <= limits.max)
+
+
+def _flat(data: list[Any]) -> list[Any]:
+    if data and isinstance(data[0], list):
+        return [value for part in data for value in _flat(part if isinstance(part, list) else [])]
+    return data
+
+
+def _to_bytes(name: str, value: Any, is_base64: bool) -> bytes:
+    if not isinstance(value, str):
+        raise InputError(f"input '{name}' is BYTES, expected strings in its data", param=name)
+    try:
+        return base64.b64decode(value, validate=True) if is_base64 else value.encode()
+    except (binascii.Error, ValueError):
+        raise InputError(
+            f"input '{name}' is not base64 text",
+            hint="encode the file's bytes, e.g. with `base64 -w0 FILE`",
+            param=name,
+        ) from None
+
+
+def _answer(asked: _InferRequest, model: ServedModel, outputs: Arrays) -> dict[str, Any]:
+    specs = {spec.name: spec for spec in public_outputs(model.manifest)}
+    names = list(specs) if asked.outputs is None else [wanted.name for wanted in asked.outputs]
+    for name in names:
+        if name not in specs:
+            raise InputError(
+                f"unknown output '{name}'", hint=f"there are: {', '.join(specs)}", param=name
+            )
+    answer: dict[str, Any] = {
+        "model_name": model.served.name,
+        "model_version": str(model.served.version),
+        "outputs": [_to_tensor(specs[name], outputs[name]) for name in names],
+    }
+    return answer if asked.id is None else {"id": asked.id, **answer}
+
+
+def _to_tensor(spec: TensorSpec, array: Array) -> dict[str, Any]:
+    if spec.datatype == "BYTES":
+        data = [value.decode("utf-8", errors="replace") for value in array.reshape(-1).tolist()]
+    else:
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UpstreamFailedError(f"output '{spec.name}' holds NaN or infinity")
+        data = array.reshape(-1).tolist()
+    return {"name": spec.name, "datatype": spec.datatype, "shape": list(array.shape), "data": data}
+
+
+def _version() -> str:
+    try:
+        return version("heliostat")
+    except PackageNotFoundError:
+        return "0"

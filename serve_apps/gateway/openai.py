@@ -1,0 +1,319 @@
+"""OpenAI's protocol: models, completions and chat, whole or streamed.
+
+router = build_router(models)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from cluster.errors import HeliostatError, InputError, UsageError
+from serve_apps.gateway.authentication import require_any
+from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.errors import server_sent
+from serve_apps.gateway.models import Models
+from serve_apps.gateway.openai_schema import (
+    CompletionRequest,
+    Generation,
+    read_chat,
+    read_completion,
+)
+from serve_apps.gateway.text_generation import TextAnswer
+from serve_apps.llm.engine import EngineRequest, Sampling, check_request
+
+MODEL_VERSION_HEADER = "x-model-version"
+_DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default."""
+_DEFAULT_CHAT_TOKENS = 1024
+
+ResultType = TypeVar("ResultType")
+
+
+class ClientGoneError(UsageError):
+    """The client closed the connection before its answer was ready; nobody reads this."""
+
+    code = "client_closed_request"
+    http_status = 499
+
+
+def build_router(models: Models) -> APIRouter:
+    """The routes below /v1."""
+    router = APIRouter(prefix="/v1")
+
+    @router.get("/models")
+    async def list_models(request: Request) -> Response:
+        require_any(request, "models:read", "infer")
+        found = [await _find_or_none(models, name) for name in models.routes.names()]
+        cards = [_model_card(model) for model in found if model is not None]
+        return JSONResponse({"object": "list", "data": cards})
+
+    @router.get("/models/{name:path}")
+    async def show_model(request: Request, name: str) -> Response:
+        require_any(request, "models:read", "infer")
+        return JSONResponse(_model_card(await models.find(name), name))
+
+    @router.post("/completions")
+    async def complete(request: Request) -> Response:
+        require_any(request, "infer")
+        asked = read_completion(await request.body())
+        model = await models.find(asked.model)
+        prompt_ids = _completion_prompt(asked, model)
+        answer = _begin(models, model, asked, prompt_ids, asked.max_tokens)
+        return await _respond(request, _Completion(asked), answer, model)
+
+    @router.post("/chat/completions")
+    async def chat(request: Request) -> Response:
+        require_any(request, "infer")
+        asked = read_chat(await request.body())
+        model = await models.find(asked.model)
+        text, info = model.require_text()
+        messages = [message.for_template() for message in asked.messages]
+        prompt_ids = text.encode_chat(messages)
+        max_tokens = asked.max_completion_tokens or asked.max_tokens
+        if max_tokens is None:
+            room = info.max_context_tokens - len(prompt_ids)
+            max_tokens = max(1, min(room, _DEFAULT_CHAT_TOKENS))
+        answer = _begin(models, model, asked, prompt_ids, max_tokens)
+        return await _respond(request, _Chat(asked), answer, model)
+
+    return router
+
+
+class _Shape:
+    """How one kind of answer looks, whole and in chunks."""
+
+    prefix = ""
+    whole_object = ""
+    chunk_object = ""
+
+    def __init__(self, asked: Generation) -> None:
+        self.asked = asked
+        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    def whole(self, text: str, answer: TextAnswer) -> dict[str, Any]:
+        choice = {"index": 0, **self.whole_text(text), "logprobs": None}
+        choice["finish_reason"] = answer.finish_reason
+        return self._envelope(self.whole_object, [choice]) | {"usage": _usage(answer)}
+
+    def chunk(self, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        choice = {"index": 0, **delta, "logprobs": None, "finish_reason": finish_reason}
+        usage = {"usage": None} if self.asked.includes_usage else {}
+        return self._envelope(self.chunk_object, [choice]) | usage
+
+    def usage_chunk(self, answer: TextAnswer) -> dict[str, Any]:
+        return self._envelope(self.chunk_object, []) | {"usage": _usage(answer)}
+
+    def opening(self) -> dict[str, Any] | None:
+        """What a first chunk says before any text."""
+        return None
+
+    def whole_text(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def text_delta(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def closing(self) -> dict[str, Any]:
+        """What the chunk with the finish reason says."""
+        raise NotImplementedError
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self.asked.model,
+            "choices": choices,
+        }
+
+
+class _Completion(_Shape):
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def whole_text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def text_delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def closing(self) -> dict[str, Any]:
+        return {"text": ""}
+
+
+class _Chat(_Shape):
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def whole_text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def text_delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
+
+    def closing(self) -> dict[str, Any]:
+        return {"delta": {}}
+
+
+@dataclass
+class _Started:
+    """A stream whose first piece is here, so that what can fail early has."""
+
+    first: str | None
+    rest: AsyncGenerator[str, None]
+
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        try:
+            if self.first is not None:
+                yield self.first
+                async for piece in self.rest:
+                    yield piece
+        finally:
+            await self.rest.aclose()
+
+
+async def _respond(
+    request: Request, shape: _Shape, answer: TextAnswer, model: ServedModel
+) -> Response:
+    headers = {MODEL_VERSION_HEADER: str(model.served)}
+    if not shape.asked.stream:
+        text = await _unless_client_leaves(request, answer.whole)
+        return JSONResponse(shape.whole(text, answer), headers=headers)
+    pieces = answer.pieces()
+    first = await _unless_client_leaves(request, lambda: anext(pieces, None))
+    events = _events(shape, answer, _Started(first, pieces), request.url.path)
+    headers["cache-control"] = "no-cache"
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+async def _events(
+    shape: _Shape, answer: TextAnswer, started: _Started, path: str
+) -> AsyncGenerator[str, None]:
+    """Server-sent events; an error after the beginning is the last event before [DONE]."""
+    pieces = started.pieces()
+    try:
+        opening = shape.opening()
+        if opening is not None:
+            yield _event(shape.chunk(opening, None))
+        async for piece in pieces:
+            yield _event(shape.chunk(shape.text_delta(piece), None))
+        yield _event(shape.chunk(shape.closing(), answer.finish_reason))
+        if shape.asked.includes_usage:
+            yield _event(shape.usage_chunk(answer))
+    except Exception as error:
+        yield server_sent(error, path)
+    finally:
+        await pieces.aclose()
+    yield "data: [DONE]\n\n"
+
+
+async def _unless_client_leaves(
+    request: Request, work: Callable[[], Awaitable[ResultType]]
+) -> ResultType:
+    """The result of `work`, which is cancelled when the client closes the connection."""
+    task = asyncio.ensure_future(work())
+    leaving = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError("the client closed the connection")
+    finally:
+        leaving.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _completion_prompt(asked: CompletionRequest, model: ServedModel) -> list[int]:
+    text, _ = model.require_text()
+    prompt = asked.single_prompt()
+    prompt_ids = text.encode(prompt) if isinstance(prompt, str) else prompt
+    if not prompt_ids:
+        raise InputError(
+            "parameter 'prompt' is empty, and this model has no beginning-of-text token",
+            hint="send at least one character",
+            param="prompt",
+        )
+    return prompt_ids
+
+
+def _begin(
+    models: Models,
+    model: ServedModel,
+    asked: Generation,
+    prompt_ids: list[int],
+    max_tokens: int | None,
+) -> TextAnswer:
+    _, info = model.require_text()
+    sampling = Sampling(
+        max_tokens=max_tokens or _DEFAULT_COMPLETION_TOKENS,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        top_k=max(0, asked.top_k or 0),
+        seed=asked.seed,
+        eos_token_ids=info.eos_token_ids,
+    )
+    # The engine's request id is ours: a client's may not be unique.
+    request = EngineRequest(uuid.uuid4().hex, tuple(prompt_ids), sampling)
+    check_request(request, max_context_tokens=info.max_context_tokens, vocab_size=info.vocab_size)
+    return TextAnswer(models, model, request, stops=asked.stops)
+
+
+async def _find_or_none(models: Models, name: str) -> ServedModel | None:
+    """One broken package must not hide the other models from a list."""
+    try:
+        return await models.find(name)
+    except HeliostatError:
+        return None
+
+
+def _usage(answer: TextAnswer) -> dict[str, int]:
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+    }
+
+
+def _event(values: dict[str, Any]) -> str:
+    return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"
+
+
+def _model_card(model: ServedModel, name: str | None = None) -> dict[str, Any]:
+    info = model.manifest.language_model
+    return {
+        "id": name or model.served.name,
+        "object": "model",
+        "created": _unix_time(model.manifest.created_at),
+        "owned_by": "heliostat",
+        "kind": model.manifest.kind,
+        "version": model.served.version,
+        "digest": model.served.digest,
+        **({"max_model_len": info.max_context_tokens} if info is not None else {}),
+    }
+
+
+def _unix_time(text: str) -> int:
+    from datetime import datetime
+
+    try:
+        return int(datetime.fromisoformat(text).timestamp())
+    except ValueError:
+        return 0

@@ -1,0 +1,227 @@
+"""A whole gateway in one process: real keys, tokenizer and processing; fake engine and graph."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cluster.database import open_database
+from cluster.errors import ChangedFileError, NotFoundError
+from cluster.model_package.manifest import Golden, LanguageModelInfo, Manifest
+from cluster.processing import ImageInput, Labels, Processing, Softmax, TensorSpec
+from cluster.processing.text import TextProcessor
+from cluster.security.api_keys import ApiKeys
+from cluster.security.audit import AuditLog
+from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
+from serve_apps.gateway.backend import Arrays, InProcessBackend
+from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.routing_table import Routes, ServedVersion
+from serve_apps.llm.fake import FakeEngine
+from serve_apps.options import DeploymentOptions
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+EOS = "<|end|>"
+CONTEXT_TOKENS = 256
+DIGEST = "sha256:" + "0" * 64
+
+
+def save_tokenizer(directory: Path, template: str | None = CHAT_TEMPLATE) -> Tokenizer:
+    """A byte-level BPE with a chat template, as a Hugging Face directory has it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[EOS, "<|user|>", "<|assistant|>", "<|system|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["the heliostat follows the sun", "定日镜跟随太阳"] * 5, trainer)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    return tokenizer
+
+
+def text_manifest(vocab_size: int, *, has_chat_template: bool = True) -> Manifest:
+    return Manifest(
+        kind="language_model",
+        name="talker",
+        created_at="2026-01-01T00:00:00+00:00",
+        files={},
+        language_model=LanguageModelInfo(
+            architecture="FakeForCausalLM",
+            max_context_tokens=CONTEXT_TOKENS,
+            vocab_size=vocab_size,
+            num_parameters=1,
+            eos_token_ids=(0,),
+            has_chat_template=has_chat_template,
+        ),
+        golden=Golden(inputs={}, outputs={}),
+    )
+
+
+def graph_manifest() -> Manifest:
+    """Four pixels in, three classes out, from numbers or from a 2 × 2 PNG."""
+    return Manifest(
+        kind="graph",
+        name="classes",
+        created_at="2026-01-01T00:00:00+00:00",
+        files={},
+        inputs=(TensorSpec(name="pixels", datatype="FP32", shape=(-1, 4)),),
+        outputs=(TensorSpec(name="logits", datatype="FP32", shape=(-1, 3)),),
+        processing=Processing(
+            raw_inputs={"image": ImageInput(target="pixels", width=2, height=2, scale=1 / 255)},
+            post=(
+                Softmax(tensor="logits", into="probabilities"),
+                Labels(tensor="logits", into="label", labels=("dark", "mixed", "bright")),
+            ),
+        ),
+        golden=Golden(inputs={}, outputs={}),
+    )
+
+
+def classify(arrays: Arrays) -> Arrays:
+    """Logits that favour a class by mean brightness."""
+    mean = arrays["pixels"].mean(axis=1, keepdims=True)
+    centres = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
+    return {"logits": (-20 * (mean - centres) ** 2).astype(np.float32)}
+
+
+class FakeControl:
+    """A release controller that remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.error: Exception | None = None
+
+    async def deploy(
+        self, ref: str, strategy: str, options: dict[str, Any], actor: str
+    ) -> dict[str, Any]:
+        self.calls.append(("deploy", ref, strategy, options, actor))
+        if self.error is not None:
+            raise self.error
+        return {"name": ref, "version": 1, "state": "deploying"}
+
+    async def undeploy(self, name: str, version: int | None, actor: str) -> list[dict[str, Any]]:
+        self.calls.append(("undeploy", name, version, actor))
+        return [{"name": name, "version": version or 1, "state": "retiring"}]
+
+    async def rollback(self, name: str, actor: str) -> dict[str, Any]:
+        self.calls.append(("rollback", name, actor))
+        return {"name": name, "version": 1, "state": "champion"}
+
+    async def deployments(self, name: str | None) -> list[dict[str, Any]]:
+        rows = [{"name": "classes", "version": 1, "state": "champion"}]
+        return [row for row in rows if name in (None, row["name"])]
+
+    async def release(self, name: str) -> dict[str, Any]:
+        if name != "classes":
+            raise NotFoundError(f"model '{name}' is not deployed")
+        return {"name": name, "weights": {"1": 1.0}, "deployments": [], "history": []}
+
+
+@dataclass
+class Gateway:
+    """The application under test with what tests reach for."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    backend: InProcessBackend
+    engine: FakeEngine
+    control: FakeControl
+    keys: ApiKeys
+    database_url: str
+    served: dict[tuple[str, int], ServedVersion]
+
+    def headers(self, *scopes: str) -> dict[str, str]:
+        key = self.keys.create("acme", scopes or ["infer", "models:read", "admin"]).key
+        return {"authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+    """talker/1 (chat), mute/1 (no template, few places), classes/1 and 2, broken/1."""
+    vocab_size = save_tokenizer(tmp_path / "talker").get_vocab_size()
+    save_tokenizer(tmp_path / "mute", template=None)
+    roomy = DeploymentOptions(max_queued_requests=8, request_timeout_s=5)
+    narrow = DeploymentOptions(max_ongoing_requests=2, max_queued_requests=1)
+    served = {
+        (name, version): ServedVersion(
+            name, version, DIGEST, f"{name}.v{version}", options=narrow if name == "mute" else roomy
+        )
+        for name, version in [
+            ("talker", 1), ("mute", 1), ("classes", 1), ("classes", 2), ("broken", 1),
+        ]
+    }  # fmt: skip
+    routes = Routes(
+        served=served,
+        weights={
+            "talker": {1: 1.0},
+            "mute": {1: 1.0},
+            "classes": {2: 1.0},
+            "broken": {1: 1.0},
+            "retired": {},
+        },
+        aliases={("classes", "champion"): 2, ("classes", "previous"): 1, ("classes", "next"): 3},
+    )
+
+    def load(version: ServedVersion) -> ServedModel:
+        if version.name == "broken":
+            raise ChangedFileError("model/model.onnx is not what was signed")
+        if version.name == "classes":
+            return ServedModel(version, graph_manifest())
+        manifest = text_manifest(vocab_size, has_chat_template=version.name == "talker")
+        return ServedModel(version, manifest, TextProcessor.load(tmp_path / version.name))
+
+    database_url = f"sqlite:///{tmp_path / 'gateway.db'}"
+    database = open_database(database_url)
+    keys, audit, control = ApiKeys(database), AuditLog(database), FakeControl()
+    engine = FakeEngine(
+        vocab_size=vocab_size, max_context_tokens=CONTEXT_TOKENS, step_time_s=0.0005
+    )
+    backend = InProcessBackend(
+        predictors={"classes.v1": classify, "classes.v2": classify},
+        engines={
+            "talker.v1": engine,
+            "mute.v1": FakeEngine(vocab_size=vocab_size, step_time_s=0.02),
+        },
+    )
+    app = build_asgi(
+        GatewayParts(
+            verify=keys.verify,
+            read_routes=lambda: routes,
+            load_model=load,
+            backend=backend,
+            control=control,
+            audit=audit.record,
+            config=GatewayConfig(max_body_bytes=64 * 1024),
+        )
+    )
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://gateway", timeout=30
+        ) as client,
+    ):
+        parts = Gateway(app, client, backend, engine, control, keys, database_url, served)
+        while not (await client.get("/v2/health/ready")).is_success:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        yield parts
+    backend.close()
+    database.dispose()
+    open_database.cache_clear()

@@ -1,0 +1,239 @@
+"""Who may come in, how large a request may be, and what every error looks like."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from fastapi.routing import APIRoute
+
+from cluster.database import audit_log, open_database
+from cluster.errors import AuthenticationError
+from cluster.security.api_keys import Identity
+from serve_apps.gateway.authentication import PUBLIC_PATHS, KeyCache
+
+VALUES = {"name": "classes", "version": "1", "name:path": "classes"}
+
+
+def every_route(gateway: Any) -> list[tuple[str, str]]:
+    routes: list[tuple[str, str]] = []
+    pending = list(gateway.app.router.routes)
+    while pending:
+        route = pending.pop()
+        nested = getattr(route, "original_router", None)
+        if nested is not None:
+            pending.extend(nested.routes)
+        elif isinstance(route, APIRoute):
+            path = route.path
+            for name, value in VALUES.items():
+                path = path.replace("{" + name + "}", value)
+            routes.extend((method, path) for method in route.methods)
+        else:
+            raise AssertionError(f"{route!r} is a route that this test does not know")
+    return sorted(routes)
+
+
+async def test_every_route_needs_a_key_or_is_on_the_public_list(gateway: Any) -> None:
+    routes = every_route(gateway)
+    assert len(routes) > 15
+    for method, path in routes:
+        answer = await gateway.client.request(method, path)
+        if path in PUBLIC_PATHS:
+            assert answer.status_code == 200, path
+        else:
+            assert answer.status_code == 401, (method, path)
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert "Authorization: Bearer KEY" in answer.text
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/openapi.json", "/metrics", "/v1/nothing", "/-/routes"]
+)
+async def test_what_does_not_exist_needs_a_key_too(gateway: Any, path: str) -> None:
+    assert (await gateway.client.get(path)).status_code == 401
+    assert (await gateway.client.get(path, headers=gateway.headers())).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer ", "Bearer wrong", "Basic aGVsbG8=", "hst_x", "Bearer \xff"]
+)
+async def test_a_wrong_key_is_refused(gateway: Any, header: str) -> None:
+    answer = await gateway.client.get(
+        "/v1/models", headers={"authorization": header.encode("latin-1")}
+    )
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "scopes", "status"),
+    [
+        ("GET", "/v1/models", ["models:read"], 200),
+        ("GET", "/v1/models", ["infer"], 200),
+        ("GET", "/v1/models", ["admin"], 403),
+        ("GET", "/v2/models/classes", ["models:read"], 200),
+        ("POST", "/v1/completions", ["models:read"], 403),
+        ("POST", "/v2/models/classes/infer", ["models:read", "admin"], 403),
+        ("GET", "/admin/deployments", ["infer", "models:read"], 403),
+        ("POST", "/admin/deployments", ["infer", "models:read"], 403),
+        ("DELETE", "/admin/deployments/classes", ["infer"], 403),
+        ("POST", "/admin/releases/classes/rollback", ["infer"], 403),
+        ("GET", "/admin/deployments", ["admin"], 200),
+    ],
+)
+async def test_scopes_decide(
+    gateway: Any, method: str, path: str, scopes: list[str], status: int
+) -> None:
+    answer = await gateway.client.request(method, path, headers=gateway.headers(*scopes))
+    assert answer.status_code == status, answer.text
+    assert gateway.control.calls == []
+
+
+async def test_a_key_is_remembered_for_less_than_a_second() -> None:
+    now = 0.0
+    asked: list[str] = []
+
+    def verify(key: str) -> Identity:
+        asked.append(key)
+        if len(asked) > 1:
+            raise AuthenticationError("revoked")
+        return Identity("key_1", "acme", frozenset({"infer"}))
+
+    cache = KeyCache(verify, clock=lambda: now)
+    await cache.identify("k")
+    now = 0.7
+    await cache.identify("k")
+    assert asked == ["k"]
+    now = 0.99
+    with pytest.raises(AuthenticationError):
+        await cache.identify("k")
+
+
+@pytest.mark.parametrize(
+    ("path", "is_openai"),
+    [("/v1/nope", True), ("/v2/nope", False), ("/admin/nope", True), ("/nope", True)],
+)
+async def test_unknown_paths_answer_in_the_protocols_shape(
+    gateway: Any, path: str, is_openai: bool
+) -> None:
+    answer = await gateway.client.get(path, headers=gateway.headers())
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    if is_openai:
+        assert set(error) == {"message", "type", "code", "param"}
+    else:
+        assert isinstance(error, str)
+
+
+async def test_a_wrong_method_is_told(gateway: Any) -> None:
+    answer = await gateway.client.get("/v1/completions", headers=gateway.headers())
+    assert answer.status_code == 405
+    assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
+async def test_every_answer_has_a_request_id(gateway: Any) -> None:
+    for path, status in [("/v2/health/live", 200), ("/v1/models", 401)]:
+        answer = await gateway.client.get(path)
+        assert answer.status_code == status
+        assert answer.headers["x-request-id"].startswith("req_")
+    mine = await gateway.client.get("/v2/health/live", headers={"x-request-id": "trace-7"})
+    assert mine.headers["x-request-id"] == "trace-7"
+    odd = await gateway.client.get("/v2/health/live", headers={"x-request-id": "a b" * 100})
+    assert odd.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v2/models/classes/infer", "/admin/deployments"]
+)
+async def test_large_bodies_are_refused_announced_or_not(gateway: Any, path: str) -> None:
+    body = b"x" * (64 * 1024 + 1)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 1000):
+            yield body[start : start + 1000]
+
+    for content in (body, chunks()):
+        answer = await gateway.client.post(path, content=content, headers=gateway.headers())
+        assert answer.status_code == 413, answer.text
+        assert "65536 bytes" in answer.text
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"a": NaN}', b"[" * 100_000, b"\xff\xfe", b'"text"']
+)
+async def test_what_is_no_json_object_is_refused(gateway: Any, body: bytes) -> None:
+    headers = gateway.headers()
+    for path in ("/v1/completions", "/v2/models/classes/infer", "/admin/deployments"):
+        answer = await gateway.client.post(path, content=body[:60_000], headers=headers)
+        assert answer.status_code == 400, (path, answer.text)
+        assert "JSON" in answer.text
+
+
+async def test_an_unexpected_error_keeps_its_details(gateway: Any) -> None:
+    gateway.control.error = RuntimeError("secret path /etc/shadow")
+    answer = await gateway.client.post(
+        "/admin/deployments", json={"ref": "classes"}, headers=gateway.headers()
+    )
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert answer.json()["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..", "../talker", "talker/../classes", "%2e%2e", "a\x00b", "clаsses", "classes/0",
+     "classes/x", "classes@", "@champion", "CLASSES", "x" * 129, " classes"],
+)  # fmt: skip
+async def test_only_strict_names_find_models(gateway: Any, name: str) -> None:
+    answer = await gateway.client.post(
+        "/v1/completions", json={"model": name, "prompt": "a"}, headers=gateway.headers()
+    )
+    assert answer.status_code == 404, answer.text
+
+
+async def test_administration_reaches_the_controller_and_leaves_a_trace(gateway: Any) -> None:
+    headers = gateway.headers("admin")
+    client = gateway.client
+    answer = await client.post(
+        "/admin/deployments",
+        json={"ref": "classes/1", "options": {"num_replicas": 2}},
+        headers=headers,
+    )
+    assert answer.status_code == 202
+    assert (await client.delete("/admin/deployments/classes?version=1", headers=headers)).is_success
+    assert (await client.post("/admin/releases/classes/rollback", headers=headers)).is_success
+    gateway.control.error = AuthenticationError("no")
+    await client.post("/admin/deployments", json={"ref": "classes"}, headers=headers)
+    verbs = [call[0] for call in gateway.control.calls]
+    assert verbs == ["deploy", "undeploy", "rollback", "deploy"]
+    assert gateway.control.calls[0][1:4] == ("classes/1", "direct", {"num_replicas": 2})
+    with open_database(gateway.database_url).connect() as connection:
+        rows = connection.execute(
+            sa.select(audit_log).where(audit_log.c.action.in_(verbs)).order_by(audit_log.c.id)
+        ).all()
+    assert [row.action for row in rows] == verbs
+    assert all(row.actor.startswith("acme/key_") for row in rows)
+    assert [row.detail["outcome"] for row in rows] == [
+        "accepted", "accepted", "accepted", "refused: invalid_api_key",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/admin/deployments", {"ref": "x", "strateggy": "direct"}, 400),
+        ("POST", "/admin/deployments", {}, 400),
+        ("DELETE", "/admin/deployments/classes?version=one", None, 400),
+        ("GET", "/admin/deployments/classes/9", None, 404),
+        ("GET", "/admin/deployments/classes/x", None, 400),
+        ("GET", "/admin/releases/unknown", None, 404),
+    ],
+)
+async def test_bad_administration_is_refused(
+    gateway: Any, method: str, path: str, body: Any, status: int
+) -> None:
+    answer = await gateway.client.request(method, path, json=body, headers=gateway.headers())
+    assert answer.status_code == status, answer.text
+    assert gateway.control.calls == []

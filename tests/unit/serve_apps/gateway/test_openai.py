@@ -1,0 +1,344 @@
+"""OpenAI's protocol, as its own client and plain HTTP see it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+
+CHINESE = "定日镜跟随太阳，把光线投向塔顶🌞"
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    return {"model": "talker", "prompt": "abc", "temperature": 0, "max_tokens": 8} | changes
+
+
+def events(text: str) -> list[Any]:
+    """Decoded server-sent events; the last is the text [DONE]."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+async def post(gateway: Any, path: str, **values: Any) -> Any:
+    return await gateway.client.post(f"/v1/{path}", json=values, headers=gateway.headers())
+
+
+async def test_models_are_listed_and_shown(gateway: Any) -> None:
+    answer = await gateway.client.get("/v1/models", headers=gateway.headers())
+    cards = {card["id"]: card for card in answer.json()["data"]}
+    assert set(cards) == {"talker", "mute", "classes"}
+    assert cards["talker"]["object"] == "model"
+    assert cards["talker"]["max_model_len"] == 256
+    for name in ("classes", "classes@previous", "classes/1"):
+        card = (await gateway.client.get(f"/v1/models/{name}", headers=gateway.headers())).json()
+        assert card["id"] == name
+    missing = await gateway.client.get("/v1/models/none", headers=gateway.headers())
+    assert missing.status_code == 404
+    assert "there are: broken, classes, mute, talker" in missing.json()["error"]["message"]
+
+
+async def test_a_broken_package_hides_no_other_model_and_is_named(gateway: Any) -> None:
+    listed = await gateway.client.get("/v1/models", headers=gateway.headers())
+    assert "broken" not in {card["id"] for card in listed.json()["data"]}
+    answer = await post(gateway, "completions", **body(model="broken"))
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "package_changed_file"
+
+
+async def test_a_completion_has_text_usage_and_headers(gateway: Any) -> None:
+    answer = await post(gateway, "completions", **body(prompt=CHINESE, max_tokens=200))
+    values = answer.json()
+    assert answer.headers["x-model-version"] == "talker/1"
+    assert values["object"] == "text_completion"
+    assert values["model"] == "talker"
+    choice = values["choices"][0]
+    assert choice["text"].startswith(CHINESE * 2)
+    assert choice["finish_reason"] == "length"
+    usage = values["usage"]
+    assert usage["completion_tokens"] == 200
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 200
+
+
+async def test_a_stream_never_splits_a_character_and_equals_the_whole(gateway: Any) -> None:
+    request = body(prompt=CHINESE, max_tokens=100)
+    whole = (await post(gateway, "completions", **request)).json()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    answer = await post(gateway, "completions", **request, **options)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *chunks, usage, done = events(answer.text)
+    assert done == "[DONE]"
+    assert usage["choices"] == []
+    assert usage["usage"] == whole["usage"]
+    pieces = [chunk["choices"][0]["text"] for chunk in chunks]
+    assert "".join(pieces) == whole["choices"][0]["text"]
+    assert not any("\ufffd" in piece for piece in pieces[:-2])
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-2:] == [None, "length"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stop_strings_end_the_answer_before_them(gateway: Any, stream: bool) -> None:
+    request = body(prompt="one two three", max_tokens=200, stop=["two t", "xyz"], stream=stream)
+    answer = await post(gateway, "completions", **request)
+    if stream:
+        chunks = events(answer.text)[:-1]
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        reason = chunks[-1]["choices"][0]["finish_reason"]
+    else:
+        text, reason = (answer.json()["choices"][0][key] for key in ("text", "finish_reason"))
+    assert (text, reason) == ("one ", "stop")
+    assert gateway.engine.stats().num_running == 0
+
+
+async def test_an_end_of_sequence_token_ends_the_answer_and_is_not_shown(gateway: Any) -> None:
+    values = (await post(gateway, "completions", **body(prompt=[70, 71, 0], max_tokens=9))).json()
+    choice = values["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert "<|end|>" not in choice["text"]
+    assert values["usage"]["completion_tokens"] == 3
+
+
+async def test_a_seed_repeats_an_answer(gateway: Any) -> None:
+    async def ask(seed: int) -> str:
+        request = body(temperature=1.0, seed=seed, max_tokens=32)
+        answer = await post(gateway, "completions", **request)
+        return str(answer.json()["choices"][0]["text"])
+
+    first, again, other = await ask(7), await ask(7), await ask(8)
+    assert first == again != other
+
+
+async def test_chat_goes_through_the_template(gateway: Any) -> None:
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "you"}],
+        },
+    ]
+    request = {"model": "talker", "messages": messages, "temperature": 0, "max_tokens": 6}
+    whole = (await post(gateway, "chat/completions", **request)).json()
+    assert whole["object"] == "chat.completion"
+    message = whole["choices"][0]["message"]
+    # The fake engine repeats the prompt, whose turn markers are special and not shown; the first
+    # turn ends with the model's end token.
+    assert message == {"role": "assistant", "content": "be brief"[: len(message["content"])]}
+    streamed = events((await post(gateway, "chat/completions", **request, stream=True)).text)
+    assert streamed[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert streamed[0]["object"] == "chat.completion.chunk"
+    pieces = [event["choices"][0]["delta"].get("content", "") for event in streamed[:-1]]
+    assert "".join(pieces) == message["content"]
+
+
+async def test_chat_without_max_tokens_uses_the_room_there_is(gateway: Any) -> None:
+    request = {"model": "talker", "messages": [{"role": "user", "content": "x" * 50}], "seed": 1}
+    answer = await post(gateway, "chat/completions", **request)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["total_tokens"] <= 256
+
+
+async def test_chat_without_a_template_is_refused_with_the_way_out(gateway: Any) -> None:
+    request = {"model": "mute", "messages": [{"role": "user", "content": "hi"}]}
+    answer = await post(gateway, "chat/completions", **request)
+    assert answer.status_code == 400
+    assert "no chat template" in answer.json()["error"]["message"]
+    assert "/v1/completions" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"n": 2}, "n", "not supported"),
+        ({"best_of": 3}, "best_of", "not supported"),
+        ({"logprobs": 5}, "logprobs", "not supported"),
+        ({"echo": True}, "echo", "not supported"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"frequency_penalty": -1}, "frequency_penalty", "not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"suffix": "end"}, "suffix", "not supported"),
+        ({"temprature": 1}, "temprature", "not known"),
+        ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+        ({"temperature": "hot"}, "temperature", "number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 1.5}, "max_tokens", "integer"),
+        ({"max_tokens": 10_000}, "max_tokens", "holds 256 tokens"),
+        ({"prompt": "x" * 400}, "prompt", "holds 256 tokens"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": []}, "prompt", "prompts, expected one"),
+        ({"prompt": ["a", "b"]}, "prompt", "2 prompts"),
+        ({"prompt": [10_000]}, "prompt", "not in the vocabulary"),
+        ({"prompt": [-1]}, "prompt", "not in the vocabulary"),
+        ({"prompt": 5}, "prompt", "valid"),
+        ({"prompt": "\ud800"}, None, "surrogate"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"stop": ["a"] * 10_000}, "stop", "at most 16"),
+        ({"stop": [""]}, "stop", "1 to 256"),
+        ({"seed": 2**64}, "seed", "less than"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not known"),
+        ({"model": None}, "model", "valid string"),
+        ({"model": "classes"}, "model", "generates no text"),
+    ],
+)
+async def test_what_cannot_be_done_is_refused_by_name(
+    gateway: Any, changes: dict[str, Any], param: str | None, words: str
+) -> None:
+    answer = await gateway.client.post(
+        "/v1/completions", content=json.dumps(body(**changes)), headers=gateway.headers()
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        "hello",
+        [{"role": "robot", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": "x", "tool_calls": []}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
+    ],
+)
+async def test_messages_that_are_none_are_refused(gateway: Any, messages: Any) -> None:
+    answer = await post(gateway, "chat/completions", model="talker", messages=messages)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith("messages")
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"n": 1}, {"logprobs": None}, {"presence_penalty": 0.0}, {"logit_bias": {}},
+        {"user": "u-1"}, {"echo": False}, {"best_of": 1}, {"top_k": -1}, {"seed": None},
+    ],
+)  # fmt: skip
+async def test_parameters_at_values_that_change_nothing_are_taken(
+    gateway: Any, harmless: dict[str, Any]
+) -> None:
+    assert (await post(gateway, "completions", **body(**harmless))).status_code == 200
+
+
+async def test_special_tokens_in_a_prompt_are_plain_text(gateway: Any) -> None:
+    values = (await post(gateway, "completions", **body(prompt="<|end|>", max_tokens=7))).json()
+    assert values["choices"][0]["text"] == "<|end|>"[: len(values["choices"][0]["text"])]
+    assert values["usage"]["completion_tokens"] == 7
+
+
+async def test_an_engine_that_breaks_mid_stream_ends_it_with_an_error_event(gateway: Any) -> None:
+    async def break_soon() -> None:
+        while gateway.engine.stats().num_running == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        gateway.engine.fail("out of memory")
+
+    breaking = asyncio.create_task(break_soon())
+    answer = await post(gateway, "completions", **body(max_tokens=240, stream=True))
+    await breaking
+    *_, error, done = events(answer.text)
+    assert done == "[DONE]"
+    assert "out of memory" in error["error"]["message"]
+    later = await post(gateway, "completions", **body())
+    assert later.status_code == 502
+
+
+@pytest.fixture
+async def server_url(gateway: Any) -> AsyncIterator[str]:
+    """The same application behind a real HTTP server."""
+    config = uvicorn.Config(gateway.app, port=0, log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}/v1"
+    server.should_exit = True
+    await serving
+
+
+@pytest.fixture
+async def client(gateway: Any, server_url: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    key = gateway.headers()["authorization"].removeprefix("Bearer ")
+    async with openai.AsyncOpenAI(base_url=server_url, api_key=key, max_retries=0) as client:
+        yield client
+
+
+async def test_the_official_client_works_unmodified(client: openai.AsyncOpenAI) -> None:
+    assert {model.id for model in (await client.models.list()).data} >= {"talker"}
+    whole = await client.completions.create(
+        model="talker/1", prompt=CHINESE, max_tokens=60, temperature=0, seed=1, stop="never"
+    )
+    assert CHINESE in whole.choices[0].text
+    stream = await client.completions.create(
+        model="talker", prompt=CHINESE, max_tokens=60, temperature=0, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    chunks = [chunk async for chunk in stream]
+    text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].text
+    assert chunks[-1].usage == whole.usage
+    chat = await client.chat.completions.create(
+        model="talker", messages=[{"role": "user", "content": "hi there"}], max_tokens=20, seed=3
+    )
+    assert chat.choices[0].message.role == "assistant"
+
+
+async def test_the_official_client_raises_its_own_errors(
+    client: openai.AsyncOpenAI, server_url: str
+) -> None:
+    with pytest.raises(openai.NotFoundError, match="not deployed"):
+        await client.completions.create(model="none", prompt="a")
+    with pytest.raises(openai.BadRequestError) as bad:
+        await client.completions.create(model="talker", prompt="a", n=3)
+    assert bad.value.param == "n"
+    stranger = openai.AsyncOpenAI(base_url=server_url, api_key="hst_wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        await stranger.models.list()
+    await stranger.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_frees_its_place(
+    gateway: Any, client: openai.AsyncOpenAI, stream: bool
+) -> None:
+    gateway.engine._step_time_s = 0.02  # slow enough to leave in the middle
+    asking = asyncio.create_task(
+        client.completions.create(model="talker", prompt="ab", max_tokens=250, stream=stream)
+    )
+    while gateway.engine.stats().num_running == 0:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    if stream:
+        await (await asking).close()
+    else:
+        asking.cancel()
+    while gateway.engine.stats().num_running > 0:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
+async def test_too_many_open_streams_are_turned_away_at_once(
+    gateway: Any, client: openai.AsyncOpenAI
+) -> None:
+    streams = [
+        await client.completions.create(model="mute", prompt="a", max_tokens=200, stream=True)
+        for _ in range(3)
+    ]
+    with pytest.raises(openai.InternalServerError, match="3 requests") as refused:
+        await client.completions.create(model="mute", prompt="a", max_tokens=2)
+    assert refused.value.status_code == 503
+    assert refused.value.response.headers["retry-after"] == "1"
+    for stream in streams:
+        await stream.close()
