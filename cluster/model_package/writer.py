@@ -106,7 +106,7 @@ def write_package(
         manifest = Manifest(
             kind=kind,
             name=name,
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             files={name: _entry(package_dir / name) for name in names},
             lineage=lineage or Lineage(),
             metrics=_finite(metrics or {}),

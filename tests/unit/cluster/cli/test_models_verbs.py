@@ -1,0 +1,157 @@
+"""What somebody with a model of their own types, and what they read."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from typer.testing import CliRunner, Result
+
+from cluster.cli.models import app
+from cluster.errors import (
+    ConflictError,
+    ExtraFileError,
+    HeliostatError,
+    InputError,
+    InvalidReferenceError,
+    NotFoundError,
+    NotRunningError,
+    UnknownKeyError,
+    UsageError,
+)
+from cluster.model_package import ensure_local_key
+from cluster.settings import Settings
+
+
+@pytest.fixture
+def home(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HELIOSTAT_HOME", str(settings.home))
+    monkeypatch.setenv("HELIOSTAT_MLFLOW_PORT", str(settings.mlflow_port))
+    ensure_local_key(settings.keys_dir)
+    return settings.home
+
+
+@pytest.fixture
+def name() -> str:
+    return f"adder-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])
+    body = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "adder.onnx")
+    return tmp_path / "adder.onnx"
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def read(*arguments: str) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def fails(error: type[HeliostatError], *arguments: str) -> str:
+    with pytest.raises(error) as caught:
+        CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_onnx_file_becomes_a_candidate_that_can_be_shown_and_verified(
+    home: Path, graph: Path, name: str
+) -> None:
+    imported = run("import", str(graph), "--name", name)
+    assert f"{name}/1 is registered" in imported.stdout
+    assert "heliostat deploy" in imported.stdout
+    (listed,) = read("list", name)
+    assert (listed["version"], listed["aliases"], listed["kind"]) == (1, ["candidate"], "graph")
+    shown = read("show", f"{name}@candidate")
+    assert shown["inputs"] == ["x: FP32 [any, 2]"]
+    assert shown["lineage"]["source"] == "import"
+    verified = read("verify", f"{name}/1")
+    assert verified["verified"] is True
+    assert verified["digest"] == listed["digest"]
+    assert list(verified["files"]) == ["model/model.onnx"]
+    assert name in run("list").stdout
+    assert listed["digest"] in run("verify", listed["location"]).stdout
+    assert "accuracy" not in run("show", f"{name}/1").stdout
+
+
+def test_a_tampered_package_does_not_verify(home: Path, graph: Path, name: str) -> None:
+    run("import", str(graph), "--name", name)
+    (row,) = read("list", name)
+    (Path(row["location"]) / "model/extra.json").write_text("{}")
+    for target in (f"{name}/1", row["location"]):
+        assert "model/extra.json" in fails(ExtraFileError, "verify", target)
+    assert not list((home / "cache/packages").glob(".incoming-*"))
+
+
+def test_a_package_from_elsewhere_needs_its_key(
+    home: Path, graph: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("import", str(graph), "--name", name)
+    (row,) = read("list", name)
+    monkeypatch.setenv("HELIOSTAT_HOME", str(tmp_path / "other"))
+    assert "trusted" in fails(UnknownKeyError, "verify", row["location"])
+
+
+def test_aliases_move_by_hand_with_a_history(home: Path, graph: Path, name: str) -> None:
+    run("import", str(graph), "--name", name)
+    run("alias", name, "champion", "1", "--reason", "because")
+    changes = read("history", name)
+    assert [(c["alias"], c["to_version"]) for c in changes] == [("candidate", 1), ("champion", 1)]
+    assert changes[1]["reason"] == "because"
+    assert changes[1]["actor"].startswith("cli")
+    assert "because" in run("history", name).stdout
+
+
+def test_versions_are_deleted_when_nothing_points_to_them(
+    home: Path, graph: Path, name: str
+) -> None:
+    for _ in range(2):
+        run("import", str(graph), "--name", name)
+    first, second = read("list", name)
+    assert second["aliases"] == ["candidate"]
+    assert "candidate" in fails(ConflictError, "delete", f"{name}/2", "--yes")
+    assert "NAME/VERSION" in fails(UsageError, "delete", name, "--yes")
+    declined = CliRunner().invoke(app, ["delete", f"{name}/1"], input="n\n")
+    assert declined.exit_code == 1
+    run("delete", f"{name}/1", "--yes")
+    assert read("list", name) == [second]
+    assert not Path(first["location"]).exists()
+
+
+def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
+    home: Path, graph: Path, name: str, tmp_path: Path
+) -> None:
+    assert "none" in fails(InputError, "import", str(tmp_path / "none"), "--name", name)
+    fails(InvalidReferenceError, "import", str(graph), "--name", "no good")
+    (tmp_path / "empty").mkdir()
+    message = fails(HeliostatError, "import", str(tmp_path / "empty"), "--name", name)
+    assert "config.json" in message
+    assert "staging" not in message
+    assert not list((home / "storage").rglob("*.json"))
+    assert "does not exist" in fails(NotFoundError, "show", "nothing")
+    assert read("list") == []
+    assert "models import" in run("list").stdout
+
+
+def test_without_the_server_an_import_says_so_before_it_works(
+    home: Path, graph: Path, name: str, monkeypatch: pytest.MonkeyPatch,
+    settings_without_server: Settings,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HELIOSTAT_MLFLOW_PORT", str(settings_without_server.mlflow_port))
+    message = fails(NotRunningError, "import", str(graph), "--name", name)
+    assert "heliostat up" in message
+    assert not (home / "storage/packages").exists()
