@@ -9,10 +9,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cluster.config import StrictModel
+from cluster.errors import InvalidReferenceError
 from cluster.model_ref import check_name
+
+
+def _usable_as_a_folder(value: str) -> str:
+    try:
+        return check_name(value)
+    except InvalidReferenceError as error:
+        # pydantic reports a ValueError with the key it belongs to.
+        raise ValueError(error.hint) from None
+
+
+Name = Annotated[str, AfterValidator(_usable_as_a_folder)]
+"""A name of a dataset, run or model: also a folder's."""
 
 
 class PythonTopicsSource(StrictModel):
@@ -71,16 +84,11 @@ class TextConfig(StrictModel):
 class DataConfig(StrictModel):
     """A dataset: where it comes from, how it is split and how it is laid out."""
 
-    name: str
+    name: Name
     source: Source
     splits: SplitConfig = SplitConfig()
     text: TextConfig = TextConfig()
     """For text sources only."""
-
-    @field_validator("name")
-    @classmethod
-    def _usable_as_a_folder(cls, value: str) -> str:
-        return check_name(value)
 
     @model_validator(mode="after")
     def _text_options_need_text(self) -> DataConfig:

@@ -87,7 +87,9 @@ class CausalLm:
 
     def export(self, model: torch.nn.Module, dataset: Dataset, directory: Path) -> Exported:
         from transformers import GenerationConfig, PreTrainedTokenizerFast
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         # Generation needs what training does not.
         model.config.use_cache = True  # type: ignore[union-attr]
         model.generation_config = GenerationConfig(

@@ -11,11 +11,10 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from cluster.config import StrictModel
-from cluster.model_ref import check_name
-from jobs.data.config import DataConfig
+from jobs.data.config import DataConfig, Name
 from jobs.models.config import ModelConfig
 
 
@@ -76,9 +75,9 @@ class CheckpointConfig(StrictModel):
 class TrainConfig(StrictModel):
     """One training run."""
 
-    name: str
+    name: Name
     """Name the model is registered under."""
-    run_name: str = ""
+    run_name: Name | Literal[""] = ""
     """Name of the run; empty means `name`."""
     experiment: str = "train"
     """MLflow experiment."""
@@ -118,16 +117,6 @@ class TrainConfig(StrictModel):
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
     """An ordinary ds_config, passed on to DeepSpeed; only keys that other fields here decide are
     refused when they differ."""
-
-    @field_validator("name")
-    @classmethod
-    def _usable_as_a_model_name(cls, value: str) -> str:
-        return check_name(value)
-
-    @field_validator("run_name")
-    @classmethod
-    def _usable_as_a_folder(cls, value: str) -> str:
-        return check_name(value) if value else value
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> TrainConfig:

@@ -30,6 +30,8 @@ def make_deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any
     if isinstance(zero, dict) and "offload_optimizer" in zero:
         # Our optimizers are torch's; DeepSpeed's own would have to be compiled.
         raw.setdefault("zero_force_ds_cpu_optimizer", False)
+    # Ours are torch's element-wise optimizers, which ZeRO may shard whatever their type.
+    raw.setdefault("zero_allow_untested_optimizer", True)
     raw.setdefault("steps_per_print", 2**31)
     return raw
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -67,6 +68,8 @@ def _import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # torch has renamed collectives that DeepSpeed still calls by their old names.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     # The shared-memory extension serves `inference_all_reduce` alone. Without it nothing is
     # compiled, which saves 30-50 s on a new machine, and the need for a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

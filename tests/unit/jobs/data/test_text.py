@@ -1,0 +1,89 @@
+"""Splitting, tokenising and packing text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from jobs.data.config import SplitConfig
+from jobs.data.packing import pack
+from jobs.data.splits import SPLITS, cut_by_position, split_rows, split_weighted
+from jobs.data.tokenizing import (
+    END_OF_TEXT,
+    encode_documents,
+    train_tokenizer,
+    unigram_cross_entropy,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["the cat sat on the mat\n" * 50], vocab_size=300)
+
+
+@given(text=st.text(max_size=200))
+def test_any_text_survives_encoding(tokenizer: Tokenizer, text: str) -> None:
+    (ids,) = encode_documents(tokenizer, [text])
+    assert tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
+
+
+def test_chinese_has_no_unknown_tokens(tokenizer: Tokenizer) -> None:
+    text = "定日镜随太阳转动,把光线始终投向同一目标。"
+    (ids,) = encode_documents(tokenizer, [text])
+    assert tokenizer.decode(ids[:-1].tolist()) == text
+    assert None not in [tokenizer.id_to_token(i) for i in ids]
+
+
+def test_the_name_of_a_special_token_in_a_document_is_plain_text(tokenizer: Tokenizer) -> None:
+    (ids,) = encode_documents(tokenizer, [f"a{END_OF_TEXT}b"])
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    assert ids.tolist().count(end) == 1
+    assert ids[-1] == end
+
+
+@given(num_tokens=st.integers(0, 500), length=st.integers(1, 40))
+def test_packing_predicts_every_token_once(num_tokens: int, length: int) -> None:
+    ids = np.arange(num_tokens, dtype=np.int64)
+    rows = pack(ids, length)
+    predicted = rows[:, 1:].reshape(-1)
+    assert np.array_equal(predicted, ids[1 : 1 + len(predicted)])
+    assert num_tokens - 1 - len(predicted) < length
+    assert np.array_equal(rows[:, :-1] + 1, rows[:, 1:])
+
+
+def test_unigram_entropy_of_even_tokens_is_the_logarithm_of_their_number() -> None:
+    ids = np.arange(64, dtype=np.int64)
+    assert unigram_cross_entropy(ids, ids, 64) == pytest.approx(np.log(64))
+
+
+@given(
+    num_rows=st.integers(0, 500),
+    validation=st.floats(0, 0.4),
+    test=st.floats(0, 0.4),
+    seed=st.integers(0, 1000),
+)
+def test_every_row_is_in_one_split_of_the_share_asked_for(
+    num_rows: int, validation: float, test: float, seed: int
+) -> None:
+    config = SplitConfig(validation=validation, test=test, seed=seed)
+    ids = split_rows(num_rows, config)
+    assert np.array_equal(np.sort(np.concatenate(list(ids.values()))), np.arange(num_rows))
+    assert len(ids["test"]) == pytest.approx(test * num_rows, abs=1)
+    assert len(ids["validation"]) == pytest.approx(validation * num_rows, abs=1)
+
+
+def test_documents_are_shared_out_by_their_length() -> None:
+    ids = split_weighted([1] * 90 + [10] * 9, SplitConfig(validation=0.2, test=0.2))
+    weights = np.array([1] * 90 + [10] * 9)
+    assert weights[ids["test"]].sum() == pytest.approx(36, abs=10)
+
+
+@given(lines=st.lists(st.text(alphabet="ab ", max_size=10), max_size=50))
+def test_cutting_by_position_keeps_every_character_and_whole_lines(lines: list[str]) -> None:
+    text = "".join(line + "\n" for line in lines)
+    pieces = cut_by_position(text, SplitConfig(validation=0.2, test=0.2))
+    assert "".join(pieces[split] for split in SPLITS) == text
+    assert all(not piece or piece.endswith("\n") for piece in pieces.values())
