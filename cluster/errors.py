@@ -4,7 +4,7 @@
     ├── UsageError                   the caller asked for something that cannot be
     │   ├── ConfigError              a configuration file or an override is wrong
     │   ├── InvalidReferenceError    a model reference is not NAME, NAME@ALIAS or NAME/VERSION
-    │   └── InputError               a request or a data file has bad content; `param` names the field
+    │   └── InputError               bad content in a request or a data file; `param` names it
     ├── AuthenticationError          no key, or a wrong, expired or revoked one
     ├── PermissionDeniedError        the key lacks the scope
     ├── NotFoundError                the named thing does not exist

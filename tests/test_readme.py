@@ -2,7 +2,7 @@
 
 Each shell or Python block in README.md is preceded by one of
     <!-- run -->                    run here, in order, in one session against the running stack
-    <!-- run in tests/FILE.py -->   run by that test, because it needs a stack or a machine of its own
+    <!-- run in tests/FILE.py -->   run by that test, on a stack of its own
 README.zh-CN.md holds the same blocks.
 """
 

@@ -15,7 +15,7 @@ class Optimizer(StrictModel):
 class Config(StrictModel):
     steps: int = 10
     optimizer: Optimizer = Optimizer()
-    files: list[str] = []
+    files: tuple[str, ...] = ()
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_overrides_reach_nested_keys_and_are_yaml(write) -> None:
     config = load_config(
         write("steps: 3"), Config, ["optimizer.learning_rate=1e-1", "files=[a, b]", "steps=7"]
     )
-    assert (config.steps, config.optimizer.learning_rate, config.files) == (7, 0.1, ["a", "b"])
+    assert (config.steps, config.optimizer.learning_rate, config.files) == (7, 0.1, ("a", "b"))
 
 
 def test_an_unknown_key_is_named_with_the_nearest_known_one(write) -> None:
