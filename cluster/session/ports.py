@@ -64,26 +64,34 @@ def check_ports_are_free(settings: Settings, parts: Iterable[str]) -> None:
 
 
 def is_free(port: int, host: str = LOOPBACK) -> bool:
-    """Whether a server could listen there now; connections that linger do not count."""
+    """Whether nobody listens there; connections that linger from an earlier server do not count."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError:
-            return False
+            listeners = _listeners()
+            return listeners is not None and port not in listeners
     return True
 
 
 def _holder(port: int) -> str:
+    pid = (_listeners() or {}).get(port)
+    try:
+        return f" by {psutil.Process(pid).name()} (pid {pid})" if pid else ""
+    except psutil.Error:
+        return ""
+
+
+def _listeners() -> dict[int, int | None] | None:
+    """Port → process id, where the system tells; None if it tells nothing to this user."""
     try:
         connections = psutil.net_connections(kind="tcp")
     except (psutil.Error, OSError):
-        return ""
-    for connection in connections:
-        if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,):
-            try:
-                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
-            except (psutil.Error, ValueError):
-                return ""
-    return ""
+        return None
+    return {
+        address.port: connection.pid
+        for connection in connections
+        if connection.status == psutil.CONN_LISTEN and (address := connection.laddr)
+    }

@@ -155,8 +155,8 @@ def test_a_killed_gateway_comes_back(stack: Stack) -> None:
 
 
 @pytest.fixture
-def second_stack(tmp_path: Path, short_dir: Path) -> Iterator[Stack]:
-    directory = short_dir / "2"
+def second_stack(short_dir: Path) -> Iterator[Stack]:
+    directory = short_dir / str(len(list(short_dir.iterdir())))
     directory.mkdir()
     second = new_stack(directory)
     yield second

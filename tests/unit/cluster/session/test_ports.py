@@ -38,6 +38,16 @@ def test_a_port_is_free_again_when_its_holder_closed_it(listener: socket.socket)
     assert is_free(port)
 
 
+def test_a_closed_connection_that_lingers_does_not_hold_its_port(listener: socket.socket) -> None:
+    with socket.create_connection(listener.getsockname()) as client:
+        server, _ = listener.accept()
+        port = listener.getsockname()[1]
+        server.close()  # the side that closes first lingers
+        listener.close()
+        assert client.recv(1) == b""
+    assert is_free(port)
+
+
 def test_two_settings_may_not_name_one_port(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gateway_port.*mlflow_port|mlflow_port.*gateway_port"):
         check_ports_differ(Settings(home=tmp_path, gateway_port=7000, mlflow_port=7000))
