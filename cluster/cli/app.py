@@ -6,6 +6,8 @@ Loads only light libraries, so `--help` is quick; each verb imports what it need
 from __future__ import annotations
 
 import sys
+import tempfile
+import traceback
 
 import typer
 
@@ -35,6 +37,19 @@ def main() -> None:
     except HeliostatError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        print(f"error: {_describe_bug(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _describe_bug(error: Exception) -> str:
+    """One line; the traceback goes to a file that a report can quote."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="heliostat-error-", suffix=".txt", delete=False
+    ) as file:
+        traceback.print_exception(error, file=file)
+    text = " ".join(str(error).split())[:200]
+    return f"unexpected {type(error).__name__}: {text}; please report it with {file.name}"
 
 
 if __name__ == "__main__":

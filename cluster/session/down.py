@@ -21,7 +21,7 @@ def down(settings: Settings, say: Callable[[str], None]) -> None:
     if not settings.home.is_dir():
         say(f"nothing runs: {settings.home} does not exist")
         return
-    with locked(settings.home):
+    with locked(settings.home, say):
         begun_s = time.monotonic()
         record = read_record(settings.home)
         count = end_stack(settings.home, heads=record.parts.values())

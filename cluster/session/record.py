@@ -8,7 +8,7 @@ with locked(home):
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,8 +54,12 @@ def delete_record(home: Path) -> None:
 
 
 @contextmanager
-def locked(home: Path) -> Iterator[None]:
-    """Hold the stack's lock, waiting for another `up` or `down` to finish."""
+def locked(home: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the stack's lock; say so if another `up` or `down` must finish first."""
     with (home / LOCK_FILE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another `heliostat up` or `down` to finish")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -41,7 +41,7 @@ def up(settings: Settings, say: Say) -> None:
     """
     check_ports_differ(settings)
     prepare_home(settings.home)
-    with locked(settings.home):
+    with locked(settings.home, say):
         _Start(settings, say).run()
 
 
@@ -185,6 +185,8 @@ class _Start:
         self._say(f"  {label:<18} ready after {time.monotonic() - self._begun_s:5.1f} s")
 
     def _end_what_was_started(self) -> None:
+        if self._started:
+            self._say("  ending what was started")
         for part in self._started:
             process = self._record.parts[part.name]
             end_stack(self._settings.home, part.name, [process])

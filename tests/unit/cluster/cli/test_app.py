@@ -61,6 +61,17 @@ def test_a_wrong_setting_is_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_mistake_of_ours_is_one_line_too_and_its_traceback_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("cluster.cli.keys._keys", lambda: 1 / 0)
+    assert run(monkeypatch, "keys", "list") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ZeroDivisionError" in line
+    assert "Traceback" in Path(line.rsplit(" ", 1)[1]).read_text()
+
+
 def test_env_before_the_first_start_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

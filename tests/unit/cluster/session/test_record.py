@@ -30,15 +30,16 @@ def test_no_record_and_a_torn_one_are_empty(tmp_path: Path) -> None:
 
 def test_the_lock_admits_one_at_a_time(tmp_path: Path) -> None:
     order: list[str] = []
+    is_waiting = threading.Event()
 
     def second() -> None:
-        with locked(tmp_path):
+        with locked(tmp_path, lambda _: is_waiting.set()):
             order.append("second")
 
-    with locked(tmp_path):
-        waiting = threading.Thread(target=second)
-        waiting.start()
-        waiting.join(0.1)
+    with locked(tmp_path, order.append):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert is_waiting.wait(10)
         order.append("first")
-    waiting.join(10)
+    thread.join(10)
     assert order == ["first", "second"]
