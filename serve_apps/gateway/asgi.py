@@ -29,6 +29,8 @@ class GatewayConfig(StrictModel):
     """Limits of one gateway replica."""
 
     max_body_bytes: int = 32 * 1024**2
+    sends_request_id: bool = True
+    """Off behind Ray Serve, which sends the header itself."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def build_asgi(parts: GatewayParts) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=parts.config.max_body_bytes)
     app.add_middleware(Authentication, keys=KeyCache(parts.verify))
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, sends_request_id=parts.config.sends_request_id)
     return app
 
 

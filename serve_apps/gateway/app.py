@@ -1,0 +1,68 @@
+"""Composition root of the gateway: the settings' database and packages, Serve's models.
+
+serve run serve_apps.gateway.app:build_app
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from cluster.config import parse_config
+from cluster.database import open_database
+from cluster.model_package import open_version
+from cluster.processing.text import TextProcessor
+from cluster.releases import ReleaseStore
+from cluster.security.api_keys import ApiKeys
+from cluster.security.audit import AuditLog
+from cluster.settings import Settings, load_settings
+from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
+from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.routing_table import ServedVersion, read_routes
+from serve_apps.gateway.serve_backend import ServeBackend, ServeControl
+
+_MAX_ONGOING_REQUESTS = 10_000
+"""Serve answers what exceeds it in plain text, so the gateway's own limits must bind first."""
+
+
+def build_app(values: dict[str, Any]) -> serve.Application:
+    """The gateway as a Serve application; `values` are those of GatewayConfig."""
+    settings = load_settings()
+    config = parse_config(values, GatewayConfig, source="arguments of application 'gateway'")
+    config = config.model_copy(update={"sends_request_id": False})
+
+    def in_replica() -> FastAPI:
+        return build_asgi(_real_parts(load_settings(), config))
+
+    deployment = serve.deployment(
+        name="gateway",
+        num_replicas=settings.gateway_replicas,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},
+    )
+    return deployment(serve.ingress(in_replica)()).bind()
+
+
+def load_model(served: ServedVersion, settings: Settings) -> ServedModel:
+    """Open a served version's verified package."""
+    package = open_version(served, settings)
+    if package.manifest.kind == "graph":
+        return ServedModel(served, package.manifest)
+    return ServedModel(served, package.manifest, TextProcessor.load(package.model_dir))
+
+
+def _real_parts(settings: Settings, config: GatewayConfig) -> GatewayParts:
+    database = open_database(settings.database)
+    store = ReleaseStore(database)
+    return GatewayParts(
+        verify=ApiKeys(database).verify,
+        read_routes=lambda: read_routes(store),
+        load_model=lambda served: load_model(served, settings),
+        backend=ServeBackend(),
+        control=ServeControl(),
+        audit=AuditLog(database).record,
+        config=config,
+    )

@@ -1,0 +1,64 @@
+"""The gateway's models over Ray Serve, and its way to the release controller.
+
+backend = ServeBackend()
+outputs = await backend.predict("digits.v3", {"pixels": pixels})
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+from serve_apps.gateway.backend import Arrays
+from serve_apps.handles import Handles
+from serve_apps.llm.engine import EngineRequest, TokenOutput
+
+CONTROLLER_APPLICATION = "controller"
+_CONTROL_TIMEOUT_S = 60.0
+
+
+class ServeBackend:
+    """A ModelBackend whose replicas are Serve's. Time limits are the caller's."""
+
+    def __init__(self) -> None:
+        self._handles = Handles()
+
+    async def predict(self, application: str, arrays: Arrays) -> Arrays:
+        return cast(Arrays, await self._handles.call(application, "predict", arrays))
+
+    def generate(
+        self, application: str, request: EngineRequest
+    ) -> AsyncGenerator[TokenOutput, None]:
+        return self._handles.stream(application, "generate", request)
+
+    def forget(self, application: str) -> None:
+        self._handles.forget(application)
+
+
+class ServeControl:
+    """A ReleaseControl in another application."""
+
+    def __init__(self) -> None:
+        self._handles = Handles()
+
+    async def deploy(
+        self, ref: str, strategy: str, options: dict[str, Any], actor: str
+    ) -> dict[str, Any]:
+        return cast(dict[str, Any], await self._call("deploy", ref, strategy, options, actor))
+
+    async def undeploy(self, name: str, version: int | None, actor: str) -> list[dict[str, Any]]:
+        return cast(list[dict[str, Any]], await self._call("undeploy", name, version, actor))
+
+    async def rollback(self, name: str, actor: str) -> dict[str, Any]:
+        return cast(dict[str, Any], await self._call("rollback", name, actor))
+
+    async def deployments(self, name: str | None) -> list[dict[str, Any]]:
+        return cast(list[dict[str, Any]], await self._call("deployments", name))
+
+    async def release(self, name: str) -> dict[str, Any]:
+        return cast(dict[str, Any], await self._call("release", name))
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        return await self._handles.call(
+            CONTROLLER_APPLICATION, method, *arguments, timeout_s=_CONTROL_TIMEOUT_S
+        )

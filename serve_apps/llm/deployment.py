@@ -1,0 +1,87 @@
+"""Serves a language model: token ids in, token ids out, after its golden prompts were answered.
+
+Text is the gateway's business. No `__call__`, so Serve's own HTTP port of this application answers
+nobody.
+
+    application = build_language_model("sha256:…", DeploymentOptions(max_running=16))
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+
+from cluster.model_package import ModelPackage, golden
+from cluster.settings import load_settings
+from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenOutput
+from serve_apps.llm.runner import EngineRunner
+from serve_apps.options import DeploymentOptions
+from serve_apps.replicas import Description, deploy_with, open_package_of
+
+
+class LanguageModel:
+    """One replica."""
+
+    def __init__(self, digest: str, options: dict[str, Any]) -> None:
+        package = open_package_of(digest, load_settings())
+        parsed = DeploymentOptions.model_validate(options)
+        self._digest = package.digest
+        engine = _build_engine(package, parsed)
+        # Also the warm-up: the first request finds memory allocated and kernels loaded.
+        golden.check_language_model(package.manifest, answer_golden_prompts(engine, package))
+        self._runner = EngineRunner(engine, max_requests=parsed.max_ongoing_requests)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
+        """Stream a request's tokens, one message per engine step or less."""
+        outputs = self._runner.generate(request)
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            await outputs.aclose()
+
+    async def describe(self) -> Description:
+        """What this replica serves; answered only once it is ready."""
+        return Description(self._digest)
+
+    def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica that raises here."""
+        if self._runner.failure is not None:
+            raise self._runner.failure
+
+
+def build_language_model(digest: str, options: DeploymentOptions) -> serve.Application:
+    """A Serve application for one package."""
+    return deploy_with(LanguageModel, "language_model", digest, options)
+
+
+def answer_golden_prompts(engine: Engine, package: ModelPackage) -> list[list[int]]:
+    """The engine's greedy continuations of the package's golden prompts."""
+    inputs: Any = package.manifest.golden.inputs
+    sampling = Sampling(
+        max_tokens=int(inputs["max_new_tokens"]),
+        temperature=0,
+        eos_token_ids=golden.end_tokens(package.manifest),
+    )
+    prompts = [tuple(int(token) for token in prompt) for prompt in inputs["prompts"]]
+    for number, prompt in enumerate(prompts):
+        engine.add(EngineRequest(str(number), prompt, sampling))
+    completions: list[list[int]] = [[] for _ in prompts]
+    num_open = len(prompts)
+    while num_open:
+        for output in engine.step():
+            completions[int(output.request_id)].extend(output.token_ids)
+            num_open -= output.finish_reason is not None
+    return completions
+
+
+def _build_engine(package: ModelPackage, options: DeploymentOptions) -> Engine:
+    import torch
+
+    from serve_apps.llm.continuous_batching import CacheBudget, ContinuousBatchingEngine
+
+    torch.set_num_threads(options.num_threads)
+    budget = CacheBudget(max_cache_bytes=options.max_cache_bytes, max_running=options.max_running)
+    return ContinuousBatchingEngine.load(package.model_dir, budget)

@@ -1,0 +1,45 @@
+"""Serves a graph: arrays in, arrays out, after its golden inputs gave its golden outputs.
+
+Pre- and post-processing happen in the gateway. No `__call__`, so Serve's own HTTP port of this
+application answers nobody.
+
+    application = build_predictor("sha256:…", DeploymentOptions(num_threads=2))
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray import serve
+
+from cluster.model_package import golden
+from cluster.processing import Array
+from cluster.runtimes.onnx import OnnxRuntime
+from cluster.settings import load_settings
+from serve_apps.options import DeploymentOptions
+from serve_apps.replicas import Description, deploy_with, open_package_of
+
+
+class Predictor:
+    """One replica."""
+
+    def __init__(self, digest: str, options: dict[str, Any]) -> None:
+        package = open_package_of(digest, load_settings())
+        parsed = DeploymentOptions.model_validate(options)
+        self._digest = package.digest
+        self._runtime = OnnxRuntime(package.graph_path, parsed.num_threads)
+        golden.check_graph(package.manifest, self._runtime.run)
+
+    async def predict(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        """Run the graph, off the event loop."""
+        return await asyncio.to_thread(self._runtime.run, arrays)
+
+    async def describe(self) -> Description:
+        """What this replica serves; answered only once it is ready."""
+        return Description(self._digest)
+
+
+def build_predictor(digest: str, options: DeploymentOptions) -> serve.Application:
+    """A Serve application for one package."""
+    return deploy_with(Predictor, "predictor", digest, options)
