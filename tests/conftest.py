@@ -15,6 +15,7 @@ import pytest
 
 from cluster.settings import Settings
 from tests.stack import Stack, new_stack
+from tests.tiny_models import save_llama
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,3 +48,9 @@ def stack(short_dir: Path) -> Iterator[Stack]:
     finally:
         down = started.run_cli("down")
         assert down.returncode == 0, down.stderr
+
+
+@pytest.fixture(scope="session")
+def language_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with random weights, to import as one's own model."""
+    return save_llama(tmp_path_factory.mktemp("language_model"), "Once upon a time")

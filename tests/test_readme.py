@@ -60,7 +60,10 @@ def test_the_blocks_run(stack, tmp_path: Path, language_model_dir: Path) -> None
     run = subprocess.run(
         ["bash", "-c", script],
         cwd=tmp_path,
-        env={**stack.env, "PATH": f"{Path(sys.executable).parent}:{stack.env['PATH']}"},
+        env={
+            **stack.environment,
+            "PATH": f"{Path(sys.executable).parent}:{stack.environment['PATH']}",
+        },
         capture_output=True,
         text=True,
         timeout=240,

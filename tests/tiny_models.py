@@ -1,0 +1,54 @@
+"""Language models small enough to make in a test: real tokenizers, real weights, real files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+END = "<end>"
+
+
+def save_llama(directory: Path, text: str, *, steps: int = 0) -> Path:
+    """Write a Hugging Face directory: a small Llama whose tokens are single bytes.
+
+    Args:
+        steps: optimizer steps that make it learn `text` by heart; 0 leaves its weights random.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=257,  # 256 bytes and the end: every other character is several tokens
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        vocab_size=257,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=tokenizer.token_to_id(END),
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    torch.set_num_threads(1)
+    ids = torch.tensor([[*tokenizer.encode(text).ids, config.eos_token_id]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(directory)
+    return directory
