@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     """Deploy packages without a signature. Only ever for experiments."""
     log_format: Literal["text", "json"] = "text"
     """How our processes write their logs."""
+    api_key: str = ""
+    """Key that the command line sends to the gateway; empty means the local one."""
     git_commit: str = ""
     """Commit of the code a job runs, set by `heliostat submit`."""
 

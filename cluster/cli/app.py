@@ -11,7 +11,7 @@ import traceback
 
 import typer
 
-from cluster.cli import cluster, jobs, keys, models
+from cluster.cli import cluster, jobs, keys, models, serving
 from cluster.errors import HeliostatError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 cluster.register(app)
 jobs.register(app)
 app.add_typer(models.app, name="models")
+serving.register(app)
 keys.register(app)
 
 

@@ -1,0 +1,158 @@
+"""`deploy`, `undeploy` and `releases`: what is served, over the gateway's administration routes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.errors import ConflictError, HeliostatError, NotFoundError, UpstreamTimeoutError
+from cluster.settings import load_settings
+
+if TYPE_CHECKING:
+    from cluster.admin_client import AdminClient
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+releases_app = typer.Typer(
+    help="Released versions: states, history, roll back.", no_args_is_help=True
+)
+
+_POLL_PERIOD_S = 0.2
+_UNDEPLOY_TIMEOUT_S = 90.0
+_COLUMNS = ("name", "version", "state", "reason", "updated_at")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(deploy)
+    app.command()(undeploy)
+    app.add_typer(releases_app, name="releases")
+
+
+def deploy(
+    ref: Annotated[
+        str,
+        typer.Argument(
+            help="NAME (its candidate, or else its newest version), NAME@ALIAS or NAME/VERSION."
+        ),
+    ],
+    strategy: Annotated[str, typer.Option(help="direct: all traffic once it is ready.")] = "direct",
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of options, e.g. in configs/serve.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until it is champion or has failed.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a model version and make it the champion; the one before stays up for rollback."""
+    from cluster.config import read_mapping
+
+    options = read_mapping(config) if config else {}
+    admin = _connect()
+    started = time.monotonic()
+    row = admin.deploy(ref, strategy, options)
+    if wait:
+        row = _follow(admin, row, quiet=as_json)
+    if as_json:
+        print(json.dumps(row, indent=2))
+    elif wait:
+        print(f"{_ref(row)} is champion after {time.monotonic() - started:.1f} s")
+    else:
+        print(f"{_ref(row)} is {row['state']}; see `heliostat releases status {row['name']}`")
+
+
+def undeploy(
+    name: Annotated[str, typer.Argument(help="A model's name.")],
+    version: Annotated[int | None, typer.Option(min=1, help="Only this version.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until its replicas are gone.")] = True,
+) -> None:
+    """Take a model out of service; its versions stay in the registry."""
+    admin = _connect()
+    admin.undeploy(name, version)
+    if wait:
+        _wait_until_gone(admin, name, version)
+    print(f"{name if version is None else f'{name}/{version}'} is no longer served")
+
+
+@releases_app.command("list")
+def list_releases(as_json: JsonOption = False) -> None:
+    """Every deployed version with its state."""
+    from cluster.cli.output import print_table
+
+    empty = "nothing is deployed; `heliostat deploy NAME` does it"
+    print_table(_connect().deployments(), _COLUMNS, as_json=as_json, empty=empty)
+
+
+@releases_app.command("status")
+def status(
+    name: Annotated[str, typer.Argument(help="A model's name.")], as_json: JsonOption = False
+) -> None:
+    """One model's versions, its traffic, and who was champion when and why."""
+    from cluster.cli.output import print_table
+
+    release = _connect().release(name)
+    if as_json:
+        print(json.dumps(release, indent=2))
+        return
+    shares = (f"version {v}: {weight:.0%}" for v, weight in release["weights"].items())
+    print(f"traffic   {', '.join(shares) or 'none'}\n")
+    print_table(release["deployments"], _COLUMNS[1:], as_json=False, empty="nothing is deployed")
+    print()
+    columns = ("at", "from_version", "to_version", "actor", "reason")
+    print_table(release["history"], columns, as_json=False, empty="never had a champion")
+
+
+@releases_app.command("rollback")
+def rollback(name: Annotated[str, typer.Argument(help="A model's name.")]) -> None:
+    """Give the traffic back to the champion before this one, at once."""
+    row = _connect().rollback(name)
+    print(f"{_ref(row)} is champion again ({row['reason']})")
+
+
+def _connect() -> AdminClient:
+    from cluster.admin_client import AdminClient
+
+    return AdminClient.open(load_settings())
+
+
+def _follow(admin: AdminClient, row: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """Show each state until the last one.
+
+    Raises:
+        HeliostatError: it failed; the message is the replica's own reason.
+    """
+    shown = ""
+    while True:
+        line = f"{_ref(row)}  {row['state']:<10} {row['reason']}"
+        if line != shown and row["state"] != "failed" and not quiet:
+            print(line, flush=True)
+            shown = line
+        if row["state"] in ("champion", "standby"):
+            return row
+        if row["state"] == "failed":
+            raise HeliostatError(f"{_ref(row)} failed: {row['reason']}")
+        time.sleep(_POLL_PERIOD_S)
+        try:
+            row = admin.deployment(row["name"], row["version"])
+        except NotFoundError:
+            raise ConflictError(f"{_ref(row)} was undeployed meanwhile") from None
+
+
+def _wait_until_gone(admin: AdminClient, name: str, version: int | None) -> None:
+    deadline = time.monotonic() + _UNDEPLOY_TIMEOUT_S
+    while any(
+        row["name"] == name and version in (None, row["version"]) for row in admin.deployments()
+    ):
+        if time.monotonic() > deadline:
+            raise UpstreamTimeoutError(
+                f"'{name}' takes no more requests, but its replicas are still ending",
+                hint="see `heliostat releases list`",
+            )
+        time.sleep(_POLL_PERIOD_S)
+
+
+def _ref(row: Mapping[str, Any]) -> str:
+    return f"{row['name']}/{row['version']}"
