@@ -81,7 +81,8 @@ class ModelRegistry:
             return known
         client = open_client(self._settings)
         with _mlflow_errors(self._settings):
-            number = _mlflow_version(client, name, published, run_id)
+            taken = {version.version for version in self.list_versions(name)}
+            number = _mlflow_version(client, name, published, run_id, taken)
         row = {
             "name": name,
             "version": number,
@@ -233,16 +234,16 @@ class ModelRegistry:
         return next((v for v in self.list_versions(name) if v.digest == digest), None)
 
     def _lost_race(self, client: Any, name: str, number: int, digest: str) -> ModelVersion:
-        """Somebody else inserted the same package, or MLflow counts from another state."""
+        """Somebody else inserted the same package, or took the number, in between."""
         known = self._find_digest(name, digest)
         if known is None:
             raise ConflictError(
-                f"version {number} of '{name}' exists in the database but was new to MLflow",
-                hint="the MLflow database was replaced; restore it, or register under another name",
+                f"version {number} of '{name}' was registered by somebody else meanwhile",
+                hint="try again",
             )
         if known.version != number:
             with _mlflow_errors(self._settings):
-                client.delete_model_version(name, str(number))
+                _delete_in_mlflow(client, name, number)
         return known
 
     def mirror_aliases(self, name: str) -> None:
@@ -272,8 +273,10 @@ def _refuse_deployed(connection: Connection, version: ModelVersion) -> None:
         )
 
 
-def _mlflow_version(client: Any, name: str, published: PublishedPackage, run_id: str | None) -> int:
-    """The number MLflow has or gives for this package."""
+def _mlflow_version(
+    client: Any, name: str, published: PublishedPackage, run_id: str | None, taken: set[int]
+) -> int:
+    """The number MLflow has or gives for this package, none of those `taken` in SQL."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -283,17 +286,21 @@ def _mlflow_version(client: Any, name: str, published: PublishedPackage, run_id:
             raise
     for found in client.search_model_versions(f"name = '{name}'"):
         # Left by a registration that was interrupted before SQL knew of it.
-        if found.tags.get(DIGEST_TAG) == published.digest:
+        if found.tags.get(DIGEST_TAG) == published.digest and int(found.version) not in taken:
             return int(found.version)
-    created = client.create_model_version(
-        name,
-        source=_source(published),
-        run_id=run_id,
-        tags=version_tags(published.digest, published.manifest, published.location),
-        description=model_card(published.digest, published.manifest),
-        await_creation_for=0,
-    )
-    return int(created.version)
+    while True:
+        created = client.create_model_version(
+            name,
+            source=_source(published),
+            run_id=run_id,
+            tags=version_tags(published.digest, published.manifest, published.location),
+            description=model_card(published.digest, published.manifest),
+            await_creation_for=0,
+        )
+        if int(created.version) not in taken:
+            return int(created.version)
+        # MLflow counts from 1 again after the model was deleted in its UI.
+        _delete_in_mlflow(client, name, int(created.version))
 
 
 def _source(published: PublishedPackage) -> str:
@@ -309,7 +316,7 @@ def _delete_in_mlflow(client: Any, name: str, version: int) -> None:
     try:
         client.delete_model_version(name, str(version))
     except MlflowException as error:
-        # Somebody deleted it in the UI before: that is what was wanted.
+        # Somebody else deleted it before: that is what was wanted.
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
 

@@ -10,6 +10,10 @@ from __future__ import annotations
 from cluster.model_package.manifest import Manifest
 from cluster.processing import public_inputs, public_outputs
 
+MAX_CHARACTERS = 5_000
+"""What MLflow's database keeps of a description."""
+_MAX_FILES = 20
+
 
 def version_tags(digest: str, manifest: Manifest, location: str) -> dict[str, str]:
     """What a version is and where it came from; empty values are left out."""
@@ -37,11 +41,11 @@ def model_card(digest: str, manifest: Manifest) -> str:
         _table(
             "Files",
             ("file", "bytes"),
-            [(name, str(entry.size_bytes)) for name, entry in sorted(manifest.files.items())],
+            [(n, str(e.size_bytes)) for n, e in sorted(manifest.files.items())[:_MAX_FILES]],
         ),
         f"Check it offline with `heliostat models verify {manifest.name}/VERSION`.",
     ]
-    return "\n\n".join(section for section in sections if section)
+    return "\n\n".join(section for section in sections if section)[:MAX_CHARACTERS]
 
 
 def _facts(digest: str, manifest: Manifest) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -110,3 +112,25 @@ def settings(tmp_path: Path, mlflow_port: int) -> Settings:
 def settings_without_server(settings: Settings) -> Settings:
     """The same home with nothing listening where MLflow should be."""
     return Settings(home=settings.home, mlflow_port=free_port())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory that holds at most 128 KiB: a disk of its own where mounting one is permitted."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(directory)]
+    if shutil.which("mount") and not subprocess.run(mount, capture_output=True).returncode:
+        yield directory
+        subprocess.run(["umount", str(directory)], check=True)
+        return
+    copy = shutil.copyfile
+
+    def copy_until_full(source: Path, target: Path, **options: bool) -> None:
+        if Path(target).is_relative_to(directory) and Path(source).stat().st_size > 128 * 1024:
+            Path(target).write_bytes(b"partial")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        copy(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", copy_until_full)
+    yield directory

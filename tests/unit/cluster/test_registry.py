@@ -95,6 +95,15 @@ def test_an_interrupted_registration_is_finished_not_repeated(
     assert len(open_client(settings).search_model_versions(f"name = '{name}'")) == 1
 
 
+def test_a_model_deleted_in_the_mlflow_ui_does_not_reuse_numbers(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    for _ in range(2):
+        registry.register(name, package(settings))
+    open_client(settings).delete_registered_model(name)
+    assert registry.register(name, package(settings)).version == 3
+
+
 def test_the_same_package_registered_by_many_at_once_is_one_version(
     settings: Settings, name: str
 ) -> None:

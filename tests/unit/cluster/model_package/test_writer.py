@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -253,17 +251,6 @@ def test_a_missing_shard_is_named(llama_dir: Path, storage: Storage, keys_dir: P
     (llama_dir / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(MissingFileError, match="model-00001-of-00002"):
         write(llama_dir, storage, keys_dir, kind="language_model")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(directory)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
 
 
 def test_a_full_disk_leaves_nothing_behind(
