@@ -59,7 +59,7 @@ class CausalLm:
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_key_value_heads or config.num_heads,
-            intermediate_size=config.intermediate_size or -(-config.hidden_size * 8 // 96) * 32,
+            intermediate_size=config.feed_forward_size,
             max_position_embeddings=config.max_context_tokens or self._shape.sequence_length,
             tie_word_embeddings=config.tie_embeddings,
             bos_token_id=_END_OF_TEXT_ID,

@@ -30,6 +30,11 @@ class CausalLmConfig(StrictModel):
     max_context_tokens: int | None = Field(None, ge=2)
     """Longest text the served model accepts; None means the row length it was trained on."""
 
+    @property
+    def feed_forward_size(self) -> int:
+        """`intermediate_size`, settled."""
+        return self.intermediate_size or -(-self.hidden_size * 8 // 96) * 32
+
     @model_validator(mode="after")
     def _heads_divide(self) -> CausalLmConfig:
         if self.hidden_size % (2 * self.num_heads):

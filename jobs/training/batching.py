@@ -13,7 +13,11 @@ from cluster.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """batch_size = micro_batch_size * accumulation_steps * world_size."""
+    """batch_size = micro_batch_size * accumulation_steps * world_size.
+
+    `world_size` counts those that take different rows: where workers share a copy of the model, the
+    copies.
+    """
 
     batch_size: int
     micro_batch_size: int

@@ -72,6 +72,18 @@ class CheckpointConfig(StrictModel):
     """Newest checkpoints kept; older ones are deleted after a newer one is safe."""
 
 
+class ParallelismConfig(StrictModel):
+    """How one copy of the model is divided; num_workers / (tensor * pipeline) copies share a batch.
+
+    causal_lm only, and one of the two at a time.
+    """
+
+    tensor: int = Field(1, ge=1)
+    """Workers that share every layer's matrices."""
+    pipeline: int = Field(1, ge=1)
+    """Workers that hold consecutive layers; give micro_batch_size, so that they work at once."""
+
+
 class TrainConfig(StrictModel):
     """One training run."""
 
@@ -98,7 +110,8 @@ class TrainConfig(StrictModel):
     seed: int = Field(0, ge=0)
     """Of weights, order of rows and dropout."""
     num_workers: int = Field(2, ge=1)
-    """Processes that share a batch."""
+    """Processes that share a batch, or, by `parallelism`, the model."""
+    parallelism: ParallelismConfig = ParallelismConfig()
     threads_per_worker: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: one GPU per worker where the cluster has that many, else CPUs."""

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.errors import ConfigError
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
+from jobs.training.parallelism import settle_parallelism
 
 _AUTO = "auto"
 _DEFAULT_ZERO_STAGE = 1
@@ -33,6 +34,7 @@ def make_deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any
     # Ours are torch's element-wise optimizers, which ZeRO may shard whatever their type.
     raw.setdefault("zero_allow_untested_optimizer", True)
     raw.setdefault("steps_per_print", 2**31)
+    settle_parallelism(raw, config)
     return raw
 
 

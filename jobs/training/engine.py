@@ -15,6 +15,7 @@ import torch
 from jobs.models.family import Batch
 
 LossFunction = Callable[[torch.nn.Module, Batch], torch.Tensor]
+MeasureFunction = Callable[[torch.nn.Module, Batch], torch.Tensor]
 
 
 class Engine(Protocol):
@@ -22,7 +23,7 @@ class Engine(Protocol):
 
     @property
     def model(self) -> torch.nn.Module:
-        """The module to call; never its inner module, whose parameters may be elsewhere."""
+        """The module to set to training or evaluation."""
 
     def train_step(
         self, loss: LossFunction, micro_batches: Sequence[Batch], learning_rate: float
@@ -32,11 +33,13 @@ class Engine(Protocol):
     def learning_rate(self) -> float:
         """The rate that the last step used."""
 
-    def precision(self) -> AbstractContextManager[None]:
-        """Context in which the forward pass has the run's precision."""
+    def measure(self, measure: MeasureFunction, batch: Batch) -> torch.Tensor:
+        """`measure` of the model and a batch, in the run's precision and without gradients; the
+        same at all workers that share a copy of the model, which call it together."""
 
     def whole_model(self) -> AbstractContextManager[torch.nn.Module]:
-        """Context in which the inner module has all its weights; all workers enter together."""
+        """Context that gives the first worker the model with all its weights; all enter together,
+        and what the others get is of no use."""
 
     def save(self, directory: Path) -> None:
         """Write this worker's state; raises OSError if it cannot be written, after every worker

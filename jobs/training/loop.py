@@ -23,6 +23,7 @@ from jobs.models.family import Batch, Family
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.engine import Engine
+from jobs.training.parallelism import Layout
 from jobs.training.process_group import ProcessGroup
 from jobs.training.schedule import learning_rate
 
@@ -46,12 +47,18 @@ class Feed:
     plan: BatchPlan
     seed: int
     group: ProcessGroup
+    layout: Layout
+
+    @property
+    def copy(self) -> int:
+        """The copy of the model that this worker belongs to."""
+        return self.layout.copy_of(self.group.rank)
 
     def micro_batches(self, step: int) -> list[Batch]:
         ids = global_batch(
             num_rows=len(self.rows), batch_size=self.plan.batch_size, seed=self.seed, step=step
         )
-        mine = ids_for_rank(ids, rank=self.group.rank, world_size=self.group.world_size)
+        mine = ids_for_rank(ids, rank=self.copy, world_size=self.layout.num_copies)
         parts = np.split(mine, self.plan.accumulation_steps)
         return [to_batch(self.rows.read(part), self.group.device) for part in parts]
 
@@ -62,7 +69,7 @@ def train_steps(
     """Take the steps from `first_step` (steps already done) to the last."""
     for step in range(first_step, config.steps):
         engine.model.train()
-        seed_everything(config.seed, step, feed.group.rank)
+        seed_everything(config.seed, step, feed.copy)
         rate = learning_rate(
             config.schedule, peak=config.optimizer.learning_rate, step=step, steps=config.steps
         )
@@ -72,32 +79,38 @@ def train_steps(
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, family: Family, rows: Rows, *, batch_size: int, group: ProcessGroup
+    engine: Engine,
+    family: Family,
+    rows: Rows,
+    *,
+    batch_size: int,
+    group: ProcessGroup,
+    layout: Layout,
 ) -> dict[str, float]:
     """Metrics over all rows, shared among the workers; every worker gets them."""
     engine.model.eval()
     total: torch.Tensor | None = None
-    for ids, counts in _evaluation_ids(len(rows), batch_size, group):
-        with engine.precision():
-            sums = family.measure(engine.model, to_batch(rows.read(ids), group.device))
-        sums = sums if counts else torch.zeros_like(sums)
+    copy, speaks = layout.copy_of(group.rank), layout.part_of(group.rank) == 0
+    for ids, counts in _evaluation_ids(len(rows), batch_size, copy, layout.num_copies):
+        sums = engine.measure(family.measure, to_batch(rows.read(ids), group.device))
+        sums = sums if counts and speaks else torch.zeros_like(sums)
         total = sums if total is None else total + sums
     assert total is not None, "a split that is evaluated has rows"
     return family.metrics(group.sum(total))
 
 
 def _evaluation_ids(
-    num_rows: int, batch_size: int, group: ProcessGroup
+    num_rows: int, batch_size: int, copy: int, num_copies: int
 ) -> Iterator[tuple[Ids, bool]]:
-    """This worker's batches, and whether they count.
+    """The batches of a copy of the model, and whether they count.
 
-    Every worker gets the same number of batches, since a sharded model's forward pass needs all of
-    them; a worker that has run out repeats a row that does not count.
+    Every copy gets the same number of batches, since a sharded model's forward pass needs all
+    workers; one that has run out repeats a row that does not count.
     """
-    for start in itertools.count(0, batch_size * group.world_size):
+    for start in itertools.count(0, batch_size * num_copies):
         if start >= num_rows:
             return
-        first = start + group.rank * batch_size
+        first = start + copy * batch_size
         ids = np.arange(first, min(first + batch_size, num_rows), dtype=np.int64)
         yield (ids, True) if len(ids) else (np.zeros(1, np.int64), False)
 
@@ -112,7 +125,7 @@ def to_batch(columns: dict[str, Array], device: torch.device) -> Batch:
     }
 
 
-def seed_everything(seed: int, step: int, rank: int) -> None:
+def seed_everything(seed: int, step: int, copy: int) -> None:
     """Random state (dropout) as a function of the step, so that it need not be saved."""
-    text = f"{seed}/{step}/{rank}".encode()
+    text = f"{seed}/{step}/{copy}".encode()
     torch.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from jobs.training.worker import Outcome, WorkerJob, run_worker
 
 # Set by Ray for the process that a submitted job starts.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_CONNECT_TIMEOUT_S = 5
 
 
 class RayLauncher:
@@ -101,18 +103,35 @@ def _work(arguments: dict[str, Any]) -> Outcome:
 def _connect(settings: Settings) -> None:
     import ray
 
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(settings.ray_token_path))
     # A submitted job is told where its cluster is; a shell's RAY_ADDRESS may be the dashboard's.
-    address = "auto" if _JOB_CONFIG in os.environ else f"{settings.host}:{settings.ray_port}"
+    address = "auto"
+    if _JOB_CONFIG not in os.environ:
+        address = f"{settings.host}:{settings.ray_port}"
+        _require_answer(settings.host, settings.ray_port)
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(settings.ray_token_path))
+        # Without it Ray replaces a loopback address by the machine's own, where nobody listens.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         # Workers report through a queue; what else they print is in Ray's own logs.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
-        raise NotRunningError(
-            f"no Ray cluster answers at {address} ({type(error).__name__})",
-            hint="run `heliostat up`, or train in this process with --set launcher=local",
-        ) from error
+        raise _no_cluster(address, type(error).__name__) from error
+
+
+def _require_answer(host: str, port: int) -> None:
+    """Ask the port first: Ray itself would wait for minutes."""
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise _no_cluster(f"{host}:{port}", error.strerror or str(error)) from None
+
+
+def _no_cluster(address: str, reason: str) -> NotRunningError:
+    return NotRunningError(
+        f"no Ray cluster answers at {address} ({reason})",
+        hint="run `heliostat up`, or train in this process with --set launcher=local",
+    )
 
 
 def _wants_gpu(config: TrainConfig, num_gpus: int) -> bool:

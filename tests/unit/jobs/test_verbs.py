@@ -1,0 +1,202 @@
+"""The verbs as they are called: prepare, train, evaluate; and their one-line errors."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.model_package import ensure_local_key, golden, open_version
+from cluster.model_ref import ModelRef
+from cluster.registry import ModelRegistry
+from cluster.settings import Settings
+
+ROOT = Path(__file__).parents[3]
+DIGITS: dict[str, Any] = {
+    "name": "tiny",
+    "data": {
+        "name": "digits",
+        "source": {"kind": "sklearn", "dataset": "digits"},
+        "splits": {"test": 0.2},
+    },
+    "model": {"family": "cnn", "channels": [8], "hidden_size": 32},
+    "steps": 40,
+    "batch_size": 32,
+    "optimizer": {"learning_rate": 5e-3},
+    "launcher": "local",
+    "checkpoint": {"every_steps": 10},
+}
+
+
+@dataclass
+class Result:
+    exit_code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The last line, for programs."""
+        last = self.out.strip().splitlines()[-1]
+        assert last.startswith("result: ")
+        values: dict[str, Any] = json.loads(last.removeprefix("result: "))
+        return values
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home whose MLflow is a file, so that nothing needs to run."""
+    home = tmp_path_factory.mktemp("home")
+    ensure_local_key(home / "keys")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HELIOSTAT_HOME", str(home))
+        patch.setenv("HELIOSTAT_MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+        yield home
+
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(
+    home: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Call]:
+    """Call a verb with a config, as `python -m jobs.VERB` does."""
+    previous = signal.getsignal(signal.SIGTERM)
+
+    def call(verb: str, config: Path | dict[str, Any], *arguments: str) -> Result:
+        path = config if isinstance(config, Path) else tmp_path / "config.yaml"
+        if isinstance(config, dict):
+            path.write_text(yaml.safe_dump(config))
+        monkeypatch.setattr(sys, "argv", [verb, "--config", str(path), *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_module(f"jobs.{verb}", run_name="__main__")
+        out, err = capfd.readouterr()
+        assert isinstance(caught.value.code, int)
+        return Result(caught.value.code, out, err)
+
+    yield call
+    signal.signal(signal.SIGTERM, previous)
+
+
+def test_a_life_in_one_process(call: Call, home: Path) -> None:
+    trained = call("train", DIGITS)
+    assert trained.exit_code == 0, trained.err
+    assert "registered tiny/1 (sha256:" in trained.out
+    assert "step 40/40  loss" in trained.out
+    assert trained.result["metrics"]["test/accuracy"] > 0.5
+
+    settings = Settings()
+    version = ModelRegistry.open(settings).resolve(ModelRef.parse("tiny@candidate"))
+    assert version.digest == trained.result["digest"]
+    package = open_version(version, settings)
+    golden.replay(package)
+    lineage = package.manifest.lineage
+    assert lineage.run_id == trained.result["run_id"]
+    assert lineage.dataset_digest == trained.result["dataset_digest"]
+    assert package.manifest.profile["columns"]["pixels"]["max"] == 16.0
+
+    evaluated = call("evaluate", {"model": "tiny@candidate", "batch_size": 100})
+    assert evaluated.exit_code == 0, evaluated.err
+    for name in ("accuracy", "precision", "recall", "f1"):
+        trained_value = trained.result["metrics"][f"test/{name}"]
+        assert evaluated.result["metrics"][name] == pytest.approx(trained_value, abs=0.01)
+
+    again = call("train", DIGITS, "--set", "resume=reuse")
+    assert "already trained: tiny/1" in again.out
+    assert again.result == trained.result
+
+    found = call("prepare", DIGITS["data"])
+    assert "already prepared dataset digits" in found.out
+    assert found.result["digest"] == trained.result["dataset_digest"]
+
+
+def test_check_estimates_and_starts_nothing(call: Call, home: Path) -> None:
+    before = sorted(home.rglob("*"))
+    checked = call("train", ROOT / "configs/train/causal_lm.yaml", "--check")
+    assert checked.exit_code == 0
+    assert "parameters  5,1" in checked.out
+    assert "ZeRO 2 over 2" in checked.out
+    assert sorted(home.rglob("*")) == before
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs/train").glob("*.yaml")), ids=str)
+def test_every_training_config_passes_its_check(call: Call, config: Path) -> None:
+    assert call("train", config, "--check").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stepz=3"], "unknown key 'stepz'; did you mean 'steps'?"),
+        (["steps=0"], "key 'steps' is 0: input should be greater than or equal to 1"),
+        (["steps=many"], "key 'steps' is 'many'"),
+        (["optimizer.learning_rate=-1"], "key 'optimizer.learning_rate' is -1"),
+        (["model.family=rnn"], "model"),
+        (["data.splits.validation=0"], "data.splits.validation is 0"),
+        (["batch_size=9", "micro_batch_size=4"], "micro_batch_size 4 does not divide"),
+        (["deepspeed.train_batch_size=7"], "deepspeed.train_batch_size is 7"),
+        (["schedule.kind=cosine", "schedule.warmup_steps=99"], "warmup_steps 99 exceeds steps 40"),
+        (["data.source.kind=text", "data.source.paths=[nowhere.txt]"], "unknown key"),
+        (["name=../up"], "key 'name' is '../up'"),
+        (["steps"], "--set 'steps' is not an override"),
+    ],
+)
+def test_bad_configs_are_one_line_and_exit_2(
+    call: Call, overrides: list[str], message: str
+) -> None:
+    found = call("train", DIGITS, "--set", *overrides)
+    assert found.exit_code == 2
+    assert message in found.err
+    assert found.err.startswith("error: ")
+    assert found.err.count("\n") == 1
+
+
+def test_a_missing_data_file_is_named_by_check(call: Call) -> None:
+    data = {"name": "x", "source": {"kind": "text", "paths": ["nowhere.txt"]}}
+    for verb, config in (("prepare", data), ("train", {**DIGITS, "data": data})):
+        found = call(verb, config, "--check")
+        assert found.exit_code == 2
+        assert "data file 'nowhere.txt' does not exist" in found.err
+
+
+def test_a_missing_config_and_a_missing_option(call: Call, tmp_path: Path) -> None:
+    assert "does not exist" in call("train", tmp_path / "absent.yaml").err
+    found = call("train", DIGITS, "--chekc")
+    assert found.exit_code == 2
+    assert found.err == (
+        "error: unrecognized arguments: --chekc; see python -m jobs.train --help\n"
+    )
+
+
+def test_without_a_cluster_the_way_to_one_is_named(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HELIOSTAT_RAY_PORT", "1")
+    found = call("train", DIGITS, "--set", "launcher=ray")
+    assert found.exit_code == 1
+    assert "run `heliostat up`" in found.err
+    assert found.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "absent"}, "absent"),
+        ({"model": "a b"}, "model reference 'a b' is not valid"),
+    ],
+)
+def test_evaluating_what_is_not_there(call: Call, values: dict[str, Any], message: str) -> None:
+    found = call("evaluate", values)
+    assert found.exit_code in (1, 2)
+    assert message in found.err
+    assert found.err.count("\n") == 1
