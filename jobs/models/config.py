@@ -13,6 +13,17 @@ from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
 
+Metric = Literal[
+    "loss", "perplexity", "next_token_accuracy",
+    "accuracy", "precision", "recall", "f1",
+    "mse", "rmse", "mae", "r2",
+]  # fmt: skip
+"""What a family may measure on held-out rows."""
+
+HIGHER_IS_BETTER: frozenset[Metric] = frozenset(
+    {"next_token_accuracy", "accuracy", "precision", "recall", "f1", "r2"}
+)
+
 
 class CausalLmConfig(StrictModel):
     """A Llama-shaped decoder; vocabulary and row length come from the dataset."""

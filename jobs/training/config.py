@@ -15,21 +15,22 @@ from pydantic import Field, JsonValue, model_validator
 
 from cluster.config import StrictModel
 from jobs.data.config import DataConfig, Name
-from jobs.models.config import ModelConfig
+from jobs.models.config import Metric, ModelConfig
 
 
 class OptimizerConfig(StrictModel):
     """How gradients change weights."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "adagrad", "sgd"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     """Peak value; the schedule scales it."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled for adamw, L2 for sgd; matrices only, never biases or norms."""
+    """Decoupled for adamw, L2 (added to the gradient) for the others; matrices only, never biases
+    or norms."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """adamw only."""
+    """adamw and adam only."""
     epsilon: float = Field(1e-8, gt=0)
-    """adamw only."""
+    """All but sgd."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """sgd only."""
 
@@ -58,9 +59,45 @@ class LinearSchedule(StrictModel):
     final_ratio: float = Field(0.0, ge=0, le=1)
 
 
+class WsdSchedule(StrictModel):
+    """Warm-up, stable, decay: the peak, then a straight line to `final_ratio` of it at the end."""
+
+    kind: Literal["wsd"]
+    warmup_steps: int = Field(0, ge=0)
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """Share of the steps after warm-up in which it falls."""
+    final_ratio: float = Field(0.0, ge=0, le=1)
+
+
+class ReduceOnPlateauSchedule(StrictModel):
+    """The peak, multiplied by `factor` each time a validation metric has stopped improving."""
+
+    kind: Literal["reduce_on_plateau"]
+    warmup_steps: int = Field(0, ge=0)
+    factor: float = Field(0.5, gt=0, lt=1)
+    patience: int = Field(3, ge=1)
+    """Evaluations in a row without improvement after which it acts."""
+    metric: Metric = "loss"
+    min_ratio: float = Field(0.0, ge=0, le=1)
+    """It never falls below this share of the peak."""
+
+
 ScheduleConfig = Annotated[
-    ConstantSchedule | CosineSchedule | LinearSchedule, Field(discriminator="kind")
+    ConstantSchedule | CosineSchedule | LinearSchedule | WsdSchedule | ReduceOnPlateauSchedule,
+    Field(discriminator="kind"),
 ]
+
+
+class EarlyStoppingConfig(StrictModel):
+    """End a run that has stopped improving, and package its best weights instead of its last."""
+
+    metric: Metric = "loss"
+    """Of the validation split."""
+    patience: int = Field(5, ge=1)
+    """Evaluations in a row without improvement after which it ends; an improvement is saved as a
+    checkpoint."""
+    min_improvement: float = Field(0.0, ge=0)
+    """A smaller gain than this counts as none."""
 
 
 class CheckpointConfig(StrictModel):
@@ -97,8 +134,9 @@ class TrainConfig(StrictModel):
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = CosineSchedule(kind="cosine")
+    early_stopping: EarlyStoppingConfig | None = None
     steps: int = Field(ge=1)
-    """Optimizer steps."""
+    """Optimizer steps, at most."""
     batch_size: int = Field(ge=1)
     """Rows per step over all workers; what a step sees never depends on their number."""
     micro_batch_size: int | None = Field(None, ge=1)

@@ -25,7 +25,7 @@ from jobs.training.deepspeed_config import make_deepspeed_config, zero_stage
 
 _FP32_BYTES = 4
 # Numbers that an optimizer keeps per parameter.
-_OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}
+_OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1}
 
 
 @dataclass(frozen=True)

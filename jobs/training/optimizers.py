@@ -35,11 +35,23 @@ def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim
     )
 
 
+def _adam(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True
+    )
+
+
+def _adagrad(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(groups, lr=config.learning_rate, eps=config.epsilon)
+
+
 def _sgd(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
 
 
 _OPTIMIZERS: dict[str, Callable[[OptimizerConfig, list[dict[str, Any]]], torch.optim.Optimizer]] = {
     "adamw": _adamw,
+    "adam": _adam,
+    "adagrad": _adagrad,
     "sgd": _sgd,
 }

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.training.config import ConstantSchedule, CosineSchedule, LinearSchedule
+from jobs.training.config import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    ReduceOnPlateauSchedule,
+    WsdSchedule,
+)
 from jobs.training.schedule import learning_rate
 
 CONSTANT = ConstantSchedule(kind="constant", warmup_steps=4)
 COSINE = CosineSchedule(kind="cosine", warmup_steps=4, final_ratio=0.1)
 LINEAR = LinearSchedule(kind="linear", warmup_steps=0, final_ratio=0.0)
+WSD = WsdSchedule(kind="wsd", warmup_steps=3, decay_share=0.2, final_ratio=0.5)
+PLATEAU = ReduceOnPlateauSchedule(kind="reduce_on_plateau", warmup_steps=4)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +32,13 @@ LINEAR = LinearSchedule(kind="linear", warmup_steps=0, final_ratio=0.0)
         (COSINE, 103, 0.1),
         (LINEAR, 0, 1.0),
         (LINEAR, 103, 0.0),
+        (WSD, 0, 1 / 3),
+        (WSD, 3, 1.0),
+        (WSD, 83, 1.0),
+        (WSD, 93, 0.75),
+        (WSD, 103, 0.5),
+        (PLATEAU, 1, 0.5),
+        (PLATEAU, 103, 1.0),
     ],
 )
 def test_rates_of_104_steps(schedule: object, step: int, expected: float) -> None:
@@ -31,6 +46,6 @@ def test_rates_of_104_steps(schedule: object, step: int, expected: float) -> Non
     assert rate == pytest.approx(2.0 * expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("schedule", [CONSTANT, COSINE, LINEAR])
+@pytest.mark.parametrize("schedule", [CONSTANT, COSINE, LINEAR, WSD, PLATEAU])
 def test_a_single_step_has_a_rate(schedule: object) -> None:
     assert learning_rate(schedule, peak=1.0, step=0, steps=1) > 0  # type: ignore[arg-type]
