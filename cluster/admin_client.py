@@ -52,6 +52,8 @@ class AdminClient:
                 headers={"authorization": f"Bearer {_key(settings)}"},
                 timeout=_TIMEOUT_S,
                 trust_env=False,
+                # A command makes few calls and then ends: leave no connection open behind it.
+                limits=httpx.Limits(max_keepalive_connections=0),
             )
         )
 

@@ -5,9 +5,14 @@ options = load_config(Path("configs/serve/digits.yaml"), DeploymentOptions)
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, ValidationError
 
 from cluster.config import StrictModel
+from cluster.errors import InputError, UsageError
+
+_PLANNED_STRATEGIES = ("canary", "shadow")
 
 
 class DeploymentOptions(StrictModel):
@@ -32,3 +37,38 @@ class DeploymentOptions(StrictModel):
     """Memory for a language model's key-value cache, per replica."""
     max_running: int = Field(32, ge=1)
     """Sequences a language model decodes together, per replica."""
+
+
+def read_options(values: dict[str, Any]) -> DeploymentOptions:
+    """Options as a request sends them.
+
+    Raises:
+        InputError: naming the option that is unknown or wrong.
+    """
+    try:
+        return DeploymentOptions.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            what = "is not known"
+        else:
+            what = f"is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        known = ", ".join(sorted(DeploymentOptions.model_fields))
+        raise InputError(
+            f"option '{name}' {what}", hint=f"options are: {known}", param=f"options.{name}"
+        ) from None
+
+
+def check_strategy(strategy: str) -> None:
+    """Raises UsageError for a strategy that is planned, InputError for one that is not."""
+    if strategy in _PLANNED_STRATEGIES:
+        raise UsageError(
+            f"strategy '{strategy}' is not there yet",
+            hint="use --strategy direct",
+            param="strategy",
+        )
+    if strategy != "direct":
+        raise InputError(
+            f"strategy '{strategy}' does not exist", hint="use --strategy direct", param="strategy"
+        )

@@ -6,15 +6,22 @@ application = deploy_with(Predictor, "predictor", digest, options)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ray import serve
 
 from cluster.model_package import ModelPackage, open_version
-from cluster.settings import Settings
+from cluster.observability.logs import configure_logging
+from cluster.settings import load_settings
 from serve_apps.options import DeploymentOptions
 
-_HEALTH_CHECK_PERIOD_S = 2
-_HEALTH_CHECK_TIMEOUT_S = 30
+SYSTEM_OPTIONS: dict[str, Any] = {
+    "ray_actor_options": {"num_cpus": 0},
+    # A dead replica is noticed by its missing health check.
+    "health_check_period_s": 1,
+    "logging_config": {"enable_access_log": False},
+}
+"""Serve options of everything that serves."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,10 @@ class _Digest:
     digest: str
 
 
-def open_package_of(digest: str, settings: Settings) -> ModelPackage:
-    """The verified package with this digest."""
+def open_package_of(digest: str) -> ModelPackage:
+    """The verified package with this digest, in a replica that begins."""
+    settings = load_settings()
+    configure_logging(settings.log_format)
     return open_version(_Digest(digest), settings)
 
 
@@ -42,11 +51,9 @@ def deploy_with(
         name=name,
         num_replicas=options.num_replicas,
         max_ongoing_requests=options.max_ongoing_requests,
-        ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
         # A package that fails once fails again: report its reason instead of trying for minutes.
         max_constructor_retry_count=1,
-        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
-        logging_config={"enable_access_log": False},
+        **SYSTEM_OPTIONS
+        | {"ray_actor_options": {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus}},
     )
     return deployment(replica).bind(digest, options.model_dump())

@@ -13,6 +13,7 @@ from ray import serve
 from cluster.config import parse_config
 from cluster.database import open_database
 from cluster.model_package import open_version
+from cluster.observability.logs import configure_logging
 from cluster.processing.text import TextProcessor
 from cluster.releases import ReleaseStore
 from cluster.security.api_keys import ApiKeys
@@ -22,6 +23,7 @@ from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.routing_table import ServedVersion, read_routes
 from serve_apps.gateway.serve_backend import ServeBackend, ServeControl
+from serve_apps.replicas import SYSTEM_OPTIONS
 
 _MAX_ONGOING_REQUESTS = 10_000
 """Serve answers what exceeds it in plain text, so the gateway's own limits must bind first."""
@@ -34,14 +36,15 @@ def build_app(values: dict[str, Any]) -> serve.Application:
     config = config.model_copy(update={"sends_request_id": False})
 
     def in_replica() -> FastAPI:
-        return build_asgi(_real_parts(load_settings(), config))
+        here = load_settings()
+        configure_logging(here.log_format)
+        return build_asgi(_real_parts(here, config))
 
     deployment = serve.deployment(
         name="gateway",
         num_replicas=settings.gateway_replicas,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
-        logging_config={"enable_access_log": False},
+        **SYSTEM_OPTIONS,
     )
     return deployment(serve.ingress(in_replica)()).bind()
 

@@ -6,12 +6,10 @@ router = build_router(models)
 from __future__ import annotations
 
 import asyncio
-import json
-import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -21,6 +19,13 @@ from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.errors import server_sent
 from serve_apps.gateway.models import Models
+from serve_apps.gateway.openai_answers import (
+    AnswerShape,
+    ChatShape,
+    CompletionShape,
+    event,
+    model_card,
+)
 from serve_apps.gateway.openai_schema import (
     CompletionRequest,
     Generation,
@@ -53,13 +58,13 @@ def build_router(models: Models) -> APIRouter:
     async def list_models(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         found = [await _find_or_none(models, name) for name in models.routes.names()]
-        cards = [_model_card(model) for model in found if model is not None]
+        cards = [model_card(model) for model in found if model is not None]
         return JSONResponse({"object": "list", "data": cards})
 
     @router.get("/models/{name:path}")
     async def show_model(request: Request, name: str) -> Response:
         require_any(request, "models:read", "infer")
-        return JSONResponse(_model_card(await models.find(name), name))
+        return JSONResponse(model_card(await models.find(name), name))
 
     @router.post("/completions")
     async def complete(request: Request) -> Response:
@@ -68,7 +73,7 @@ def build_router(models: Models) -> APIRouter:
         model = await models.find(asked.model)
         prompt_ids = _completion_prompt(asked, model)
         answer = _begin(models, model, asked, prompt_ids, asked.max_tokens)
-        return await _respond(request, _Completion(asked), answer, model)
+        return await _respond(request, CompletionShape(asked), answer, model)
 
     @router.post("/chat/completions")
     async def chat(request: Request) -> Response:
@@ -83,87 +88,9 @@ def build_router(models: Models) -> APIRouter:
             room = info.max_context_tokens - len(prompt_ids)
             max_tokens = max(1, min(room, _DEFAULT_CHAT_TOKENS))
         answer = _begin(models, model, asked, prompt_ids, max_tokens)
-        return await _respond(request, _Chat(asked), answer, model)
+        return await _respond(request, ChatShape(asked), answer, model)
 
     return router
-
-
-class _Shape:
-    """How one kind of answer looks, whole and in chunks."""
-
-    prefix = ""
-    whole_object = ""
-    chunk_object = ""
-
-    def __init__(self, asked: Generation) -> None:
-        self.asked = asked
-        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-
-    def whole(self, text: str, answer: TextAnswer) -> dict[str, Any]:
-        choice = {"index": 0, **self.whole_text(text), "logprobs": None}
-        choice["finish_reason"] = answer.finish_reason
-        return self._envelope(self.whole_object, [choice]) | {"usage": _usage(answer)}
-
-    def chunk(self, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **delta, "logprobs": None, "finish_reason": finish_reason}
-        usage = {"usage": None} if self.asked.includes_usage else {}
-        return self._envelope(self.chunk_object, [choice]) | usage
-
-    def usage_chunk(self, answer: TextAnswer) -> dict[str, Any]:
-        return self._envelope(self.chunk_object, []) | {"usage": _usage(answer)}
-
-    def opening(self) -> dict[str, Any] | None:
-        """What a first chunk says before any text."""
-        return None
-
-    def whole_text(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def text_delta(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def closing(self) -> dict[str, Any]:
-        """What the chunk with the finish reason says."""
-        raise NotImplementedError
-
-    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self.asked.model,
-            "choices": choices,
-        }
-
-
-class _Completion(_Shape):
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def whole_text(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def text_delta(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def closing(self) -> dict[str, Any]:
-        return {"text": ""}
-
-
-class _Chat(_Shape):
-    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def opening(self) -> dict[str, Any]:
-        return {"delta": {"role": "assistant", "content": ""}}
-
-    def whole_text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
-
-    def text_delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
-
-    def closing(self) -> dict[str, Any]:
-        return {"delta": {}}
 
 
 @dataclass
@@ -184,7 +111,7 @@ class _Started:
 
 
 async def _respond(
-    request: Request, shape: _Shape, answer: TextAnswer, model: ServedModel
+    request: Request, shape: AnswerShape, answer: TextAnswer, model: ServedModel
 ) -> Response:
     headers = {MODEL_VERSION_HEADER: str(model.served)}
     if not shape.asked.stream:
@@ -198,19 +125,19 @@ async def _respond(
 
 
 async def _events(
-    shape: _Shape, answer: TextAnswer, started: _Started, path: str
+    shape: AnswerShape, answer: TextAnswer, started: _Started, path: str
 ) -> AsyncGenerator[str, None]:
     """Server-sent events; an error after the beginning is the last event before [DONE]."""
     pieces = started.pieces()
     try:
         opening = shape.opening()
         if opening is not None:
-            yield _event(shape.chunk(opening, None))
+            yield event(shape.chunk(opening, None))
         async for piece in pieces:
-            yield _event(shape.chunk(shape.text_delta(piece), None))
-        yield _event(shape.chunk(shape.closing(), answer.finish_reason))
+            yield event(shape.chunk(shape.text_delta(piece), None))
+        yield event(shape.chunk(shape.closing(), answer.finish_reason))
         if shape.asked.includes_usage:
-            yield _event(shape.usage_chunk(answer))
+            yield event(shape.usage_chunk(answer))
     except Exception as error:
         yield server_sent(error, path)
     finally:
@@ -282,38 +209,3 @@ async def _find_or_none(models: Models, name: str) -> ServedModel | None:
         return await models.find(name)
     except HeliostatError:
         return None
-
-
-def _usage(answer: TextAnswer) -> dict[str, int]:
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-    }
-
-
-def _event(values: dict[str, Any]) -> str:
-    return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"
-
-
-def _model_card(model: ServedModel, name: str | None = None) -> dict[str, Any]:
-    info = model.manifest.language_model
-    return {
-        "id": name or model.served.name,
-        "object": "model",
-        "created": _unix_time(model.manifest.created_at),
-        "owned_by": "heliostat",
-        "kind": model.manifest.kind,
-        "version": model.served.version,
-        "digest": model.served.digest,
-        **({"max_model_len": info.max_context_tokens} if info is not None else {}),
-    }
-
-
-def _unix_time(text: str) -> int:
-    from datetime import datetime
-
-    try:
-        return int(datetime.fromisoformat(text).timestamp())
-    except ValueError:
-        return 0

@@ -14,7 +14,6 @@ from typing import Any
 from ray import serve
 
 from cluster.model_package import ModelPackage, golden
-from cluster.settings import load_settings
 from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenOutput
 from serve_apps.llm.runner import EngineRunner
 from serve_apps.options import DeploymentOptions
@@ -25,7 +24,7 @@ class LanguageModel:
     """One replica."""
 
     def __init__(self, digest: str, options: dict[str, Any]) -> None:
-        package = open_package_of(digest, load_settings())
+        package = open_package_of(digest)
         parsed = DeploymentOptions.model_validate(options)
         self._digest = package.digest
         engine = _build_engine(package, parsed)

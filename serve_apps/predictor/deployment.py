@@ -16,7 +16,6 @@ from ray import serve
 from cluster.model_package import golden
 from cluster.processing import Array
 from cluster.runtimes.onnx import OnnxRuntime
-from cluster.settings import load_settings
 from serve_apps.options import DeploymentOptions
 from serve_apps.replicas import Description, deploy_with, open_package_of
 
@@ -25,7 +24,7 @@ class Predictor:
     """One replica."""
 
     def __init__(self, digest: str, options: dict[str, Any]) -> None:
-        package = open_package_of(digest, load_settings())
+        package = open_package_of(digest)
         parsed = DeploymentOptions.model_validate(options)
         self._digest = package.digest
         self._runtime = OnnxRuntime(package.graph_path, parsed.num_threads)

@@ -115,7 +115,7 @@ class FakeControl:
         self.calls.append(("deploy", ref, strategy, options, actor))
         if self.error is not None:
             raise self.error
-        return {"name": ref, "version": 1, "state": "deploying"}
+        return {"name": ref, "version": 1, "state": "deploying", "reason": "asked"}
 
     async def undeploy(self, name: str, version: int | None, actor: str) -> list[dict[str, Any]]:
         self.calls.append(("undeploy", name, version, actor))
@@ -123,7 +123,7 @@ class FakeControl:
 
     async def rollback(self, name: str, actor: str) -> dict[str, Any]:
         self.calls.append(("rollback", name, actor))
-        return {"name": name, "version": 1, "state": "champion"}
+        return {"name": name, "version": 1, "state": "champion", "reason": "rolled back"}
 
     async def deployments(self, name: str | None) -> list[dict[str, Any]]:
         rows = [{"name": "classes", "version": 1, "state": "champion"}]

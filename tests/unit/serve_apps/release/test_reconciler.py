@@ -1,0 +1,354 @@
+"""Whole releases with Serve played by hand: what is up, who gets traffic, what the tables say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from cluster.database import model_versions, now, open_database
+from cluster.errors import (
+    ConflictError,
+    InputError,
+    InvalidReferenceError,
+    NotFoundError,
+    UpstreamFailedError,
+    UsageError,
+)
+from cluster.model_ref import CHAMPION
+from cluster.registry import ModelRegistry
+from cluster.releases import ReleaseStore
+from cluster.settings import Settings
+from serve_apps.gateway.routing_table import read_routes
+from serve_apps.release.fake_applications import FakeApplications
+from serve_apps.release.policy import ReleasePolicy
+from serve_apps.release.reconciler import ReleaseController
+
+
+class UnmirroredRegistry(ModelRegistry):
+    """Without MLflow."""
+
+    def mirror_aliases(self, name: str) -> None:
+        pass
+
+
+class World:
+    """A controller with real tables, and Serve in the test's hands."""
+
+    def __init__(self, home: Path) -> None:
+        settings = Settings(home=home)
+        self.engine = open_database(settings.database)
+        self.registry = UnmirroredRegistry(self.engine, settings)
+        self.store = ReleaseStore(self.engine)
+        self.applications = FakeApplications()
+        self.answers: dict[str, str] = {}
+        self.controller = self.new_controller()
+        for version in (1, 2, 3):
+            self.register("m", version)
+
+    def new_controller(self) -> ReleaseController:
+        """As after a kill: nothing remembered."""
+        policy = ReleasePolicy(drain_s=0)
+        return ReleaseController(
+            self.store, self.registry, self.applications, self._describe, policy
+        )
+
+    def register(self, name: str, version: int, kind: str = "graph") -> None:
+        row = {
+            "name": name, "version": version, "digest": f"sha256:{version}", "kind": kind,
+            "location": "", "run_id": None, "parent_digest": None, "created_at": now(),
+        }  # fmt: skip
+        with self.engine.begin() as connection:
+            connection.execute(sa.insert(model_versions).values(row))
+
+    async def deploy(self, ref: str, **options: Any) -> dict[str, Any]:
+        return await self.controller.deploy(ref, "direct", options, "tester")
+
+    async def settle(self, *running: str) -> None:
+        """Let the named applications run, deleted ones go, and the controller see it all."""
+        for _ in range(6):
+            await self.controller.reconcile()
+            for name, status in self.applications.statuses().items():
+                if status.phase == "deleting":
+                    self.applications.vanish(name)
+                elif name in running and status.phase != "failed":
+                    self.applications.set_phase(name, "running")
+
+    async def release(self, version: int) -> None:
+        await self.deploy(f"m/{version}")
+        await self.settle(f"m.v{version}")
+
+    def states(self) -> dict[int, str]:
+        return {row.version: row.state for row in self.store.deployments("m")}
+
+    def champion(self) -> int | None:
+        alias = self.registry.get_alias("m", CHAMPION)
+        return alias.version if alias else None
+
+    def assert_routes_follow_champion(self) -> None:
+        assert self.store.weights("m") == {self.champion(): 1.0}
+
+    async def _describe(self, application: str) -> str:
+        answer = self.answers.get(application, f"sha256:{application.rpartition('v')[2]}")
+        if answer == "gone":
+            raise UpstreamFailedError("gone")
+        return answer
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.engine.dispose()
+    open_database.cache_clear()
+
+
+async def test_a_first_version_becomes_champion_through_every_state(world: World) -> None:
+    row = await world.deploy("m/1")
+    assert (row["state"], row["application"]) == ("deploying", "m.v1")
+    seen: list[str] = []
+    for phase in (None, "starting", "running", None, None):
+        if phase is not None:
+            world.applications.set_phase("m.v1", phase)  # type: ignore[arg-type]
+        await world.controller.reconcile()
+        seen.append(world.states()[1])
+    assert seen == ["deploying", "warming", "parity", "champion", "champion"]
+    assert world.applications.started == ["m.v1 graph"]
+    world.assert_routes_follow_champion()
+    history = world.store.champion_history("m")
+    assert [(change.from_version, change.to_version) for change in history] == [(None, 1)]
+    assert history[0].reason == "golden outputs reproduced"
+
+
+async def test_the_old_version_serves_until_the_new_one_answers(world: World) -> None:
+    await world.release(1)
+    await world.deploy("m/2")
+    await world.controller.reconcile()
+    world.applications.set_phase("m.v2", "starting")
+    await world.controller.reconcile()
+    assert world.states() == {1: "champion", 2: "warming"}
+    assert world.store.weights("m") == {1: 1.0}
+    world.answers["m.v2"] = "gone"
+    await world.settle("m.v2")
+    assert world.states() == {1: "champion", 2: "parity"}
+    del world.answers["m.v2"]
+    await world.settle("m.v2")
+    assert world.states() == {1: "standby", 2: "champion"}
+    world.assert_routes_follow_champion()
+
+
+async def test_only_one_version_is_kept_for_rollback(world: World) -> None:
+    for version in (1, 2, 3):
+        await world.release(version)
+    await world.settle()
+    assert world.states() == {2: "standby", 3: "champion"}
+    assert world.applications.deleted == ["m.v1"]
+
+
+async def test_a_version_that_fails_leaves_the_old_one_and_says_why(world: World) -> None:
+    await world.release(1)
+    await world.deploy("m/2")
+    await world.controller.reconcile()
+    world.applications.set_phase("m.v2", "failed", "golden outputs are not reproduced")
+    await world.settle()
+    row = world.store.get("m", 2)
+    assert row is not None
+    assert (row.state, row.reason) == ("failed", "golden outputs are not reproduced")
+    assert world.applications.deleted == ["m.v2"]
+    assert world.store.weights("m") == {1: 1.0}
+    assert world.champion() == 1
+    await world.release(2)
+    assert world.champion() == 2
+
+
+async def test_a_replica_with_another_package_gets_no_traffic(world: World) -> None:
+    await world.release(1)
+    world.answers["m.v2"] = "sha256:other"
+    await world.release(2)
+    assert world.states() == {1: "champion", 2: "failed"}
+
+
+async def test_rollback_moves_alias_and_traffic_together_without_new_replicas(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    started = list(world.applications.started)
+    row = await world.controller.rollback("m", "tester")
+    assert (row["version"], row["state"]) == (1, "champion")
+    assert world.states() == {1: "champion", 2: "standby"}
+    world.assert_routes_follow_champion()
+    assert world.store.champion_history("m")[-1].reason == "rolled back from version 2"
+    assert world.store.champion_history("m")[-1].actor == "tester"
+    await world.settle("m.v1", "m.v2")
+    assert world.applications.started == started
+
+
+async def test_rollback_that_cannot_be_is_refused_with_the_way_out(world: World) -> None:
+    with pytest.raises(NotFoundError, match="never released"):
+        await world.controller.rollback("m", "tester")
+    await world.release(1)
+    with pytest.raises(ConflictError, match="no champion before version 1"):
+        await world.controller.rollback("m", "tester")
+    await world.release(2)
+    await world.controller.undeploy("m", 1, "tester")
+    await world.settle("m.v2")
+    with pytest.raises(ConflictError, match="heliostat deploy m/1"):
+        await world.controller.rollback("m", "tester")
+    assert world.champion() == 2
+
+
+async def test_a_failed_champion_can_be_rolled_back_from(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    world.applications.set_phase("m.v2", "failed", "out of memory")
+    await world.settle("m.v1")
+    assert world.states() == {1: "standby", 2: "failed"}
+    assert world.store.weights("m") == {}
+    await world.controller.rollback("m", "tester")
+    assert world.store.weights("m") == {1: 1.0}
+
+
+async def test_deploying_the_standby_again_needs_no_new_replica(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    row = await world.deploy("m/1")
+    assert row["state"] == "champion"
+    assert world.champion() == 1
+    assert len(world.applications.started) == 2
+
+
+async def test_deploying_what_is_deployed_changes_nothing(world: World) -> None:
+    await world.release(1)
+    row = await world.deploy("m/1")
+    assert row["state"] == "champion"
+    with pytest.raises(ConflictError, match="with other options"):
+        await world.deploy("m/1", num_replicas=2)
+    await world.deploy("m/2")
+    assert (await world.deploy("m/2"))["state"] == "deploying"
+    with pytest.raises(ConflictError, match="version 2 of 'm' is being deployed"):
+        await world.deploy("m/3")
+
+
+async def test_a_bare_name_means_the_candidate_or_else_the_newest(world: World) -> None:
+    assert (await world.deploy("m"))["version"] == 3
+    await world.settle("m.v3")
+    world.registry.set_alias("m", "candidate", 2, actor="tester", reason="trained")
+    assert (await world.deploy("m"))["version"] == 2
+    await world.settle("m.v2")
+    assert (await world.deploy("m@champion"))["version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("ref", "strategy", "options", "error", "words"),
+    [
+        ("none", "direct", {}, NotFoundError, "there are: m"),
+        ("m/9", "direct", {}, NotFoundError, "it has versions 1, 2, 3"),
+        ("m@prod", "direct", {}, NotFoundError, "no alias 'prod'"),
+        ("../m", "direct", {}, InvalidReferenceError, "not valid"),
+        ("m", "canary", {}, UsageError, "'canary' is not there yet"),
+        ("m", "shadow", {}, UsageError, "'shadow' is not there yet"),
+        ("m", "yolo", {}, InputError, "'yolo' does not exist"),
+        ("m", "direct", {"num_replica": 2}, InputError, "'num_replica' is not known"),
+        ("m", "direct", {"num_replicas": 0}, InputError, "'num_replicas' is 0: input should be"),
+    ],
+)
+async def test_impossible_deployments_are_refused(
+    world: World, ref: str, strategy: str, options: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        await world.controller.deploy(ref, strategy, options, "tester")
+    assert world.store.deployments() == []
+
+
+async def test_undeploy_takes_traffic_away_before_the_application(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    rows = await world.controller.undeploy("m", None, "tester")
+    assert {row["state"] for row in rows} == {"retiring"}
+    assert read_routes(world.store).served == {}
+    assert world.applications.deleted == []
+    await world.settle()
+    assert sorted(world.applications.deleted) == ["m.v1", "m.v2"]
+    assert world.store.deployments() == []
+    with pytest.raises(NotFoundError, match="not deployed"):
+        await world.controller.undeploy("m", None, "tester")
+    await world.release(1)
+    assert world.store.weights("m") == {1: 1.0}
+
+
+@pytest.mark.parametrize("phase", [None, "scheduling", "starting", "running"])
+async def test_a_killed_controller_goes_on_where_it_was(world: World, phase: Any) -> None:
+    await world.release(1)
+    await world.deploy("m/2")
+    await world.controller.reconcile()
+    if phase is not None:
+        world.applications.set_phase("m.v2", phase)
+        await world.controller.reconcile()
+    world.controller = world.new_controller()
+    await world.settle("m.v1", "m.v2")
+    assert world.states() == {1: "standby", 2: "champion"}
+    assert world.applications.started == ["m.v1 graph", "m.v2 graph"]
+
+
+async def test_a_restarted_cluster_gets_everything_back(world: World) -> None:
+    world.register("talker", 1, kind="language_model")
+    await world.deploy("talker")
+    await world.settle("talker.v1")
+    await world.release(1)
+    await world.release(2)
+    world.applications = FakeApplications()
+    world.controller = world.new_controller()
+    await world.settle("m.v1", "m.v2", "talker.v1")
+    assert sorted(world.applications.started) == [
+        "m.v1 graph", "m.v2 graph", "talker.v1 language_model",
+    ]  # fmt: skip
+    assert world.states() == {1: "standby", 2: "champion"}
+    world.assert_routes_follow_champion()
+
+
+async def test_applications_that_no_row_asks_for_are_deleted(world: World) -> None:
+    world.applications.set_phase("stray.v7", "running")
+    await world.settle()
+    assert world.applications.deleted == ["stray.v7"]
+
+
+async def test_one_deployments_trouble_does_not_hold_up_the_others(world: World) -> None:
+    world.register("other", 1)
+    await world.deploy("m/1")
+    await world.deploy("other")
+    start = world.applications.start
+
+    def picky(deployment: Any, kind: str) -> None:
+        if deployment.name == "m":
+            raise RuntimeError("Serve stumbled")
+        start(deployment, kind)
+
+    world.applications.start = picky  # type: ignore[method-assign]
+    await world.settle("other.v1")
+    assert world.store.weights("other") == {1: 1.0}
+    assert world.states() == {1: "deploying"}
+
+
+async def test_the_loop_follows_a_request_without_being_asked(world: World) -> None:
+    loop = asyncio.create_task(world.controller.run_forever())
+    await world.deploy("m/1")
+    while "m.v1" not in world.applications.statuses():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    world.applications.set_phase("m.v1", "running")
+    while world.states()[1] != "champion":  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    loop.cancel()
+
+
+async def test_a_release_tells_its_whole_story(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    story = await world.controller.release("m")
+    assert story["weights"] == {"2": 1.0}
+    assert [row["state"] for row in story["deployments"]] == ["standby", "champion"]
+    assert [change["to_version"] for change in story["history"]] == [1, 2]
+    with pytest.raises(NotFoundError, match="never deployed"):
+        await world.controller.release("x")

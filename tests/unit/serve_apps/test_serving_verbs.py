@@ -1,0 +1,118 @@
+"""`deploy`, `undeploy` and `releases` against a real HTTP server with a scripted controller."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from typer.testing import CliRunner
+
+from cluster.cli.app import app
+from cluster.errors import ConflictError, HeliostatError, NotFoundError, NotRunningError
+
+
+class Verbs:
+    """Runs the command line against the gateway under test."""
+
+    def __init__(self, home: Path, port: int) -> None:
+        self.environment = {"HELIOSTAT_HOME": str(home), "HELIOSTAT_GATEWAY_PORT": str(port)}
+
+    async def run(self, *arguments: str) -> Any:
+        return await asyncio.to_thread(
+            CliRunner().invoke, app, list(arguments), env=self.environment
+        )
+
+
+@pytest.fixture
+async def verbs(gateway: Any, tmp_path: Path) -> AsyncIterator[Verbs]:
+    server = uvicorn.Server(
+        uvicorn.Config(gateway.app, port=0, log_level="warning", lifespan="off")
+    )
+    serving = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    key = gateway.headers("admin")["authorization"].removeprefix("Bearer ")
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "api_key").write_text(key)
+    yield Verbs(tmp_path, server.servers[0].sockets[0].getsockname()[1])
+    server.should_exit = True
+    await serving
+
+
+def script(gateway: Any, *states: str, reason: str = "because") -> None:
+    """Let the deployment go through these states, one each time it is asked for."""
+    rows = [{"name": "classes", "version": 1, "state": state, "reason": reason} for state in states]
+
+    async def deployments(name: str | None) -> list[dict[str, Any]]:
+        return [rows.pop(0)] if rows else []
+
+    gateway.control.deployments = deployments
+
+
+async def test_deploy_shows_each_state_until_the_champion(gateway: Any, verbs: Verbs) -> None:
+    script(gateway, "warming", "warming", "parity", "champion")
+    result = await verbs.run("deploy", "classes")
+    assert result.exit_code == 0, result.output
+    *steps, last = result.stdout.splitlines()
+    assert [line.split()[1] for line in steps] == ["deploying", "warming", "parity", "champion"]
+    assert "is champion after" in last
+
+
+async def test_a_failed_deploy_is_one_line_with_the_replicas_reason(
+    gateway: Any, verbs: Verbs
+) -> None:
+    script(gateway, "failed", reason="golden outputs are not reproduced")
+    result = await verbs.run("deploy", "classes")
+    assert isinstance(result.exception, HeliostatError)
+    assert str(result.exception) == "classes/1 failed: golden outputs are not reproduced"
+
+
+async def test_options_come_from_a_file(gateway: Any, verbs: Verbs, tmp_path: Path) -> None:
+    config = tmp_path / "options.yaml"
+    config.write_text("num_replicas: 3\n")
+    result = await verbs.run("deploy", "classes", "--config", str(config), "--no-wait", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["state"] == "deploying"
+    assert gateway.control.calls[-1][:4] == ("deploy", "classes", "direct", {"num_replicas": 3})
+
+
+async def test_undeploy_waits_until_it_is_gone(gateway: Any, verbs: Verbs) -> None:
+    script(gateway, "retiring", "retiring")
+    result = await verbs.run("undeploy", "classes", "--version", "1")
+    assert result.exit_code == 0, result.output
+    assert gateway.control.calls[-1][:3] == ("undeploy", "classes", 1)
+
+
+async def test_releases_are_listed_shown_and_rolled_back(gateway: Any, verbs: Verbs) -> None:
+    listed = await verbs.run("releases", "list", "--json")
+    assert json.loads(listed.stdout)[0]["name"] == "classes"
+    shown = await verbs.run("releases", "status", "classes")
+    assert "version 1: 100%" in shown.stdout
+    rolled = await verbs.run("releases", "rollback", "classes")
+    assert rolled.exit_code == 0, rolled.output
+    assert gateway.control.calls[-1][:2] == ("rollback", "classes")
+
+
+async def test_the_gateways_errors_are_the_command_lines(gateway: Any, verbs: Verbs) -> None:
+    gateway.control.error = ConflictError("version 2 is being deployed", hint="wait")
+    result = await verbs.run("deploy", "classes")
+    assert isinstance(result.exception, ConflictError)
+    assert str(result.exception) == "version 2 is being deployed; wait"
+    missing = await verbs.run("releases", "status", "none")
+    assert isinstance(missing.exception, NotFoundError)
+
+
+async def test_a_stopped_cluster_is_named_with_the_way_to_start_it(tmp_path: Path) -> None:
+    nothing = Verbs(tmp_path, 1)
+    result = await nothing.run("releases", "list")
+    assert isinstance(result.exception, NotRunningError)
+    assert str(result.exception) == "heliostat is not running; run `heliostat up`"
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "api_key").write_text("hst_x")
+    result = await nothing.run("deploy", "x")
+    assert str(result.exception) == "heliostat is not running; run `heliostat up`"
