@@ -31,6 +31,7 @@ from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.estimate import estimate
 from jobs.training.launchers import Launcher, LocalLauncher, follow
+from jobs.training.parallelism import Layout
 from jobs.training.process_group import launched_rank, launched_world_size
 from jobs.training.publishing import publish
 from jobs.training.ray_trainer import RayLauncher
@@ -103,7 +104,7 @@ def check_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     plan = BatchPlan.make(
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
-        world_size=world_size,
+        world_size=Layout.of(config, world_size).num_copies,
     )
     deepspeed_config = make_deepspeed_config(config, plan)
     require_compiler(deepspeed_config)

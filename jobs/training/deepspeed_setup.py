@@ -1,163 +1,41 @@
-"""DeepSpeed behind the `Engine` Protocol. The only module that imports DeepSpeed.
+"""The table of engines: which one a layout of workers needs.
 
-engine = start_deepspeed(model, config, deepspeed_config, group)
+engine = start_deepspeed(model, family, config, deepspeed_config, group, layout)
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cluster.errors import ConfigError
-from jobs.models.family import Batch
+from jobs.models.family import Family
 from jobs.training.config import TrainConfig
-from jobs.training.engine import Engine, LossFunction
-from jobs.training.optimizers import make_optimizer
+from jobs.training.deepspeed_engine import DeepSpeedEngine, initialize
+from jobs.training.engine import Engine
+from jobs.training.parallelism import Layout
+from jobs.training.pipeline_engine import start_pipeline
 from jobs.training.process_group import ProcessGroup
-
-_TAG = "deepspeed"
-# Raw keys under which DeepSpeed builds its own optimizer or sets the learning rate itself.
-_THEIR_OPTIMIZER, _THEIR_SCHEDULER = "optimizer", "scheduler"
+from jobs.training.tensor_engine import TensorParallelEngine
 
 
 def start_deepspeed(
     model: torch.nn.Module,
+    family: Family,
     config: TrainConfig,
     deepspeed_config: dict[str, Any],
     group: ProcessGroup,
+    layout: Layout,
 ) -> Engine:
-    """Wrap a model; the process group must have been started.
+    """Wrap a whole model, the same at every worker; the process group must have been started.
 
     Raises:
         ConfigError: DeepSpeed refuses the configuration, in its own words.
     """
-    deepspeed = _import_deepspeed()
-    optimizer = None
-    if _THEIR_OPTIMIZER not in deepspeed_config:
-        optimizer = make_optimizer(config.optimizer, model)
-    try:
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            model_parameters=None if optimizer else list(model.parameters()),
-            config=deepspeed_config,
-        )
-    except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"DeepSpeed refuses the configuration: {reason}",
-            hint="correct the deepspeed section",
-            param="deepspeed",
-        ) from error
-    engine.checkpoint_engine = _guarded(engine.checkpoint_engine)
-    return _DeepSpeedEngine(engine, config, deepspeed_config, group)
-
-
-def _import_deepspeed() -> Any:
-    # Told, it neither searches for an accelerator nor warns that it found none.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    # torch has renamed collectives that DeepSpeed still calls by their old names.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
-    # The shared-memory extension serves `inference_all_reduce` alone. Without it nothing is
-    # compiled, which saves 30-50 s on a new machine, and the need for a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-class _DeepSpeedEngine:
-    """See `jobs.training.engine.Engine`."""
-
-    def __init__(
-        self,
-        engine: Any,
-        config: TrainConfig,
-        deepspeed_config: dict[str, Any],
-        group: ProcessGroup,
-    ) -> None:
-        self._engine = engine
-        self._group = group
-        self._sets_learning_rate = _THEIR_SCHEDULER not in deepspeed_config
-        self._learning_rate = 0.0
-        in_bf16 = deepspeed_config.get("bf16", {}).get("enabled", False)
-        self._autocast = config.precision == "bf16" or in_bf16
-
-    @property
-    def model(self) -> torch.nn.Module:
-        model: torch.nn.Module = self._engine
-        return model
-
-    def train_step(
-        self, loss: LossFunction, micro_batches: Sequence[Batch], learning_rate: float
-    ) -> torch.Tensor:
-        if self._sets_learning_rate:
-            for group in self._engine.optimizer.param_groups:
-                group["lr"] = learning_rate
-        self._learning_rate = float(self._engine.optimizer.param_groups[0]["lr"])
-        losses = [self._micro_step(loss, batch) for batch in micro_batches]
-        return torch.stack(losses).mean()
-
-    def _micro_step(self, loss: LossFunction, batch: Batch) -> torch.Tensor:
-        with self.precision():
-            value = loss(self._engine, batch)
-        self._engine.backward(value)
-        self._engine.step()
-        return value.detach().float()
-
-    def learning_rate(self) -> float:
-        return self._learning_rate
-
-    def precision(self) -> AbstractContextManager[None]:
-        return torch.autocast(self._group.device.type, torch.bfloat16, enabled=self._autocast)
-
-    @contextlib.contextmanager
-    def whole_model(self) -> Iterator[torch.nn.Module]:
-        module: torch.nn.Module = self._engine.module
-        if self._engine.zero_optimization_stage() < 3:
-            yield module
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(module.parameters())):
-            yield module
-
-    def save(self, directory: Path) -> None:
-        writer: Any = self._engine.checkpoint_engine
-        writer.failure = None
-        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
-        if writer.failure is not None:
-            raise OSError(str(writer.failure)) from writer.failure
-
-    def load(self, directory: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
-        assert path is not None, "a verified checkpoint holds what save wrote"
-
-
-def _guarded(writer: Any) -> Any:
-    """DeepSpeed's own writer, remembering a failure instead of raising it.
-
-    Raising would leave the other workers in the barrier that ends a save.
-    """
-    save = writer.save
-
-    def remember(state_dict: Any, path: str) -> None:
-        try:
-            save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError.
-            writer.failure = error
-
-    writer.save = remember
-    writer.failure = None
-    return writer
+    if layout.pipeline > 1:
+        return start_pipeline(model, family, config, deepspeed_config, group, layout)
+    engine = initialize(model, config, deepspeed_config)
+    arguments = (engine, config, deepspeed_config, group)
+    if layout.tensor > 1:
+        return TensorParallelEngine(family, *arguments)
+    return DeepSpeedEngine(*arguments)

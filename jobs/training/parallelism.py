@@ -165,8 +165,7 @@ def _refuse_zero_stage(deepspeed_config: dict[str, Any], kind: str) -> None:
     for part in ("offload_optimizer", "offload_param"):
         if str(zero.get(part, {}).get("device", "none")) != "none":
             raise _refusal(
-                f"parallelism.{kind} cannot be combined with "
-                f"deepspeed.zero_optimization.{part}",
+                f"parallelism.{kind} cannot be combined with deepspeed.zero_optimization.{part}",
                 kind,
                 f"remove {part}, or set parallelism.{kind} to 1",
             )

@@ -28,6 +28,7 @@ from jobs.training.deepspeed_setup import start_deepspeed
 from jobs.training.engine import Engine
 from jobs.training.events import Evaluated, Notice, Progress, Saved, Sink, Started
 from jobs.training.loop import Feed, Step, evaluate, train_steps
+from jobs.training.parallelism import Layout
 from jobs.training.process_group import ProcessGroup, start_process_group
 from jobs.training.saving import save_together
 from jobs.training.speed import SpeedMeter
@@ -79,17 +80,18 @@ class _Worker:
         config = job.config
         self.job, self.config, self.group, self.tell = job, config, group, tell
         self.dataset = Dataset.open(job.dataset_dir, verify=group.is_first)
+        self.layout = Layout.of(config, group.world_size)
         self.plan = BatchPlan.make(
             batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,
-            world_size=group.world_size,
+            world_size=self.layout.num_copies,
         )
         self.family: Family = make_family(config.model, DataShape.of(self.dataset.info))
         torch.manual_seed(config.seed)
         model = self.family.build()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine: Engine = start_deepspeed(
-            model, config, make_deepspeed_config(config, self.plan), group
+            model, self.family, config, make_deepspeed_config(config, self.plan), group, self.layout
         )
         self.store = CheckpointStore(job.run_dir / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
 
@@ -129,7 +131,7 @@ class _Worker:
 
     def _train(self, first_step: int) -> None:
         config = self.config
-        feed = Feed(self.dataset.rows("train"), self.plan, config.seed, self.group)
+        feed = Feed(self.dataset.rows("train"), self.plan, config.seed, self.group, self.layout)
         meter = SpeedMeter(self.plan.batch_size * self.family.units_per_row)
         for step in train_steps(self.engine, self.family, feed, config, first_step=first_step):
             meter.count()
@@ -159,6 +161,7 @@ class _Worker:
             self.dataset.rows(split),
             batch_size=self.plan.micro_batch_size,
             group=self.group,
+            layout=self.layout,
         )
         self.tell(Evaluated(step, split, metrics))
         return metrics

@@ -1,0 +1,177 @@
+"""DeepSpeed behind the `Engine` Protocol: every worker holds, or can gather, the whole model.
+
+engine = initialize(model, config, deepspeed_config)
+DeepSpeedEngine(engine, config, deepspeed_config, group)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.errors import ConfigError
+from jobs.models.family import Batch
+from jobs.training.config import TrainConfig
+from jobs.training.engine import LossFunction, MeasureFunction
+from jobs.training.optimizers import make_optimizer
+from jobs.training.process_group import ProcessGroup
+
+_TAG = "deepspeed"
+# Raw keys under which DeepSpeed builds its own optimizer or sets the learning rate itself.
+_THEIR_OPTIMIZER, _THEIR_SCHEDULER = "optimizer", "scheduler"
+
+
+def import_deepspeed() -> Any:
+    # Told, it neither searches for an accelerator nor warns that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # torch has renamed collectives that DeepSpeed still calls by their old names.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    # The shared-memory extension serves `inference_all_reduce` alone. Without it nothing is
+    # compiled, which saves 30-50 s on a new machine, and the need for a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def initialize(
+    model: torch.nn.Module, config: TrainConfig, deepspeed_config: dict[str, Any]
+) -> Any:
+    """DeepSpeed's engine around a model, with our optimizer unless theirs is configured.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration, in its own words.
+    """
+    deepspeed = import_deepspeed()
+    optimizer = None
+    if _THEIR_OPTIMIZER not in deepspeed_config:
+        optimizer = make_optimizer(config.optimizer, model)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=None if optimizer else list(model.parameters()),
+            config=deepspeed_config,
+        )
+    except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"DeepSpeed refuses the configuration: {reason}",
+            hint="correct the deepspeed section",
+            param="deepspeed",
+        ) from error
+    engine.checkpoint_engine = _guarded(engine.checkpoint_engine)
+    return engine
+
+
+def precision(
+    config: TrainConfig, deepspeed_config: dict[str, Any], group: ProcessGroup
+) -> AbstractContextManager[None]:
+    """Context in which a forward pass has the run's precision."""
+    in_bf16 = deepspeed_config.get("bf16", {}).get("enabled", False)
+    enabled = config.precision == "bf16" or in_bf16
+    return torch.autocast(group.device.type, torch.bfloat16, enabled=enabled)
+
+
+class DeepSpeedEngine:
+    """See `jobs.training.engine.Engine`."""
+
+    def __init__(
+        self,
+        engine: Any,
+        config: TrainConfig,
+        deepspeed_config: dict[str, Any],
+        group: ProcessGroup,
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._deepspeed_config = deepspeed_config
+        self._group = group
+        self._learning_rate = 0.0
+
+    @property
+    def model(self) -> torch.nn.Module:
+        model: torch.nn.Module = self._engine
+        return model
+
+    def train_step(
+        self, loss: LossFunction, micro_batches: Sequence[Batch], learning_rate: float
+    ) -> torch.Tensor:
+        self._set_learning_rate(learning_rate)
+        losses = [self._micro_step(loss, batch) for batch in micro_batches]
+        return torch.stack(losses).mean()
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        groups = self._engine.optimizer.param_groups
+        if _THEIR_SCHEDULER not in self._deepspeed_config:
+            for group in groups:
+                group["lr"] = learning_rate
+        self._learning_rate = float(groups[0]["lr"])
+
+    def _micro_step(self, loss: LossFunction, batch: Batch) -> torch.Tensor:
+        with self._precision():
+            value = loss(self._engine, batch)
+        self._engine.backward(value)
+        self._engine.step()
+        return value.detach().float()
+
+    def learning_rate(self) -> float:
+        return self._learning_rate
+
+    def measure(self, measure: MeasureFunction, batch: Batch) -> torch.Tensor:
+        with torch.no_grad(), self._precision():
+            return measure(self._engine, batch)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        return precision(self._config, self._deepspeed_config, self._group)
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[torch.nn.Module]:
+        module: torch.nn.Module = self._engine.module
+        if self._engine.zero_optimization_stage() < 3:
+            yield module
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            yield module
+
+    def save(self, directory: Path) -> None:
+        writer: Any = self._engine.checkpoint_engine
+        writer.failure = None
+        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        if writer.failure is not None:
+            raise OSError(str(writer.failure)) from writer.failure
+
+    def load(self, directory: Path) -> None:
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        assert path is not None, "a verified checkpoint holds what save wrote"
+
+
+def _guarded(writer: Any) -> Any:
+    """DeepSpeed's own writer, remembering a failure instead of raising it.
+
+    Raising would leave the other workers in the barrier that ends a save.
+    """
+    save = writer.save
+
+    def remember(state_dict: Any, path: str) -> None:
+        try:
+            save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError.
+            writer.failure = error
+
+    writer.save = remember
+    writer.failure = None
+    return writer
