@@ -117,7 +117,7 @@ def _ask_digits(customer: httpx.Client, settings: Settings, registry: ModelRegis
     numbers = {
         "name": "pixels",
         "datatype": "FP32",
-        "shape": list(pixels.shape),
+        "shape": [len(pixels), 64],
         "data": pixels.reshape(-1).tolist(),
     }
     answer = _call(customer, f"/v2/models/{DIGITS.name}/infer", {"inputs": [numbers]})

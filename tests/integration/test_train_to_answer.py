@@ -144,7 +144,7 @@ def test_a_picture_and_its_numbers_get_the_same_answer(life: Life, http: httpx.C
     numbers = {
         "name": "pixels",
         "datatype": "FP32",
-        "shape": [4, 8, 8],
+        "shape": [4, 64],
         "data": images.ravel().tolist(),
     }
     pictures = []
@@ -266,7 +266,7 @@ def served_version(http: httpx.Client, name: str) -> str:
     tensor = {
         "name": "pixels",
         "datatype": "FP32",
-        "shape": [1, 8, 8],
+        "shape": [1, 64],
         "data": image.ravel().tolist(),
     }
     answer = http.post(f"/v2/models/{name}/infer", json={"inputs": [tensor]}).raise_for_status()
