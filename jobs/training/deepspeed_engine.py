@@ -45,9 +45,15 @@ def import_deepspeed() -> Any:
 
 
 def initialize(
-    model: torch.nn.Module, config: TrainConfig, deepspeed_config: dict[str, Any]
+    model: torch.nn.Module,
+    config: TrainConfig,
+    deepspeed_config: dict[str, Any],
+    groups: Any = None,
 ) -> Any:
     """DeepSpeed's engine around a model, with our optimizer unless theirs is configured.
+
+    Args:
+        groups: which workers share a copy of the model, if any do (DeepSpeed's `mpu`).
 
     Raises:
         ConfigError: DeepSpeed refuses the configuration, in its own words.
@@ -62,6 +68,7 @@ def initialize(
             optimizer=optimizer,
             model_parameters=None if optimizer else list(model.parameters()),
             config=deepspeed_config,
+            mpu=groups,
         )
     except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ from jobs.training.engine import Engine
 from jobs.training.parallelism import Layout
 from jobs.training.pipeline_engine import start_pipeline
 from jobs.training.process_group import ProcessGroup
-from jobs.training.tensor_engine import TensorParallelEngine
+from jobs.training.tensor_engine import start_tensor_parallel
 
 
 def start_deepspeed(
@@ -34,8 +34,7 @@ def start_deepspeed(
     """
     if layout.pipeline > 1:
         return start_pipeline(model, family, config, deepspeed_config, group, layout)
-    engine = initialize(model, config, deepspeed_config)
-    arguments = (engine, config, deepspeed_config, group)
     if layout.tensor > 1:
-        return TensorParallelEngine(family, *arguments)
-    return DeepSpeedEngine(*arguments)
+        return start_tensor_parallel(model, family, config, deepspeed_config, group, layout)
+    engine = initialize(model, config, deepspeed_config)
+    return DeepSpeedEngine(engine, config, deepspeed_config, group)

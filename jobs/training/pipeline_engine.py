@@ -72,6 +72,8 @@ class PipelineEngine(DeepSpeedEngine):
 
     def measure(self, measure: MeasureFunction, batch: Batch) -> torch.Tensor:
         self._expect(batch)
+        # It would add the logits to the losses of the last step.
+        self._engine.total_loss = None
         logits = self._engine.eval_batch(
             iter([_as_pair(batch)]), compute_loss=False, reduce_output=None, num_micro_batches=1
         )
@@ -128,7 +130,8 @@ def _as_pair(batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
 
 def _make_stages(recipes: Sequence[Recipe], num_stages: int) -> Any:
     """A PipelineModule holding this worker's share: every stage has decoder layers."""
-    import_deepspeed()
+    # Takes over the process group that has been started.
+    import_deepspeed().init_distributed()
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
     names = [recipe.name for recipe in recipes]

@@ -3,7 +3,7 @@
 DeepSpeed's AutoTP cuts the matrices of a whole model in place. Embeddings, norms and a tied head
 stay whole at every worker.
 
-    engine = TensorParallelEngine(family, initialize(model, …), config, deepspeed_config, group)
+    engine = start_tensor_parallel(model, family, config, deepspeed_config, group, layout)
 """
 
 from __future__ import annotations
@@ -15,7 +15,29 @@ from typing import Any
 import torch
 
 from jobs.models.family import Family
-from jobs.training.deepspeed_engine import DeepSpeedEngine
+from jobs.training.config import TrainConfig
+from jobs.training.deepspeed_engine import DeepSpeedEngine, import_deepspeed, initialize
+from jobs.training.parallelism import Layout
+from jobs.training.process_group import ProcessGroup
+
+
+def start_tensor_parallel(
+    model: torch.nn.Module,
+    family: Family,
+    config: TrainConfig,
+    deepspeed_config: dict[str, Any],
+    group: ProcessGroup,
+    layout: Layout,
+) -> TensorParallelEngine:
+    """Keep this worker's share of a whole model; raises ConfigError as `initialize` does."""
+    # Takes over the process group that has been started.
+    import_deepspeed().init_distributed()
+    from deepspeed.utils import groups
+
+    # Made before the engine, which otherwise takes all workers for copies of the model.
+    groups._init_tp_mesh_device(tensor_model_parallel_size=layout.tensor)
+    engine = initialize(model, config, deepspeed_config, groups)
+    return TensorParallelEngine(family, engine, config, deepspeed_config, group)
 
 
 class TensorParallelEngine(DeepSpeedEngine):
