@@ -29,6 +29,8 @@ _PREFIX = "HELIOSTAT_"
 _DEFAULT_HOME = Path(".heliostat")
 SETTINGS_FILE = "settings.json"
 LOOPBACK = "127.0.0.1"
+# Never stored: they differ between the processes that share a home.
+_OF_ONE_PROCESS = {"home", "git_commit", "api_key"}
 
 
 class Settings(BaseSettings):
@@ -47,7 +49,7 @@ class Settings(BaseSettings):
     dashboard_port: int = Field(8265, ge=1, le=65535)
     ray_port: int = Field(6379, ge=1, le=65535)
     """Port of Ray's control store (GCS)."""
-    dashboard_metrics_port: int = Field(44227, ge=1, le=65535)
+    dashboard_metrics_port: int = Field(8266, ge=1, le=65535)
     """Port on which the Ray dashboard exports its own Prometheus metrics."""
     haproxy_stats_port: int = Field(8404, ge=1, le=65535)
     haproxy_metrics_port: int = Field(9101, ge=1, le=65535)
@@ -195,7 +197,7 @@ def changed_settings(settings: Settings) -> list[str]:
 
 
 def _deviations(settings: Settings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", exclude_defaults=True, exclude={"home", "git_commit"})
+    return settings.model_dump(mode="json", exclude_defaults=True, exclude=_OF_ONE_PROCESS)
 
 
 def _reachable(host: str) -> str:

@@ -44,7 +44,6 @@ def submit(
     if not wait:
         print(job_id)
         return
-    print(f"job {job_id}", flush=True)
     _follow(jobs, job_id)
     jobs.require_success(job_id)
 
@@ -95,6 +94,7 @@ def _connect() -> Jobs:
 
 def _follow(jobs: Jobs, job_id: str) -> None:
     try:
+        print(f"job {job_id}", flush=True)
         for text in jobs.follow(job_id):
             print(text, end="", flush=True)
     except KeyboardInterrupt:

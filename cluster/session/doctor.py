@@ -106,14 +106,12 @@ def _disk(settings: Settings) -> Check:
 def _ports(settings: Settings) -> Check:
     if read_record(settings.home).parts:
         return Check("ports", True, "held by this stack, see `heliostat status`")
-    taken = [
-        f"{name} {getattr(settings, name)}"
-        for names in PORTS.values()
-        for name in names
-        if not is_free(getattr(settings, name))
-    ]
-    step = "end what holds them, or move ours, e.g. HELIOSTAT_GATEWAY_PORT=8001"
-    return _check("ports", not taken, "taken: " + ", ".join(taken) if taken else "free", step)
+    names = [name for part in PORTS.values() for name in part]
+    taken = [name for name in names if not is_free(getattr(settings, name))]
+    found = ", ".join(f"{name} {getattr(settings, name)} is taken" for name in taken)
+    movable = " ".join(f"HELIOSTAT_{name.upper()}=PORT" for name in taken)
+    step = f"end what holds them, or move ours: {movable}"
+    return _check("ports", not taken, found or "free", step)
 
 
 def _gib(num_bytes: int) -> str:

@@ -91,7 +91,6 @@ def test_leaving_a_job_lets_it_run_and_says_how_to_stop_it(stack: Stack) -> None
     ) as running:
         assert running.stdout is not None
         job_id = running.stdout.readline().split()[1]
-        running.stdout.readline()  # it follows the output by now
         running.send_signal(signal.SIGINT)
         rest = running.stdout.read()
     assert f"heliostat jobs stop {job_id}" in rest

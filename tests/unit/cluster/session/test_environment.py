@@ -65,6 +65,15 @@ def test_stored_settings_are_found_by_every_later_process(settings: Settings) ->
     assert changed_settings(moved) == ["gateway_port"]
 
 
+def test_a_shell_that_evaluated_env_asks_for_no_other_settings(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_settings(settings)
+    for name, value in client_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    assert changed_settings(load_settings()) == []
+
+
 def test_a_settings_file_yields_to_variables_and_names_its_mistakes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
