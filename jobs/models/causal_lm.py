@@ -19,7 +19,7 @@ from torch.nn import functional
 from cluster.errors import InputError
 from jobs.data.dataset import Dataset
 from jobs.data.tokenizing import END_OF_TEXT
-from jobs.models.config import CausalLmConfig
+from jobs.models.config import CausalLmConfig, Metric
 from jobs.models.family import Batch, DataShape, Exported
 
 _END_OF_TEXT_ID = 0
@@ -31,6 +31,7 @@ class CausalLm:
     """See `jobs.models.family.Family`."""
 
     unit = "tokens"
+    metric_names: tuple[Metric, ...] = ("loss", "perplexity", "next_token_accuracy")
 
     def __init__(self, config: CausalLmConfig, shape: DataShape) -> None:
         if not shape.vocab_size:

@@ -28,6 +28,11 @@ from jobs.data.dataset import Dataset
 from jobs.models.config import CnnConfig
 from jobs.models.export_onnx import export_onnx
 from jobs.models.family import Batch, DataShape, Exported
+from jobs.models.measures import (
+    CLASSIFICATION_METRICS,
+    classification_sums,
+    metrics_of_classification,
+)
 
 _NUM_GOLDEN_ROWS = 8
 
@@ -37,6 +42,7 @@ class Cnn:
 
     unit = "samples"
     units_per_row = 1
+    metric_names = CLASSIFICATION_METRICS
 
     def __init__(self, config: CnnConfig, shape: DataShape) -> None:
         column = shape.columns.get(config.feature)
@@ -75,15 +81,10 @@ class Cnn:
 
     def measure(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits_BC, labels_B = self._predict(model, batch)
-        loss = functional.cross_entropy(logits_BC, labels_B, reduction="sum")
-        cells = labels_B * self._num_classes + logits_BC.argmax(-1)
-        confusion = torch.bincount(cells, minlength=self._num_classes**2)
-        return torch.cat([loss.reshape(1).double().cpu(), confusion.double().cpu()])
+        return classification_sums(logits_BC, labels_B)
 
     def metrics(self, sums: torch.Tensor) -> dict[str, float]:
-        confusion = sums[1:].reshape(self._num_classes, self._num_classes)
-        num_rows = float(confusion.sum())
-        return {"loss": float(sums[0]) / num_rows, **classification_metrics(confusion)}
+        return metrics_of_classification(sums)
 
     def export(self, model: nn.Module, dataset: Dataset, directory: Path) -> Exported:
         config = self._config
@@ -123,17 +124,3 @@ class Cnn:
         pixels_BHW = batch[self._config.feature] / self._config.value_max
         logits_BC: torch.Tensor = model(pixels_BHW.unsqueeze(1))
         return logits_BC.float(), batch[self._config.label].long()
-
-
-def classification_metrics(confusion: torch.Tensor) -> dict[str, float]:
-    """Accuracy and macro-averaged precision, recall and F1; rows are true classes."""
-    correct = confusion.diagonal()
-    precision = correct / confusion.sum(0).clamp(min=1)
-    recall = correct / confusion.sum(1).clamp(min=1)
-    f1 = 2 * correct / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)
-    return {
-        "accuracy": float(correct.sum() / confusion.sum()),
-        "precision": float(precision.mean()),
-        "recall": float(recall.mean()),
-        "f1": float(f1.mean()),
-    }

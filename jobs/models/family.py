@@ -19,6 +19,7 @@ import torch
 
 from cluster.processing import Array, Processing
 from jobs.data.dataset import ColumnInfo, Dataset, DatasetInfo
+from jobs.models.config import Metric
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -59,6 +60,8 @@ class Family(Protocol):
     unit: str
     """What a row consists of, for speeds: 'tokens' or 'samples'."""
     units_per_row: int
+    metric_names: tuple[Metric, ...]
+    """What `metrics` gives, in its order."""
 
     def build(self) -> torch.nn.Module:
         """A model with fresh weights, drawn from torch's current random state."""

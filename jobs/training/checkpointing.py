@@ -1,7 +1,7 @@
 """The checkpoint store: directories that are either whole or not there.
 
     step-00000100/           a committed checkpoint
-      checkpoint.json        step, world size, size and SHA-256 of every file
+      checkpoint.json        step, world size, what evaluations decided, every file's SHA-256
       state/…                what DeepSpeed wrote
     latest                   name of the newest, written last
     .partial-step-…          being written, or left by a crash
@@ -47,6 +47,8 @@ class Checkpoint:
     """Steps done when it was written: training goes on with the step of this number."""
     world_size: int
     size_bytes: int
+    decisions: dict[str, Any]
+    """What evaluations up to this step decided, as it was given to `commit`."""
 
     @property
     def state_dir(self) -> Path:
@@ -68,14 +70,24 @@ class CheckpointStore:
         (partial / STATE_DIR).mkdir(parents=True)
         return partial
 
-    def commit(self, partial: Path, step: int, *, world_size: int) -> Checkpoint:
-        """Make a partial directory the newest checkpoint, then delete what need not be kept.
+    def commit(
+        self,
+        partial: Path,
+        step: int,
+        *,
+        world_size: int,
+        decisions: dict[str, Any] | None = None,
+        best_step: int = 0,
+    ) -> Checkpoint:
+        """Make a partial directory the newest checkpoint, then delete what need not be kept; the
+        checkpoint of `best_step` stays.
 
         Raises:
             OSError: say, a full disk; the partial directory is gone and nothing else has changed.
         """
         try:
-            size_bytes = _seal(partial, step, world_size)
+            head = {"step": step, "world_size": world_size, "decisions": decisions or {}}
+            size_bytes = _seal(partial, head)
             final = self.root / _name(step)
             if final.exists():
                 shutil.rmtree(final)
@@ -85,8 +97,8 @@ class CheckpointStore:
             self.abandon(partial)
             raise
         self._point_to(final.name)
-        self._prune()
-        return Checkpoint(final, step, world_size, size_bytes)
+        self._prune(best_step)
+        return Checkpoint(final, step, world_size, size_bytes, decisions or {})
 
     def abandon(self, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -96,14 +108,21 @@ class CheckpointStore:
 
         A corrupt one is renamed out of the way and `notify` told, once.
         """
-        for path in reversed(self._committed()):
-            problem, checkpoint = _verify(path)
-            if checkpoint is not None:
-                return checkpoint
+        found = (self._open(path, notify) for path in reversed(self._committed()))
+        return next((checkpoint for checkpoint in found if checkpoint is not None), None)
+
+    def at(self, step: int, *, notify: Callable[[str], None]) -> Checkpoint | None:
+        """The checkpoint of one step, under the same conditions."""
+        path = self.root / _name(step)
+        return self._open(path, notify) if path.is_dir() else None
+
+    def _open(self, path: Path, notify: Callable[[str], None]) -> Checkpoint | None:
+        problem, checkpoint = _verify(path)
+        if checkpoint is None:
             aside = _free_name(self.root / f"{_CORRUPT}{path.name}")
             path.rename(aside)
             notify(f"checkpoint {path.name} is corrupt ({problem}); set aside as {aside}")
-        return None
+        return checkpoint
 
     def _committed(self) -> list[Path]:
         return sorted(self.root.glob(f"{_COMMITTED}*"))
@@ -123,8 +142,10 @@ class CheckpointStore:
             temporary.unlink(missing_ok=True)
             _log.warning("pointer to %s not written: %s", name, error)
 
-    def _prune(self) -> None:
+    def _prune(self, best_step: int) -> None:
         for path in self._committed()[: -self._keep]:
+            if path.name == _name(best_step):
+                continue
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -140,8 +161,8 @@ def _free_name(path: Path) -> Path:
     return candidate
 
 
-def _seal(partial: Path, step: int, world_size: int) -> int:
-    """Write the manifest and put every byte on the disk; returns the size."""
+def _seal(partial: Path, head: dict[str, Any]) -> int:
+    """Write the manifest, `head` first, and put every byte on the disk; returns the size."""
     files = {
         path.relative_to(partial).as_posix(): {
             "size_bytes": path.stat().st_size,
@@ -149,7 +170,7 @@ def _seal(partial: Path, step: int, world_size: int) -> int:
         }
         for path in _files(partial)
     }
-    manifest = {"step": step, "world_size": world_size, "files": files}
+    manifest = {**head, "files": files}
     _write_synced(partial / MANIFEST_FILE, json.dumps(manifest, indent=1).encode())
     for directory in {path.parent for path in _files(partial)} | {partial}:
         _sync_directory(directory)
@@ -162,6 +183,7 @@ def _verify(path: Path) -> tuple[str, Checkpoint | None]:
         manifest: Any = json.loads((path / MANIFEST_FILE).read_bytes())
         expected = dict(manifest["files"])
         step, world_size = int(manifest["step"]), int(manifest["world_size"])
+        decisions = dict(manifest["decisions"])
         for name, entry in expected.items():
             file = path / name
             if file.stat().st_size != entry["size_bytes"]:
@@ -173,7 +195,7 @@ def _verify(path: Path) -> tuple[str, Checkpoint | None]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST_FILE} cannot be read: {error}", None
     size_bytes = sum(entry["size_bytes"] for entry in expected.values())
-    return "", Checkpoint(path, step, world_size, size_bytes)
+    return "", Checkpoint(path, step, world_size, size_bytes, decisions)
 
 
 def _files(directory: Path) -> Iterator[Path]:

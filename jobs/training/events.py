@@ -43,6 +43,14 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Decided:
+    """What an evaluation led to, and why: one line."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint was committed."""
 
@@ -58,5 +66,5 @@ class Notice:
     text: str
 
 
-Event = Started | Progress | Evaluated | Saved | Notice
+Event = Started | Progress | Evaluated | Decided | Saved | Notice
 Sink = Callable[[Event], None]

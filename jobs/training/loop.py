@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,16 +64,23 @@ class Feed:
 
 
 def train_steps(
-    engine: Engine, family: Family, feed: Feed, config: TrainConfig, *, first_step: int
+    engine: Engine,
+    family: Family,
+    feed: Feed,
+    config: TrainConfig,
+    *,
+    first_step: int,
+    rate_scale: Callable[[], float] = lambda: 1.0,
 ) -> Iterator[Step]:
-    """Take the steps from `first_step` (steps already done) to the last."""
+    """Take the steps from `first_step` (steps already done) to the last; `rate_scale` is asked
+    before each one for what past evaluations have made of the learning rate."""
     for step in range(first_step, config.steps):
         engine.model.train()
         seed_everything(config.seed, step, feed.copy)
         rate = learning_rate(
             config.schedule, peak=config.optimizer.learning_rate, step=step, steps=config.steps
         )
-        loss = engine.train_step(family.loss, feed.micro_batches(step), rate)
+        loss = engine.train_step(family.loss, feed.micro_batches(step), rate * rate_scale())
         yield Step(step + 1, loss, engine.learning_rate())
 
 

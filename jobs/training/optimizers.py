@@ -13,6 +13,33 @@ import torch
 from jobs.training.config import OptimizerConfig
 
 
+class Adagrad(torch.optim.Optimizer):
+    """torch's Adagrad without decay of the rate, its state made at the first step.
+
+    torch's own makes it at once, for which DeepSpeed's ZeRO replaces it and loses its groups
+    (0.19: an IndexError in the first step).
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, learning_rate: float, epsilon: float
+    ) -> None:
+        super().__init__(groups, {"lr": learning_rate, "eps": epsilon, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
+                state = self.state[parameter]
+                if not state:
+                    state["sum"] = torch.zeros_like(parameter)
+                state["sum"].addcmul_(gradient, gradient)
+                scale = state["sum"].sqrt().add_(group["eps"])
+                parameter.addcdiv_(gradient, scale, value=-group["lr"])
+
+
 def make_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
     return _OPTIMIZERS[config.name](config, _groups(config, model))
 
@@ -42,7 +69,7 @@ def _adam(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.
 
 
 def _adagrad(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.Adagrad(groups, lr=config.learning_rate, eps=config.epsilon)
+    return Adagrad(groups, learning_rate=config.learning_rate, epsilon=config.epsilon)
 
 
 def _sgd(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

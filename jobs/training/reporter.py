@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jobs.training.events import Evaluated, Event, Notice, Progress, Saved, Started
+from jobs.training.events import Decided, Evaluated, Event, Notice, Progress, Saved, Started
 
 LogMetrics = Callable[[dict[str, float], int], None]
 
@@ -73,6 +73,9 @@ class Reporter:
         metrics = {f"{event.split}/{name}": value for name, value in event.metrics.items()}
         self._log_metrics(metrics, event.step)
 
+    def _decided(self, event: Decided) -> None:
+        self._say(f"step {event.step}: {event.text}")
+
     def _saved(self, event: Saved) -> None:
         self._say(
             f"checkpoint at step {event.step}: {event.size_bytes / 1e6:,.1f} MB"
@@ -87,6 +90,7 @@ class Reporter:
         Started: _started,
         Progress: _progress,
         Evaluated: _evaluated,
+        Decided: _decided,
         Saved: _saved,
         Notice: _notice,
     }

@@ -1,6 +1,6 @@
 """Saving by all workers together: every one writes its share, the first commits.
 
-save_together(engine, store, group, step)
+save_together(engine, store, group, step, monitor)
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ import torch
 
 from jobs.training.checkpointing import STATE_DIR, Checkpoint, CheckpointStore
 from jobs.training.engine import Engine
+from jobs.training.monitor import MonitorState
 from jobs.training.process_group import ProcessGroup
 
 Value = TypeVar("Value")
 
 
 def save_together(
-    engine: Engine, store: CheckpointStore, group: ProcessGroup, step: int
+    engine: Engine,
+    store: CheckpointStore,
+    group: ProcessGroup,
+    step: int,
+    monitor: MonitorState,
 ) -> Checkpoint | None:
     """One checkpoint by all workers; the first commits it and returns it.
 
@@ -40,7 +45,13 @@ def save_together(
         raise OSError(problem or f"{num_failed} worker(s) could not write")
     if not group.is_first:
         return None
-    return store.commit(partial, step, world_size=group.world_size)
+    return store.commit(
+        partial,
+        step,
+        world_size=group.world_size,
+        decisions=monitor.model_dump(),
+        best_step=monitor.best_step,
+    )
 
 
 def _attempt(action: Callable[[], Value]) -> tuple[Value | None, str]:

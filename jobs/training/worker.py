@@ -26,8 +26,9 @@ from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.deepspeed_setup import start_deepspeed
 from jobs.training.engine import Engine
-from jobs.training.events import Evaluated, Notice, Progress, Saved, Sink, Started
+from jobs.training.events import Decided, Evaluated, Notice, Progress, Saved, Sink, Started
 from jobs.training.loop import Feed, Step, evaluate, train_steps
+from jobs.training.monitor import MonitorState, check_metrics, explain, observe
 from jobs.training.parallelism import Layout
 from jobs.training.process_group import ProcessGroup, start_process_group
 from jobs.training.saving import save_together
@@ -87,12 +88,14 @@ class _Worker:
             world_size=self.layout.num_copies,
         )
         self.family: Family = make_family(config.model, DataShape.of(self.dataset.info))
+        check_metrics(config, self.family)
         torch.manual_seed(config.seed)
         model = self.family.build()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine: Engine = start_deepspeed(
             model, self.family, config, make_deepspeed_config(config, self.plan), group, self.layout
         )
+        self.monitor = MonitorState()
         self.store = CheckpointStore(job.run_dir / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
 
     def run(self) -> Outcome:
@@ -107,8 +110,8 @@ class _Worker:
             )
         )
         started_at = time.monotonic()
-        self._train(first_step)
-        metrics = self._final_metrics()
+        last_step = self._train(first_step)
+        metrics = self._final_metrics(self._restore_best(last_step))
         seconds = time.monotonic() - started_at
         return Outcome(self._export(), metrics, self.num_parameters, seconds)
 
@@ -127,23 +130,70 @@ class _Worker:
                 hint=f"run with {found.world_size} workers, or --set resume=never to start anew",
             )
         self.engine.load(found.state_dir)
+        self.monitor = MonitorState.model_validate(found.decisions)
         return found.step
 
-    def _train(self, first_step: int) -> None:
+    def _train(self, first_step: int) -> int:
+        """The step it ends at: the last, or the one that early stopping chose."""
+        if self.monitor.stopped:
+            return first_step
         config = self.config
         feed = Feed(self.dataset.rows("train"), self.plan, config.seed, self.group, self.layout)
         meter = SpeedMeter(self.plan.batch_size * self.family.units_per_row)
-        for step in train_steps(self.engine, self.family, feed, config, first_step=first_step):
+        for step in train_steps(
+            self.engine,
+            self.family,
+            feed,
+            config,
+            first_step=first_step,
+            rate_scale=lambda: self.monitor.rate_scale,
+        ):
             meter.count()
             last = step.number == config.steps
             if last or step.number % config.log_every_steps == 0:
                 self._log(step, meter)
-            if not last and step.number % config.evaluate_every_steps == 0:
+            # Without early stopping, the last step is measured once, by `_final_metrics`.
+            if (last and config.early_stopping is not None) or (
+                not last and step.number % config.evaluate_every_steps == 0
+            ):
                 with meter.paused():
-                    self._evaluate("validation", step.number)
-            if last or step.number % config.checkpoint.every_steps == 0:
+                    self._observe(self._evaluate("validation", step.number), step.number)
+            last = last or self.monitor.stopped
+            is_best = self.monitor.best_step == step.number
+            if last or is_best or step.number % config.checkpoint.every_steps == 0:
                 with meter.paused():
                     self._save(step.number)
+            if last:
+                return step.number
+        return first_step
+
+    def _observe(self, metrics: dict[str, float], step: int) -> None:
+        # The first worker's decision is everybody's, whatever the last bit of their sums.
+        state = self.group.from_first(observe(self.monitor, self.config, metrics, step))
+        for text in explain(self.monitor, state, self.config):
+            self.tell(Decided(step, text))
+        self.monitor = state
+
+    def _restore_best(self, last_step: int) -> int:
+        """Go back to the weights that early stopping found best; the step that they are of."""
+        best_step = self.monitor.best_step
+        if best_step in (0, last_step):
+            return last_step
+        found: Checkpoint | None = None
+        if self.group.is_first:
+            found = self.store.at(best_step, notify=lambda text: self.tell(Notice(text)))
+        found = self.group.from_first(found)
+        if found is None:
+            self.tell(
+                Notice(
+                    f"the checkpoint of step {best_step}, the best, is gone; "
+                    f"what is packaged is of step {last_step}"
+                )
+            )
+            return last_step
+        self.engine.load(found.state_dir)
+        self.tell(Decided(best_step, "the best weights, which will be packaged"))
+        return best_step
 
     def _log(self, step: Step, meter: SpeedMeter) -> None:
         loss = float(self.group.sum(step.loss)) / self.group.world_size
@@ -166,19 +216,19 @@ class _Worker:
         self.tell(Evaluated(step, split, metrics))
         return metrics
 
-    def _final_metrics(self) -> dict[str, float]:
+    def _final_metrics(self, step: int) -> dict[str, float]:
         splits = [split for split in ("validation", "test") if len(self.dataset.rows(split))]
         return {
             f"{split}/{name}": value
             for split in splits
-            for name, value in self._evaluate(split, self.config.steps).items()
+            for name, value in self._evaluate(split, step).items()
         }
 
     def _save(self, step: int) -> None:
         """Failing to save, on a full disk say, costs the checkpoint and not the training."""
         started_at = time.monotonic()
         try:
-            saved = save_together(self.engine, self.store, self.group, step)
+            saved = save_together(self.engine, self.store, self.group, step, self.monitor)
         except OSError as error:
             self.tell(Notice(f"checkpoint at step {step} was not saved: {error}"))
             return

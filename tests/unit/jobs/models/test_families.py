@@ -19,9 +19,10 @@ from jobs.data.catalog import DatasetCatalog
 from jobs.data.config import DataConfig
 from jobs.data.dataset import ColumnInfo, Dataset
 from jobs.models.causal_lm import CausalLm
-from jobs.models.cnn import Cnn, classification_metrics
+from jobs.models.cnn import Cnn
 from jobs.models.config import CausalLmConfig, CnnConfig
 from jobs.models.family import DataShape, Exported
+from jobs.models.measures import classification_metrics
 from jobs.training.loop import to_batch
 
 CPU = torch.device("cpu")

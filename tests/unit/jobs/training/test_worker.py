@@ -136,6 +136,21 @@ def test_every_zero_stage_trains(
     assert recorder.losses() == pytest.approx(reference.losses(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adam", "adagrad", "sgd"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_sharded_optimizers_compute_what_whole_ones_do(
+    make_config: MakeConfig, digits: Dataset, tmp_path: Path, name: str, stage: int
+) -> None:
+    values = {"optimizer": {"name": name, "learning_rate": 0.01}, "steps": 4}
+    found = []
+    for run_dir, zero in (("whole", 0), ("sharded", stage)):
+        recorder = Recorder()
+        config = make_config(**values, deepspeed={"zero_optimization": {"stage": zero}})
+        run(config, digits, tmp_path / run_dir, recorder)
+        found.append(recorder.losses())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_an_existing_ds_config_trains(
     make_config: MakeConfig, digits: Dataset, tmp_path: Path
 ) -> None:

@@ -1,0 +1,47 @@
+"""Optimizers: what each makes of weight decay, and that ours is torch's Adagrad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.training.config import OptimizerConfig
+from jobs.training.optimizers import make_optimizer
+
+REFERENCES: dict[str, Any] = {
+    "adamw": lambda p, decay: torch.optim.AdamW(p, lr=0.1, betas=(0.9, 0.95), weight_decay=decay),
+    "adam": lambda p, decay: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.95), weight_decay=decay),
+    "adagrad": lambda p, decay: torch.optim.Adagrad(p, lr=0.1, eps=1e-8, weight_decay=decay),
+    "sgd": lambda p, decay: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=decay),
+}
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    for step in range(4):
+        torch.manual_seed(step)
+        loss = model(torch.randn(8, 3)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def linear() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_matrices_decay_as_in_torch_and_biases_do_not(name: str) -> None:
+    config = OptimizerConfig.model_validate(
+        {"name": name, "learning_rate": 0.1, "weight_decay": 0.3}
+    )
+    ours, theirs = linear(), linear()
+    groups = [
+        {"params": [theirs.weight]},
+        {"params": [theirs.bias], "weight_decay": 0.0},
+    ]
+    expected = train(theirs, REFERENCES[name](groups, 0.3))
+    assert torch.allclose(train(ours, make_optimizer(config, ours)), expected, atol=1e-6)
