@@ -2,7 +2,7 @@
 
 The work is the release controller's; here are the routes and the record of who asked.
 
-    router = build_router(control, audit)
+    routes = build_routes(control, audit)
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from cluster.errors import HeliostatError, InputError, NotFoundError
 from cluster.security.api_keys import Identity
@@ -51,11 +52,9 @@ class DeployRequest(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-def build_router(control: ReleaseControl, audit: Audit) -> APIRouter:
+def build_routes(control: ReleaseControl, audit: Audit) -> list[Route]:
     """The routes below /admin."""
-    router = APIRouter(prefix="/admin")
 
-    @router.post("/deployments")
     async def deploy(request: Request) -> Response:
         actor = _actor(require_any(request, "admin"))
         asked = validate(DeployRequest, parse_object(await request.body()))
@@ -63,38 +62,43 @@ def build_router(control: ReleaseControl, audit: Audit) -> APIRouter:
             row = await control.deploy(asked.ref, asked.strategy, asked.options, actor)
         return JSONResponse(row, 202)
 
-    @router.get("/deployments")
     async def list_deployments(request: Request) -> Response:
         require_any(request, "admin")
         return JSONResponse({"deployments": await control.deployments(None)})
 
-    @router.get("/deployments/{name}/{version}")
-    async def show_deployment(request: Request, name: str, version: str) -> Response:
+    async def show_deployment(request: Request) -> Response:
         require_any(request, "admin")
-        return JSONResponse(_only(await control.deployments(name), name, _number(version)))
+        name, version = request.path_params["name"], _number(request.path_params["version"])
+        return JSONResponse(_only(await control.deployments(name), name, version))
 
-    @router.delete("/deployments/{name}")
-    async def undeploy(request: Request, name: str) -> Response:
+    async def undeploy(request: Request) -> Response:
         actor = _actor(require_any(request, "admin"))
+        name = request.path_params["name"]
         text = request.query_params.get("version")
         version = None if text is None else _number(text)
         async with _Audited(audit, actor, "undeploy", name, {"version": version}):
             rows = await control.undeploy(name, version, actor)
         return JSONResponse({"deployments": rows}, 202)
 
-    @router.post("/releases/{name}/rollback")
-    async def rollback(request: Request, name: str) -> Response:
+    async def rollback(request: Request) -> Response:
         actor = _actor(require_any(request, "admin"))
+        name = request.path_params["name"]
         async with _Audited(audit, actor, "rollback", name, {}):
             row = await control.rollback(name, actor)
         return JSONResponse(row)
 
-    @router.get("/releases/{name}")
-    async def release(request: Request, name: str) -> Response:
+    async def release(request: Request) -> Response:
         require_any(request, "admin")
-        return JSONResponse(await control.release(name))
+        return JSONResponse(await control.release(request.path_params["name"]))
 
-    return router
+    return [
+        Route("/admin/deployments", list_deployments),
+        Route("/admin/deployments", deploy, methods=["POST"]),
+        Route("/admin/deployments/{name}", undeploy, methods=["DELETE"]),
+        Route("/admin/deployments/{name}/{version}", show_deployment),
+        Route("/admin/releases/{name}", release),
+        Route("/admin/releases/{name}/rollback", rollback, methods=["POST"]),
+    ]
 
 
 class _Audited:

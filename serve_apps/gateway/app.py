@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
+from starlette.applications import Starlette
 
 from cluster.config import parse_config
 from cluster.database import open_database
@@ -35,7 +35,7 @@ def build_app(values: dict[str, Any]) -> serve.Application:
     config = parse_config(values, GatewayConfig, source="arguments of application 'gateway'")
     config = config.model_copy(update={"sends_request_id": False})
 
-    def in_replica() -> FastAPI:
+    def in_replica() -> Starlette:
         here = load_settings()
         configure_logging(here.log_format)
         return build_asgi(_real_parts(here, config))

@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from fastapi import FastAPI, Request
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.config import StrictModel
@@ -46,29 +48,33 @@ class GatewayParts:
     config: GatewayConfig = field(default_factory=GatewayConfig)
 
 
-def build_asgi(parts: GatewayParts) -> FastAPI:
-    """Wire the parts together. Nothing is documented or listed without a key."""
+def build_asgi(parts: GatewayParts) -> Starlette:
+    """Wire the parts together."""
     table = RoutingTable(parts.read_routes)
     models = Models(table, ModelCatalogue(parts.load_model), parts.backend)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await table.start()
         yield
         await table.stop()
 
-    app = FastAPI(
-        lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    app = Starlette(
+        routes=[
+            *open_inference.build_routes(models),
+            *openai.build_routes(models),
+            *admin.build_routes(parts.control, parts.audit),
+        ],
+        # The first is the outermost.
+        middleware=[
+            Middleware(RequestContext, sends_request_id=parts.config.sends_request_id),
+            Middleware(Authentication, keys=KeyCache(parts.verify)),
+            Middleware(BodyLimit, max_bytes=parts.config.max_body_bytes),
+        ],
+        exception_handlers={HeliostatError: _answer_error, HTTPException: _answer_error},
+        lifespan=lifespan,
     )
-    app.include_router(openai.build_router(models))
-    app.include_router(open_inference.build_router(models))
-    app.include_router(admin.build_router(parts.control, parts.audit))
-    for kind in (HeliostatError, HTTPException):
-        app.add_exception_handler(kind, _answer_error)
-    # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=parts.config.max_body_bytes)
-    app.add_middleware(Authentication, keys=KeyCache(parts.verify))
-    app.add_middleware(RequestContext, sends_request_id=parts.config.sends_request_id)
+    app.router.redirect_slashes = False
     return app
 
 

@@ -3,7 +3,7 @@
 Specification: https://github.com/kserve/open-inference-protocol. Binary tensors and gRPC are not
 here. Raw inputs travel as BYTES: base64 text where the package declares an image.
 
-    router = build_router(models)
+    routes = build_routes(models)
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import asyncio
 import base64
 import binascii
 import math
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from cluster.errors import InputError, NotFoundError, NotRunningError, UpstreamFailedError
 from cluster.processing import Array, Datatype, TensorSpec, public_inputs, public_outputs
@@ -59,45 +61,35 @@ class _InferRequest(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-def build_router(models: Models) -> APIRouter:
+def build_routes(models: Models) -> list[Route]:
     """The routes below /v2; only the two health routes are public."""
-    router = APIRouter(prefix="/v2")
 
-    @router.get("/health/live")
-    async def live() -> Response:
+    async def live(_request: Request) -> Response:
         return JSONResponse({"live": True})
 
-    @router.get("/health/ready")
-    async def ready() -> Response:
+    async def ready(_request: Request) -> Response:
         if not models.is_ready:
             raise NotRunningError(
                 "the gateway has not read its routes yet", hint="try again in a moment"
             )
         return JSONResponse({"ready": True})
 
-    @router.get("")
     async def server_metadata(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         return JSONResponse({"name": "heliostat", "version": _version(), "extensions": []})
 
-    @router.get("/models/{name}")
-    @router.get("/models/{name}/versions/{version}")
-    async def metadata(request: Request, name: str, version: str | None = None) -> Response:
+    async def metadata(request: Request) -> Response:
         require_any(request, "models:read", "infer")
-        return JSONResponse(_metadata(models, await _find(models, name, version)))
+        return JSONResponse(_metadata(models, await _find(models, request)))
 
-    @router.get("/models/{name}/ready")
-    @router.get("/models/{name}/versions/{version}/ready")
-    async def model_ready(request: Request, name: str, version: str | None = None) -> Response:
+    async def model_ready(request: Request) -> Response:
         require_any(request, "models:read", "infer")
-        model = await _find(models, name, version)
+        model = await _find(models, request)
         return JSONResponse({"name": model.served.name, "ready": True})
 
-    @router.post("/models/{name}/infer")
-    @router.post("/models/{name}/versions/{version}/infer")
-    async def infer(request: Request, name: str, version: str | None = None) -> Response:
+    async def infer(request: Request) -> Response:
         require_any(request, "infer")
-        model = await _find(models, name, version)
+        model = await _find(models, request)
         model.require_graph()
         body = await request.body()
         if len(body) < _LARGE_BODY_BYTES:
@@ -108,10 +100,23 @@ def build_router(models: Models) -> APIRouter:
         headers = {MODEL_VERSION_HEADER: str(model.served)}
         return JSONResponse(_answer(asked, model, outputs), headers=headers)
 
-    return router
+    name, version = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+    return [
+        Route(f"{name}/infer", infer, methods=["POST"]),
+        Route(f"{version}/infer", infer, methods=["POST"]),
+        Route("/v2/health/live", live),
+        Route("/v2/health/ready", ready),
+        Route(f"{name}/ready", model_ready),
+        Route(f"{version}/ready", model_ready),
+        Route(name, metadata),
+        Route(version, metadata),
+        Route("/v2", server_metadata),
+    ]
 
 
-async def _find(models: Models, name: str, version: str | None) -> ServedModel:
+async def _find(models: Models, request: Request) -> ServedModel:
+    """The model that a path names."""
+    name, version = request.path_params["name"], request.path_params.get("version")
     if version is None:
         return await models.find(name)
     if "@" in name or "/" in name:
@@ -251,6 +256,6 @@ def _to_tensor(spec: TensorSpec, array: Array) -> dict[str, Any]:
 
 def _version() -> str:
     try:
-        return version("heliostat")
+        return version_of("heliostat")
     except PackageNotFoundError:
         return "0"

@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from cluster.errors import HeliostatError, InputError, UsageError
 from serve_apps.gateway.authentication import require_any
@@ -50,23 +51,20 @@ class ClientGoneError(UsageError):
     http_status = 499
 
 
-def build_router(models: Models) -> APIRouter:
+def build_routes(models: Models) -> list[Route]:
     """The routes below /v1."""
-    router = APIRouter(prefix="/v1")
 
-    @router.get("/models")
     async def list_models(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         found = [await _find_or_none(models, name) for name in models.routes.names()]
         cards = [model_card(model) for model in found if model is not None]
         return JSONResponse({"object": "list", "data": cards})
 
-    @router.get("/models/{name:path}")
-    async def show_model(request: Request, name: str) -> Response:
+    async def show_model(request: Request) -> Response:
         require_any(request, "models:read", "infer")
+        name = request.path_params["name"]
         return JSONResponse(model_card(await models.find(name), name))
 
-    @router.post("/completions")
     async def complete(request: Request) -> Response:
         require_any(request, "infer")
         asked = read_completion(await request.body())
@@ -75,7 +73,6 @@ def build_router(models: Models) -> APIRouter:
         answer = _begin(models, model, asked, prompt_ids, asked.max_tokens)
         return await _respond(request, CompletionShape(asked), answer, model)
 
-    @router.post("/chat/completions")
     async def chat(request: Request) -> Response:
         require_any(request, "infer")
         asked = read_chat(await request.body())
@@ -90,7 +87,12 @@ def build_router(models: Models) -> APIRouter:
         answer = _begin(models, model, asked, prompt_ids, max_tokens)
         return await _respond(request, ChatShape(asked), answer, model)
 
-    return router
+    return [
+        Route("/v1/completions", complete, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/models", list_models),
+        Route("/v1/models/{name:path}", show_model),
+    ]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.database import open_database
@@ -139,7 +139,7 @@ class FakeControl:
 class Gateway:
     """The application under test with what tests reach for."""
 
-    app: FastAPI
+    app: Starlette
     client: httpx.AsyncClient
     backend: InProcessBackend
     engine: FakeEngine

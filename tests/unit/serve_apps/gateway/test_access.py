@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from fastapi.routing import APIRoute
+from starlette.routing import Route
 
 from cluster.database import audit_log, open_database
 from cluster.errors import AuthenticationError
@@ -19,19 +19,12 @@ VALUES = {"name": "classes", "version": "1", "name:path": "classes"}
 
 def every_route(gateway: Any) -> list[tuple[str, str]]:
     routes: list[tuple[str, str]] = []
-    pending = list(gateway.app.router.routes)
-    while pending:
-        route = pending.pop()
-        nested = getattr(route, "original_router", None)
-        if nested is not None:
-            pending.extend(nested.routes)
-        elif isinstance(route, APIRoute):
-            path = route.path
-            for name, value in VALUES.items():
-                path = path.replace("{" + name + "}", value)
-            routes.extend((method, path) for method in route.methods)
-        else:
-            raise AssertionError(f"{route!r} is a route that this test does not know")
+    for route in gateway.app.routes:
+        assert isinstance(route, Route), f"{route!r} is a kind of route unknown to this test"
+        path = route.path
+        for name, value in VALUES.items():
+            path = path.replace("{" + name + "}", value)
+        routes.extend((method, path) for method in route.methods or ())
     return sorted(routes)
 
 
@@ -45,7 +38,7 @@ async def test_every_route_needs_a_key_or_is_on_the_public_list(gateway: Any) ->
         else:
             assert answer.status_code == 401, (method, path)
             assert answer.headers["www-authenticate"] == "Bearer"
-            assert "Authorization: Bearer KEY" in answer.text
+            assert method == "HEAD" or "Authorization: Bearer KEY" in answer.text
 
 
 @pytest.mark.parametrize(
