@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -46,10 +47,7 @@ class RayLauncher:
 
     def check(self) -> dict[str, str]:
         """Connect, and refuse more workers than the cluster has room for."""
-        import ray
-
-        if not ray.is_initialized():
-            _connect(self._settings)
+        ray = _connected(self._settings)
         resources = ray.cluster_resources()
         self._use_gpu = _wants_gpu(self._config, int(resources.get("GPU", 0)))
         needed = self._config.num_workers
@@ -100,23 +98,30 @@ def _work(arguments: dict[str, Any]) -> Outcome:
     return run_worker(arguments["job"], arguments["queue"].put)
 
 
-def _connect(settings: Settings) -> None:
-    import ray
-
-    # A submitted job is told where its cluster is; a shell's RAY_ADDRESS may be the dashboard's.
-    address = "auto"
-    if _JOB_CONFIG not in os.environ:
-        address = f"{settings.host}:{settings.ray_port}"
-        _require_answer(settings.host, settings.ray_port)
+def _connected(settings: Settings) -> Any:
+    """The ray module, connected to the cluster."""
+    is_submitted = _JOB_CONFIG in os.environ
+    if not is_submitted and "ray" not in sys.modules:
+        # Read when Ray is imported. Without the last one it would take the machine's own address
+        # for loopback's.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(settings.ray_token_path))
-        # Without it Ray replaces a loopback address by the machine's own, where nobody listens.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    # A submitted job is told where its cluster is; a shell's RAY_ADDRESS may be the dashboard's.
+    address = "auto"
+    if not is_submitted:
+        address = f"{settings.host}:{settings.ray_port}"
+        _require_answer(settings.host, settings.ray_port)
     try:
         # Workers report through a queue; what else they print is in Ray's own logs.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise _no_cluster(address, type(error).__name__) from error
+    return ray
 
 
 def _require_answer(host: str, port: int) -> None:

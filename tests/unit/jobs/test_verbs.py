@@ -57,6 +57,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("home")
     ensure_local_key(home / "keys")
     with pytest.MonkeyPatch.context() as patch:
+        # Such an MLflow keeps artifacts below the current directory.
+        patch.chdir(home)
         patch.setenv("HELIOSTAT_HOME", str(home))
         patch.setenv("HELIOSTAT_MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
         yield home
