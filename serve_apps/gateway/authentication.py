@@ -39,15 +39,25 @@ class KeyCache:
         self._verify = verify
         self._clock = clock
         self._known: dict[bytes, tuple[float, Identity]] = {}
+        self._asking: dict[bytes, asyncio.Task[Identity]] = {}
 
     async def identify(self, key: str) -> Identity:
         """Raises AuthenticationError for a key that is missing, unknown, expired or revoked."""
         digest = hashlib.sha256(key.encode()).digest()
-        found = self._known.get(digest)
-        # The age counts from before the look-up: the answer may be that old already.
+        # The age counts from before the look-up: its answer may be that old already.
         asked_at = self._clock()
+        found = self._known.get(digest)
         if found is not None and asked_at - found[0] < _REMEMBER_S:
             return found[1]
+        task = self._asking.get(digest)
+        if task is None:
+            # One look-up for all who wait; shielded, because any of them may leave.
+            task = asyncio.create_task(self._look_up(key, digest, asked_at))
+            self._asking[digest] = task
+            task.add_done_callback(lambda _: self._asking.pop(digest, None))
+        return await asyncio.shield(task)
+
+    async def _look_up(self, key: str, digest: bytes, asked_at: float) -> Identity:
         self._known.pop(digest, None)
         identity = await asyncio.to_thread(self._verify, key)
         if len(self._known) >= _MAX_REMEMBERED:

@@ -71,7 +71,7 @@ class Models:
         """
         model.require_graph()
         manifest = model.manifest
-        if manifest.processing.raw_inputs:
+        if not inputs.keys().isdisjoint(manifest.processing.raw_inputs):
             # Decoding images takes milliseconds: not in the event loop.
             arrays = await asyncio.to_thread(preprocess, manifest, inputs)
         else:

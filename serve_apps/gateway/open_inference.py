@@ -8,7 +8,6 @@ here. Raw inputs travel as BYTES: base64 text where the package declares an imag
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import math
@@ -29,10 +28,7 @@ from serve_apps.gateway.backend import Arrays
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.openai import MODEL_VERSION_HEADER
-from serve_apps.gateway.requests import parse_object, validate
-
-_LARGE_BODY_BYTES = 128 * 1024
-"""Bodies from here on are parsed in a thread: about a millisecond of the event loop."""
+from serve_apps.gateway.requests import off_loop_if_large, parse_object, validate
 
 
 class _Tensor(BaseModel):
@@ -92,10 +88,7 @@ def build_routes(models: Models) -> list[Route]:
         model = await _find(models, request)
         model.require_graph()
         body = await request.body()
-        if len(body) < _LARGE_BODY_BYTES:
-            asked, inputs = _read(body, model)
-        else:
-            asked, inputs = await asyncio.to_thread(_read, body, model)
+        asked, inputs = await off_loop_if_large(len(body), lambda: _read(body, model))
         outputs = await models.infer(model, inputs)
         headers = {MODEL_VERSION_HEADER: str(model.served)}
         return JSONResponse(_answer(asked, model, outputs), headers=headers)

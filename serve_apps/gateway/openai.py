@@ -33,6 +33,7 @@ from serve_apps.gateway.openai_schema import (
     read_chat,
     read_completion,
 )
+from serve_apps.gateway.requests import off_loop_if_large
 from serve_apps.gateway.text_generation import TextAnswer
 from serve_apps.llm.engine import EngineRequest, Sampling, check_request
 
@@ -67,19 +68,21 @@ def build_routes(models: Models) -> list[Route]:
 
     async def complete(request: Request) -> Response:
         require_any(request, "infer")
-        asked = read_completion(await request.body())
+        body = await request.body()
+        asked = await off_loop_if_large(len(body), lambda: read_completion(body))
         model = await models.find(asked.model)
-        prompt_ids = _completion_prompt(asked, model)
+        prompt_ids = await off_loop_if_large(len(body), lambda: _completion_prompt(asked, model))
         answer = _begin(models, model, asked, prompt_ids, asked.max_tokens)
         return await _respond(request, CompletionShape(asked), answer, model)
 
     async def chat(request: Request) -> Response:
         require_any(request, "infer")
-        asked = read_chat(await request.body())
+        body = await request.body()
+        asked = await off_loop_if_large(len(body), lambda: read_chat(body))
         model = await models.find(asked.model)
         text, info = model.require_text()
         messages = [message.for_template() for message in asked.messages]
-        prompt_ids = text.encode_chat(messages)
+        prompt_ids = await off_loop_if_large(len(body), lambda: text.encode_chat(messages))
         max_tokens = asked.max_completion_tokens or asked.max_tokens
         if max_tokens is None:
             room = info.max_context_tokens - len(prompt_ids)

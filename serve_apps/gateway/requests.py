@@ -6,7 +6,9 @@ completion = validate(CompletionRequest, values)
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -14,6 +16,16 @@ from pydantic import BaseModel, ValidationError
 from cluster.errors import InputError
 
 ModelType = TypeVar("ModelType", bound=BaseModel)
+ResultType = TypeVar("ResultType")
+
+_LARGE_BODY_BYTES = 128 * 1024
+
+
+async def off_loop_if_large(size_bytes: int, work: Callable[[], ResultType]) -> ResultType:
+    """Do work that grows with the body; in a thread where it takes about a millisecond or more."""
+    if size_bytes < _LARGE_BODY_BYTES:
+        return work()
+    return await asyncio.to_thread(work)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

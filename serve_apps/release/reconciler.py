@@ -32,8 +32,8 @@ from serve_apps.release.policy import Decision, Observation, ReleasePolicy
 
 logger = logging.getLogger(__name__)
 
-_BUSY_PERIOD_S = 0.1
-_IDLE_PERIOD_S = 1.0
+_BUSY_PERIOD_S = 0.2
+_IDLE_PERIOD_S = 2.0
 
 Describe = Callable[[str], Awaitable[str]]
 """Asks a replica of an application for the digest it serves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -102,6 +103,18 @@ async def test_a_key_is_remembered_for_less_than_a_second() -> None:
     now = 0.99
     with pytest.raises(AuthenticationError):
         await cache.identify("k")
+
+
+async def test_many_requests_with_one_key_ask_once() -> None:
+    asked: list[str] = []
+
+    def verify(key: str) -> Identity:
+        asked.append(key)
+        return Identity("key_1", "acme", frozenset({"infer"}))
+
+    cache = KeyCache(verify)
+    await asyncio.gather(*(cache.identify("k") for _ in range(50)))
+    assert asked == ["k"]
 
 
 @pytest.mark.parametrize(
