@@ -20,15 +20,15 @@ from cluster.tracking import RunTracker
 from jobs._entrypoint import run_job
 from jobs.data.dataset import Dataset
 from jobs.data.preparation import read_source
-from jobs.evaluation.classifier import evaluate_classifier
 from jobs.evaluation.config import EvaluateConfig
+from jobs.evaluation.graph import evaluate_graph
 from jobs.evaluation.language_model import evaluate_language_model
 from jobs.prepare import describe, open_catalog
 
 Evaluator = Callable[[ModelPackage, Dataset, EvaluateConfig], dict[str, float]]
 
 EVALUATORS: dict[str, Evaluator] = {
-    "graph": evaluate_classifier,
+    "graph": evaluate_graph,
     "language_model": evaluate_language_model,
 }
 

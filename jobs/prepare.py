@@ -1,4 +1,4 @@
-"""Prepare a dataset: split it, tokenise and pack text, and publish it whole in storage.
+"""Prepare a dataset: split it, tokenise text or clean a table, and publish it whole in storage.
 
     python -m jobs.prepare --config configs/prepare/python_topics.yaml
 
@@ -38,7 +38,7 @@ def open_catalog(settings: Settings) -> DatasetCatalog:
 
 
 def describe(info: DatasetInfo) -> str:
-    """One line: name, digest, rows by split."""
+    """Name, digest and rows by split in one line; for a table, what was changed in others."""
     rows = ", ".join(f"{split} {count:,}" for split, count in info.num_rows.items())
     line = f"dataset {info.name} ({info.digest[:19]}…): rows {rows}"
     if info.text:
@@ -46,6 +46,10 @@ def describe(info: DatasetInfo) -> str:
             f"; {info.text.sequence_length} tokens a row, vocabulary {info.text.vocab_size:,}, "
             f"unigram entropy {info.text.unigram_entropy:.3f} nats"
         )
+    if info.table:
+        line += f"; {len(info.table.feature_names)} features, target '{info.table.target_name}'"
+        line += f" ({len(info.class_names)} classes)" if info.class_names else ""
+        return "\n".join([line, *info.table.lines()])
     return line
 
 
@@ -53,7 +57,7 @@ if __name__ == "__main__":
     run_job(
         DataConfig,
         verb="prepare",
-        description="Split, tokenise and pack a dataset.",
+        description="Split a dataset, tokenise its text or clean its table.",
         run=prepare,
         check=check,
     )

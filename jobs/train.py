@@ -25,12 +25,15 @@ from cluster.submission import git_commit
 from cluster.tracking import RunTracker
 from jobs._entrypoint import run_job
 from jobs.data.dataset import Dataset
+from jobs.models.families import make_family
+from jobs.models.family import DataShape
 from jobs.prepare import describe, open_catalog
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.estimate import estimate
 from jobs.training.launchers import Launcher, LocalLauncher, follow
+from jobs.training.monitor import check_metrics
 from jobs.training.parallelism import Layout
 from jobs.training.process_group import launched_rank, launched_world_size
 from jobs.training.publishing import publish
@@ -59,6 +62,7 @@ def train(config: TrainConfig, settings: Settings) -> None:
             return
         dataset, _ = open_catalog(settings).ensure(config.data)
         say(describe(dataset.info))
+        check_family(config, dataset)
         facts = {
             **facts,
             "git_commit": find_commit(settings),
@@ -66,6 +70,7 @@ def train(config: TrainConfig, settings: Settings) -> None:
         }
         with tracked(config, settings, deepspeed_config, launcher, facts, state) as tracker:
             run.write(RunState(tracking_run_id=tracker.run_id))
+            log_dataset(dataset, tracker)
             outcome = launcher.run(
                 WorkerJob(config, dataset.directory, run.path),
                 make_reporter(config, dataset, tracker),
@@ -109,6 +114,18 @@ def check_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     deepspeed_config = make_deepspeed_config(config, plan)
     require_compiler(deepspeed_config)
     return deepspeed_config
+
+
+def check_family(config: TrainConfig, dataset: Dataset) -> None:
+    """Raises before workers are placed if the data does not suit the model."""
+    check_metrics(config, make_family(config.model, DataShape.of(dataset.info)))
+
+
+def log_dataset(dataset: Dataset, tracker: RunTracker) -> None:
+    """What was trained on, and what cleaning did to it."""
+    tracker.log_dict(dataset.info.model_dump(mode="json"), "dataset.json")
+    if dataset.info.table is not None:
+        tracker.log_metrics(dataset.info.table.counts(), 0)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,9 @@ def _usable_as_a_folder(value: str) -> str:
 Name = Annotated[str, AfterValidator(_usable_as_a_folder)]
 """A name of a dataset, run or model: also a folder's."""
 
+Column = str | int
+"""A column's name, or its number from 0; -1 is the last."""
+
 
 class PythonTopicsSource(StrictModel):
     """The help texts that ship with Python (`pydoc_data.topics`): English, about 0.5 MB."""
@@ -43,13 +46,59 @@ class TextSource(StrictModel):
 
 
 class SklearnSource(StrictModel):
-    """A classification set that ships with scikit-learn."""
+    """A set that ships with scikit-learn: digits are images, the others are tables."""
 
     kind: Literal["sklearn"]
-    dataset: Literal["digits"]
+    dataset: Literal["digits", "breast_cancer", "diabetes", "iris", "wine"]
 
 
-Source = Annotated[PythonTopicsSource | TextSource | SklearnSource, Field(discriminator="kind")]
+class TableSource(StrictModel):
+    """A table in one file: `.csv`, `.parquet`, or a `.txt` matrix with blanks between its cells.
+
+    The first line of a CSV or text file names the columns if no cell of it is a number; otherwise
+    they are called 0, 1, …
+    """
+
+    kind: Literal["table"]
+    path: str = Field(min_length=1)
+    """Relative to where the job runs."""
+    target: Column
+    """The column to predict."""
+    task: Literal["classification", "regression"]
+    classes: tuple[str, ...] = ()
+    """For classification: the labels that may occur; empty means those that do."""
+    delimiter: str = Field(",", min_length=1, max_length=1)
+    """For CSV."""
+
+    @model_validator(mode="after")
+    def _classes_are_for_classification(self) -> TableSource:
+        if self.classes and self.task == "regression":
+            raise ValueError("'classes' applies to task classification")
+        return self
+
+
+Source = Annotated[
+    PythonTopicsSource | TextSource | SklearnSource | TableSource, Field(discriminator="kind")
+]
+
+
+class TableConfig(StrictModel):
+    """How a table's cells become numbers. Every statistic is of the train split alone, and what was
+    changed is counted, printed and logged."""
+
+    features: tuple[Column, ...] = ()
+    """Columns to predict from; empty means all but the target."""
+    exclude: tuple[Column, ...] = ()
+    """Columns to leave out."""
+    missing: Literal["refuse", "drop", "impute_mean", "impute_median"] = "refuse"
+    """What an empty cell (also NA, NaN, null, None, ?) means: an error, its row left out of every
+    split, or the feature's mean or median in its place. A missing target is never made up."""
+    outliers: Literal["keep", "drop", "clip"] = "keep"
+    """What to do with training rows that lie outside a feature's fences: nothing, leave them out,
+    or move them to the fence. Validation and test rows stay as they are, as requests do."""
+    outlier_iqr: float = Field(3.0, gt=0)
+    """The fences are Q1 - k * IQR and Q3 + k * IQR with this k (Tukey); a feature whose quartiles
+    are equal has none."""
 
 
 class SplitConfig(StrictModel):
@@ -89,11 +138,23 @@ class DataConfig(StrictModel):
     splits: SplitConfig = SplitConfig()
     text: TextConfig = TextConfig()
     """For text sources only."""
+    table: TableConfig = TableConfig()
+    """For tables only."""
+
+    @property
+    def kind(self) -> Literal["text", "images", "table"]:
+        if self.source.kind == "table":
+            return "table"
+        if self.source.kind == "sklearn":
+            return "images" if self.source.dataset == "digits" else "table"
+        return "text"
 
     @model_validator(mode="after")
-    def _text_options_need_text(self) -> DataConfig:
-        if self.source.kind == "sklearn" and self.text != TextConfig():
+    def _options_fit_the_source(self) -> DataConfig:
+        if self.kind != "text" and self.text != TextConfig():
             raise ValueError("'text' applies to text sources, and this one holds arrays")
-        if self.source.kind == "sklearn" and self.splits.by != "row":
+        if self.kind != "text" and self.splits.by != "row":
             raise ValueError("arrays can only be split by row")
+        if self.kind != "table" and self.table != TableConfig():
+            raise ValueError(f"'table' applies to tables, and this source holds {self.kind}")
         return self

@@ -24,6 +24,7 @@ from cluster.config import StrictModel
 from cluster.errors import InputError, NotFoundError
 from jobs.data.config import DataConfig
 from jobs.data.rows import Rows
+from jobs.data.table_info import TableInfo
 
 DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -63,6 +64,7 @@ class DatasetInfo(StrictModel):
     num_rows: dict[str, int]
     columns: dict[str, ColumnInfo]
     text: TextInfo | None = None
+    table: TableInfo | None = None
     class_names: tuple[str, ...] = ()
     files: dict[str, DataFile]
 

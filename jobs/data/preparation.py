@@ -13,7 +13,8 @@ import numpy as np
 
 from cluster.errors import InputError
 from jobs.data import sources
-from jobs.data.config import DataConfig, SklearnSource
+from jobs.data.cleaning import clean
+from jobs.data.config import DataConfig, SklearnSource, TableSource
 from jobs.data.dataset import (
     TOKENIZER_FILE,
     ColumnInfo,
@@ -26,17 +27,26 @@ from jobs.data.packing import pack
 from jobs.data.rows import Array, write_rows
 from jobs.data.sources import Arrays, Documents
 from jobs.data.splits import SPLITS, split_documents, split_rows
+from jobs.data.table_info import FEATURES, TableInfo
+from jobs.data.tables import Table
 from jobs.data.tokenizing import encode_documents, train_tokenizer, unigram_cross_entropy
 
+Content = Documents | Arrays | Table
 
-def read_source(config: DataConfig) -> Documents | Arrays:
+
+def read_source(config: DataConfig) -> Content:
     """Raises InputError for files that are missing or hold the wrong thing."""
-    if isinstance(config.source, SklearnSource):
-        return sources.read_arrays(config.source)
-    return sources.read_documents(config.source)
+    source = config.source
+    if isinstance(source, TableSource):
+        return sources.read_table_file(source, config.table)
+    if not isinstance(source, SklearnSource):
+        return sources.read_documents(source)
+    if config.kind == "table":
+        return sources.read_bundled_table(source, config.table)
+    return sources.read_arrays(source)
 
 
-def prepare_into(directory: Path, config: DataConfig, content: Documents | Arrays) -> DatasetInfo:
+def prepare_into(directory: Path, config: DataConfig, content: Content) -> DatasetInfo:
     """Fill an existing, empty directory.
 
     Raises:
@@ -44,6 +54,8 @@ def prepare_into(directory: Path, config: DataConfig, content: Documents | Array
     """
     if isinstance(content, Documents):
         info = _prepare_text(directory, config, content)
+    elif isinstance(content, Table):
+        info = _prepare_table(directory, config, content)
     else:
         info = _prepare_arrays(directory, config, content)
     write_info(directory, info)
@@ -94,21 +106,40 @@ def _check_split_texts(texts: dict[str, list[str]], config: DataConfig) -> None:
             )
 
 
+def _prepare_table(directory: Path, config: DataConfig, table: Table) -> DatasetInfo:
+    cleaned = clean(table, config)
+    sizes = {split: len(columns[FEATURES]) for split, columns in cleaned.rows.items()}
+    _check_split_sizes(sizes, config)
+    return _write(
+        directory,
+        config,
+        table.digest,
+        cleaned.rows,
+        table=cleaned.info,
+        class_names=table.class_names,
+    )
+
+
 def _prepare_arrays(directory: Path, config: DataConfig, arrays: Arrays) -> DatasetInfo:
     (num_rows,) = {len(column) for column in arrays.columns.values()}
     ids = split_rows(num_rows, config.splits)
-    for split in _wanted_splits(config):
-        if not len(ids[split]):
-            raise InputError(
-                f"split '{split}' is empty: its share of {num_rows} rows is less than one",
-                hint="raise its share in data.splits",
-                param="data.splits",
-            )
+    _check_split_sizes({split: len(ids[split]) for split in SPLITS}, config)
     rows = {
         split: {name: column[ids[split]] for name, column in arrays.columns.items()}
         for split in SPLITS
     }
     return _write(directory, config, arrays.digest, rows, class_names=arrays.class_names)
+
+
+def _check_split_sizes(sizes: dict[str, int], config: DataConfig) -> None:
+    for split in _wanted_splits(config):
+        if not sizes[split]:
+            raise InputError(
+                f"split '{split}' is empty: its share of {sum(sizes.values())} rows is less than "
+                "one",
+                hint="raise its share in data.splits",
+                param="data.splits",
+            )
 
 
 def _wanted_splits(config: DataConfig) -> list[str]:
@@ -123,6 +154,7 @@ def _write(
     rows: dict[str, dict[str, Array]],
     *,
     text: TextInfo | None = None,
+    table: TableInfo | None = None,
     class_names: tuple[str, ...] = (),
 ) -> DatasetInfo:
     num_rows = {
@@ -140,6 +172,7 @@ def _write(
         num_rows=num_rows,
         columns=columns,
         text=text,
+        table=table,
         class_names=class_names,
         files=describe_files(directory),
     )

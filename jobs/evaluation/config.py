@@ -24,10 +24,12 @@ class EvaluateConfig(StrictModel):
     batch_size: int = Field(32, ge=1)
     """Rows at a time; no metric depends on it."""
     num_threads: int = Field(2, ge=1)
-    label: str = "label"
-    """For graphs: the column that holds class numbers."""
-    output: str = "label"
-    """For graphs: the model's output that names a class."""
+    label: str = ""
+    """For graphs: the column that holds class numbers, or the numbers to predict; empty means
+    `label` or `target`, whichever the data has."""
+    output: str = ""
+    """For graphs: the model's output that names a class, or gives a number; empty means `label` or
+    `prediction`."""
     experiment: str = "evaluate"
     """MLflow experiment, for versions that no run of this cluster made; else the run becomes a
     child of the version's own."""

@@ -77,4 +77,28 @@ class CnnConfig(StrictModel):
     """Brightest value in the data; images are divided by it."""
 
 
-ModelConfig = Annotated[CausalLmConfig | CnnConfig, Field(discriminator="family")]
+class LinearRegressionConfig(StrictModel):
+    """A number as a weighted sum of features."""
+
+    family: Literal["linear_regression"]
+
+
+class LogisticRegressionConfig(StrictModel):
+    """Class scores as weighted sums of features, for two or more classes."""
+
+    family: Literal["logistic_regression"]
+
+
+class MlpConfig(StrictModel):
+    """A multilayer perceptron: a classifier if the data's target is a class, else a regression."""
+
+    family: Literal["mlp"]
+    hidden_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((64,), min_length=1)
+    """Widths of the layers, each followed by ReLU and dropout."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+ModelConfig = Annotated[
+    CausalLmConfig | CnnConfig | LinearRegressionConfig | LogisticRegressionConfig | MlpConfig,
+    Field(discriminator="family"),
+]

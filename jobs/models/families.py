@@ -12,10 +12,14 @@ from jobs.models.causal_lm import CausalLm
 from jobs.models.cnn import Cnn
 from jobs.models.config import ModelConfig
 from jobs.models.family import DataShape, Family
+from jobs.models.tabular import linear_regression, logistic_regression, mlp
 
 FAMILIES: dict[str, Callable[[Any, DataShape], Family]] = {
     "causal_lm": CausalLm,
     "cnn": Cnn,
+    "linear_regression": linear_regression,
+    "logistic_regression": logistic_regression,
+    "mlp": mlp,
 }
 
 

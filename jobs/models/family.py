@@ -19,6 +19,7 @@ import torch
 
 from cluster.processing import Array, Processing
 from jobs.data.dataset import ColumnInfo, Dataset, DatasetInfo
+from jobs.data.table_info import TableInfo
 from jobs.models.config import Metric
 
 Batch = Mapping[str, torch.Tensor]
@@ -32,6 +33,7 @@ class DataShape:
     class_names: tuple[str, ...] = ()
     vocab_size: int = 0
     sequence_length: int = 0
+    table: TableInfo | None = None
 
     @classmethod
     def of(cls, info: DatasetInfo) -> DataShape:
@@ -40,6 +42,7 @@ class DataShape:
             class_names=info.class_names,
             vocab_size=info.text.vocab_size if info.text else 0,
             sequence_length=info.text.sequence_length if info.text else 0,
+            table=info.table,
         )
 
 

@@ -12,16 +12,20 @@ from dataclasses import dataclass
 
 import torch
 
+from jobs.data.cleaning import clean
 from jobs.data.config import DataConfig
 from jobs.data.dataset import ColumnInfo
 from jobs.data.packing import token_dtype
 from jobs.data.preparation import read_source
 from jobs.data.sources import Arrays
+from jobs.data.tables import Table
 from jobs.models.families import make_family
 from jobs.models.family import DataShape
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config, zero_stage
+from jobs.training.monitor import check_metrics
+from jobs.training.parallelism import Layout
 
 _FP32_BYTES = 4
 # Numbers that an optimizer keeps per parameter.
@@ -38,11 +42,14 @@ class Estimate:
     optimizer_bytes: int
     zero_stage: int
     plan: BatchPlan
+    layout: Layout
     steps: int
     unit: str
     units_per_step: int
 
     def lines(self) -> Iterator[str]:
+        parts = self.layout.num_parts
+        sharers = "workers" if parts == 1 else f"groups of {parts} workers"
         total = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
         yield f"parameters  {self.num_parameters:,}"
         yield (
@@ -52,7 +59,7 @@ class Estimate:
         )
         yield (
             f"per step    {self.plan.batch_size} rows ({self.units_per_step:,} {self.unit}) = "
-            f"{self.plan.world_size} workers * {self.plan.accumulation_steps} * "
+            f"{self.plan.world_size} {sharers} * {self.plan.accumulation_steps} * "
             f"{self.plan.micro_batch_size} rows"
         )
         yield (
@@ -62,24 +69,28 @@ class Estimate:
 
 def estimate(config: TrainConfig, world_size: int) -> Estimate:
     """Raises what the run itself would raise for a wrong config or a missing source."""
+    layout = Layout.of(config, world_size)
     plan = BatchPlan.make(
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
-        world_size=world_size,
+        world_size=layout.num_copies,
     )
     stage = zero_stage(make_deepspeed_config(config, plan))
     family = make_family(config.model, expected_shape(config.data))
+    check_metrics(config, family)
     with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in family.build().parameters())
+        model = family.build()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     states = _OPTIMIZER_STATES[config.optimizer.name]
-    whole = num_parameters * _FP32_BYTES
+    held = _num_held(model, layout) * _FP32_BYTES
     return Estimate(
         num_parameters=num_parameters,
-        weight_bytes=_share(whole, plan, sharded=stage >= 3),
-        gradient_bytes=_share(whole, plan, sharded=stage >= 2),
-        optimizer_bytes=_share(whole * states, plan, sharded=stage >= 1),
+        weight_bytes=_share(held, plan, sharded=stage >= 3),
+        gradient_bytes=_share(held, plan, sharded=stage >= 2),
+        optimizer_bytes=_share(held * states, plan, sharded=stage >= 1),
         zero_stage=stage,
         plan=plan,
+        layout=layout,
         steps=config.steps,
         unit=family.unit,
         units_per_step=plan.batch_size * family.units_per_row,
@@ -89,6 +100,13 @@ def estimate(config: TrainConfig, world_size: int) -> Estimate:
 def expected_shape(config: DataConfig) -> DataShape:
     """The shape that a dataset will have once it is prepared; reads the source."""
     content = read_source(config)
+    if isinstance(content, Table):
+        cleaned = clean(content, config)
+        columns = {
+            name: ColumnInfo(dtype=str(array.dtype), shape=tuple(array.shape[1:]))
+            for name, array in cleaned.rows["train"].items()
+        }
+        return DataShape(columns, class_names=content.class_names, table=cleaned.info)
     if isinstance(content, Arrays):
         columns = {
             name: ColumnInfo(dtype=str(array.dtype), shape=tuple(array.shape[1:]))
@@ -99,6 +117,25 @@ def expected_shape(config: DataConfig) -> DataShape:
     dtype = token_dtype(text.vocab_size).__name__
     columns = {"tokens": ColumnInfo(dtype=dtype, shape=(text.sequence_length + 1,))}
     return DataShape(columns, vocab_size=text.vocab_size, sequence_length=text.sequence_length)
+
+
+def _num_held(model: torch.nn.Module, layout: Layout) -> int:
+    """Parameters at the worker that holds the most of a copy of the model."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if layout.tensor > 1:
+        return sum(
+            size // layout.tensor if name.endswith("_proj.weight") or "lm_head" in name else size
+            for name, size in sizes.items()
+        )
+    if layout.pipeline > 1:
+        layers = [name for name in sizes if ".layers." in name]
+        num_layers = len({name.split(".")[2] for name in layers})
+        per_layer = sum(sizes[name] for name in layers) // num_layers
+        # The first stage has the embedding; the last one the norm, and a head of the same size.
+        return -(-num_layers // layout.pipeline) * per_layer + sum(
+            size for name, size in sizes.items() if name not in layers and "lm_head" not in name
+        )
+    return sum(sizes.values())
 
 
 def _share(total_bytes: int, plan: BatchPlan, *, sharded: bool) -> int:

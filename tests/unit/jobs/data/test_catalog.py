@@ -144,7 +144,7 @@ def test_nothing_is_left_behind_by_a_failure(
         ({"source": {"kind": "sklearn", "dataset": "digits"}, "text": {"vocab_size": 300}}, "text"),
         ({"source": {"kind": "python_topics"}, "splits": {"test": 0.9}}, "nothing to train on"),
         ({"source": {"kind": "python_topics"}, "text": {"vocab_size": 99}}, "text.vocab_size"),
-        ({"source": {"kind": "sklearn", "dataset": "iris"}}, "dataset"),
+        ({"source": {"kind": "sklearn", "dataset": "moons"}}, "dataset"),
         ({"source": {"kind": "python_topics"}, "name": "../up"}, "name"),
     ],
 )
