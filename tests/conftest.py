@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,18 @@ import pytest
 from cluster.settings import Settings
 from tests.stack import Stack, new_stack
 from tests.tiny_models import save_llama
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what each directory of tests costs; set-up of what tests share counts where it ran."""
+    seconds: dict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[str(Path(report.nodeid.split("::")[0]).parent)] += report.duration
+    terminalreporter.section("minutes per directory")
+    for directory, total in sorted(seconds.items()):
+        terminalreporter.write_line(f"{total / 60:6.2f}  {directory}")
 
 
 @pytest.fixture(scope="session", autouse=True)
