@@ -14,6 +14,7 @@ from jobs.evaluation.config import EvaluateConfig
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
+from jobs.training.parallelism import Layout
 from serve_apps.options import DeploymentOptions
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def test_a_training_config_gives_a_deepspeed_config(path: Path) -> None:
     plan = BatchPlan.make(
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
-        world_size=config.num_workers,
+        world_size=Layout.of(config, config.num_workers).num_copies,
     )
     assert make_deepspeed_config(config, plan)["train_batch_size"] == config.batch_size
 

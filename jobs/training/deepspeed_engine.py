@@ -38,6 +38,8 @@ def import_deepspeed() -> Any:
     logger.setLevel(logging.ERROR)
     # torch has renamed collectives that DeepSpeed still calls by their old names.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    # A pipeline's stages send activations by broadcast, which leaves the sender's as they are.
+    warnings.filterwarnings("ignore", message=r"c10d::broadcast_: an autograd kernel")
     # The shared-memory extension serves `inference_all_reduce` alone. Without it nothing is
     # compiled, which saves 30-50 s on a new machine, and the need for a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

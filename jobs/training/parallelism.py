@@ -131,7 +131,7 @@ def _refuse_undivided_widths(layout: Layout, model: CausalLmConfig) -> None:
             divisors = [
                 size
                 for size in range(1, layout.tensor)
-                if all(value % size == 0 for value in widths.values())
+                if all(value % size == 0 for value in (layout.world_size, *widths.values()))
             ]
             nearest = -(-width // layout.tensor) * layout.tensor
             raise _refusal(
