@@ -65,6 +65,15 @@ def open_client(settings: Settings) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def close_run(settings: Settings, run_id: str, status: str) -> None:
+    """End a run whose own process could not; a server that is gone costs a warning."""
+    try:
+        open_client(settings).set_terminated(run_id, status)
+    # Anything the client or the network raises: it is only the record.
+    except Exception as error:
+        _logger.warning("MLflow did not take the end of run %s: %s", run_id, _first_line(error))
+
+
 def require_server(settings: Settings) -> None:
     """Ask whether the MLflow server answers, without loading mlflow.
 

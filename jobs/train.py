@@ -13,6 +13,7 @@ import contextlib
 import importlib.metadata
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import JsonValue
@@ -46,11 +47,28 @@ from jobs.training.worker import Outcome, WorkerJob
 _VERSIONS_OF = ("torch", "deepspeed", "ray", "transformers", "numpy", "pyarrow", "mlflow")
 
 
+@dataclass(frozen=True)
+class SweepLink:
+    """The sweep that a training is a trial of."""
+
+    run_id: str
+    """MLflow run that the trial's run is shown below."""
+    tags: dict[str, str]
+    """What the trial's run says of it."""
+
+
 def train(config: TrainConfig, settings: Settings) -> None:
     """Do the whole job; see the module's first lines."""
     if config.launcher == "local" and launched_rank() > 0:
         follow()
         return
+    announce(train_and_register(config, settings))
+
+
+def train_and_register(
+    config: TrainConfig, settings: Settings, sweep: SweepLink | None = None
+) -> dict[str, JsonValue]:
+    """The whole job at its first worker; what `announce` says."""
     launcher = make_launcher(config, settings)
     deepspeed_config = check_config(config, launcher.world_size)
     facts = launcher.check()
@@ -58,8 +76,7 @@ def train(config: TrainConfig, settings: Settings) -> None:
         state = run.begin(config.resume)
         if state.result is not None and is_registered(state.result, settings):
             say(f"already trained: {state.result['name']}/{state.result['version']}")
-            announce(state.result)
-            return
+            return state.result
         dataset, _ = open_catalog(settings).ensure(config.data)
         say(describe(dataset.info))
         check_family(config, dataset)
@@ -68,7 +85,7 @@ def train(config: TrainConfig, settings: Settings) -> None:
             "git_commit": find_commit(settings),
             "dataset_digest": dataset.info.digest,
         }
-        with tracked(config, settings, deepspeed_config, launcher, facts, state) as tracker:
+        with tracked(config, settings, deepspeed_config, launcher, facts, state, sweep) as tracker:
             run.write(RunState(tracking_run_id=tracker.run_id))
             log_dataset(dataset, tracker)
             outcome = launcher.run(
@@ -83,11 +100,12 @@ def train(config: TrainConfig, settings: Settings) -> None:
                 run_id=tracker.run_id,
                 job_id=facts.get("submission_id", facts.get("ray_job_id", "")),
                 git_commit=facts["git_commit"],
+                sweep_run_id=sweep.run_id if sweep else "",
             )
             tracker.set_tags({"model_version": f"{version.name}/{version.version}"})
             result = make_result(outcome, version, dataset, tracker)
             run.write(RunState(tracking_run_id=tracker.run_id, result=result))
-        announce(result)
+        return result
 
 
 def check(config: TrainConfig, settings: Settings) -> None:
@@ -136,6 +154,7 @@ def tracked(
     launcher: Launcher,
     facts: dict[str, str],
     state: RunState,
+    sweep: SweepLink | None = None,
 ) -> Iterator[RunTracker]:
     """The run's record, new or continued."""
     values = config.model_dump(mode="json")
@@ -145,7 +164,8 @@ def tracked(
         config.experiment,
         config.run_name or config.name,
         params={**values, "world_size": launcher.world_size, "versions": versions},
-        tags={"job": "train", "model": config.name, **facts},
+        tags={"job": "train", "model": config.name, **facts, **(sweep.tags if sweep else {})},
+        parent_run_id=sweep.run_id if sweep else None,
         run_id=state.tracking_run_id or None,
     ) as tracker:
         say(f"run {tracker.url}")

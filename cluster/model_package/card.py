@@ -26,6 +26,7 @@ def version_tags(digest: str, manifest: Manifest, location: str) -> dict[str, st
         "dataset": lineage.dataset_digest,
         "commit": lineage.git_commit,
         "parent": lineage.parent_digest,
+        "sweep": lineage.sweep_run_id,
         "job": lineage.job_id,
     }
     return {f"heliostat.{name}": value for name, value in tags.items() if value}

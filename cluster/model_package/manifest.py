@@ -50,6 +50,8 @@ class Lineage(StrictModel):
     """What made it: 'jobs.train', 'import', …"""
     dataset_digest: str = ""
     run_id: str = ""
+    sweep_run_id: str = ""
+    """The sweep whose best trial `run_id` is."""
     job_id: str = ""
     git_commit: str = ""
     parent_digest: str = ""

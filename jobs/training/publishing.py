@@ -27,6 +27,7 @@ def publish(
     run_id: str,
     job_id: str,
     git_commit: str,
+    sweep_run_id: str = "",
 ) -> ModelVersion:
     """Raises PackageError if the exported model is not fit for a package."""
     exported = outcome.exported
@@ -44,6 +45,7 @@ def publish(
             run_id=run_id,
             job_id=job_id,
             git_commit=git_commit,
+            sweep_run_id=sweep_run_id,
         ),
         metrics=outcome.metrics,
         profile=data_profile(dataset),
@@ -55,6 +57,7 @@ def publish(
         CANDIDATE,
         version.version,
         actor="jobs.train",
-        reason=f"trained by run {run_id}",
+        reason=f"trained by run {run_id}"
+        + (f", the best trial of sweep {sweep_run_id}" if sweep_run_id else ""),
     )
     return version

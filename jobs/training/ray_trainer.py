@@ -47,9 +47,9 @@ class RayLauncher:
 
     def check(self) -> dict[str, str]:
         """Connect, and refuse more workers than the cluster has room for."""
-        ray = _connected(self._settings)
+        ray = connected(self._settings)
         resources = ray.cluster_resources()
-        self._use_gpu = _wants_gpu(self._config, int(resources.get("GPU", 0)))
+        self._use_gpu = wants_gpu(self._config, int(resources.get("GPU", 0)))
         needed = self._config.num_workers
         kind = "GPU" if self._use_gpu else "CPU"
         if resources.get(kind, 0) < needed:
@@ -98,7 +98,7 @@ def _work(arguments: dict[str, Any]) -> Outcome:
     return run_worker(arguments["job"], arguments["queue"].put)
 
 
-def _connected(settings: Settings) -> Any:
+def connected(settings: Settings) -> Any:
     """The ray module, connected to the cluster."""
     is_submitted = _JOB_CONFIG in os.environ
     if not is_submitted and "ray" not in sys.modules:
@@ -139,7 +139,7 @@ def _no_cluster(address: str, reason: str) -> NotRunningError:
     )
 
 
-def _wants_gpu(config: TrainConfig, num_gpus: int) -> bool:
+def wants_gpu(config: TrainConfig, num_gpus: int) -> bool:
     if config.device == "auto":
         return num_gpus >= config.num_workers
     return config.device == "gpu"
@@ -176,7 +176,7 @@ def _forward(queue: Any, sink: Sink) -> None:
 def _in_our_words(error: Exception) -> HeliostatError:
     """The one error to show: ours if a worker raised it, else the first worker's own."""
     failures = getattr(error, "worker_failures", None) or {0: error}
-    causes = [_innermost(failure) for failure in failures.values()]
+    causes = [innermost(failure) for failure in failures.values()]
     for cause in causes:
         if isinstance(cause, HeliostatError):
             return cause
@@ -187,10 +187,10 @@ def _in_our_words(error: Exception) -> HeliostatError:
     )
 
 
-def _innermost(error: BaseException) -> BaseException:
+def innermost(error: BaseException) -> BaseException:
     # Ray wraps what a worker raised, and keeps it under one of these names.
     for name in ("_base_exc", "cause"):
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
-            return _innermost(inner)
+            return innermost(inner)
     return error
