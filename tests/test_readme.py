@@ -82,7 +82,7 @@ def test_every_verb_named_in_the_docs_exists() -> None:
     documents = [README, ROOT / "README.zh-CN.md", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md")]
     for document in documents:
         text = document.read_text(encoding="utf-8")
-        for words in re.findall(r"(?:^|[`$(\s])heliostat ((?:[a-z]+ ?)+)", text, re.MULTILINE):
+        for words in re.findall(r"(?:^\s*|`|\$\(|─ )heliostat ((?:[a-z]+ ?)+)", text, re.MULTILINE):
             _assert_command_exists(root, words.split(), document)
 
 
