@@ -59,9 +59,9 @@ class RunDirectory:
             ConflictError: another process drives this run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / _LOCK_FILE).open("a+") as lock:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(lock_file(self.path / _LOCK_FILE))
             except BlockingIOError:
                 raise ConflictError(
                     f"run {self.path.name} is being trained by another process",
@@ -82,12 +82,7 @@ class RunDirectory:
         return state
 
     def write(self, state: RunState) -> None:
-        temporary = self.path / f".{_STATE_FILE}"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(state.model_dump(mode="json"), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / _STATE_FILE)
+        write_json(self.path / _STATE_FILE, state.model_dump(mode="json"))
 
     def _read(self) -> RunState:
         try:
@@ -101,3 +96,21 @@ class RunDirectory:
                 shutil.rmtree(path)
             elif path.name != _LOCK_FILE:
                 path.unlink()
+
+
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Hold a lock that goes with the process; raises BlockingIOError if another one has it."""
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def write_json(path: Path, values: dict[str, JsonValue]) -> None:
+    """Replace a file by one that is on the disk, whole."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
