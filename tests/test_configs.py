@@ -15,12 +15,14 @@ from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.parallelism import Layout
+from jobs.tuning.config import TuneConfig
 from serve_apps.options import DeploymentOptions
 
 ROOT = Path(__file__).parent.parent
 TYPES: dict[str, type[BaseModel]] = {
     "prepare": DataConfig,
     "train": TrainConfig,
+    "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "serve": DeploymentOptions,
 }

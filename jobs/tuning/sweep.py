@@ -1,0 +1,139 @@
+"""Ray Tune as what starts trials, stops the hopeless ones, and says how they end.
+
+All knowledge of Tune is here. It gets points that are already drawn, so that its search has nothing
+to decide; its own record of the sweep is thrown away, the ledger is ours.
+
+    run_trials(sweep, todo, on_end=ledger.record, max_concurrent=1)
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray import tune
+
+from cluster.tracking import close_run
+from jobs.training.ray_trainer import innermost
+from jobs.training.run_directory import RunDirectory
+from jobs.tuning.config import AshaScheduler
+from jobs.tuning.ledger import TrialRecord
+from jobs.tuning.plan import Plan, Trial
+from jobs.tuning.trial import FINISHED, Sweep, run_trial
+
+OnStart = Callable[[Trial], None]
+OnEnd = Callable[[Trial, TrialRecord], None]
+
+
+def run_trials(
+    sweep: Sweep, todo: Sequence[Trial], *, max_concurrent: int, on_start: OnStart, on_end: OnEnd
+) -> None:
+    """Returns when all have ended; a failed one ends nothing but itself."""
+    # It shows the traceback of every trial that fails; `on_end` gets its one line.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    scratch = sweep.settings.home / "ray_tune"
+    name = f"{sweep.plan.config.name}-{uuid.uuid4().hex[:8]}"
+    scheduler = make_scheduler(sweep.plan)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, sweep=sweep), {"CPU": 0}),
+        param_space={"number": tune.grid_search([trial.number for trial in todo])},
+        tune_config=tune.TuneConfig(
+            metric=sweep.plan.metric,
+            mode="max" if sweep.plan.config.is_maximised else "min",
+            scheduler=scheduler,
+            max_concurrent_trials=max_concurrent,
+            # A stopped trial's process still waits for its workers: only its death ends them.
+            reuse_actors=scheduler is None,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(scratch),
+            verbose=0,
+            callbacks=[_Recorder(sweep, on_start, on_end)],
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        shutil.rmtree(scratch / name, ignore_errors=True)
+
+
+def make_scheduler(plan: Plan) -> Any:
+    """Tune's scheduler; None lets every trial run to its end."""
+    config = plan.config.scheduler
+    if not isinstance(config, AshaScheduler):
+        return None
+    from ray.tune.schedulers import ASHAScheduler
+
+    return ASHAScheduler(
+        time_attr="step",
+        max_t=max(trial.config.steps for trial in plan.trials),
+        grace_period=config.grace_steps,
+        reduction_factor=config.reduction_factor,
+        # Who has done the last step is finished, not stopped.
+        stop_last_trials=False,
+    )
+
+
+class _Recorder(tune.Callback):  # type: ignore[misc]
+    """Tune's trials, seen as ours."""
+
+    def __init__(self, sweep: Sweep, on_start: OnStart, on_end: OnEnd) -> None:
+        self._sweep = sweep
+        self._on_start = on_start
+        self._on_end = on_end
+        self._started_at: dict[int, float] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ours = self._ours(trial)
+        self._started_at[ours.number] = time.monotonic()
+        self._on_start(ours)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ours, result = self._ours(trial), trial.last_result
+        if not result.get(FINISHED):
+            end_interrupted_run(self._sweep, ours)
+        status = "finished" if result.get(FINISHED) else "stopped"
+        self._on_end(ours, self._record(ours, status, result))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ours = self._ours(trial)
+        end_interrupted_run(self._sweep, ours, "FAILED")
+        record = self._record(ours, "failed", trial.last_result)
+        self._on_end(ours, record.model_copy(update={"error": _one_line(trial.get_error())}))
+
+    def _ours(self, trial: Any) -> Trial:
+        number: int = trial.config["number"]
+        return self._sweep.plan.trials[number - 1]
+
+    def _record(self, trial: Trial, status: Any, result: dict[str, Any] | None) -> TrialRecord:
+        result = result or {}
+        return TrialRecord(
+            status=status,
+            step=result.get("step", 0),
+            metrics={name: value for name, value in result.items() if _is_metric(name)},
+            seconds=round(time.monotonic() - self._started_at.get(trial.number, 0.0), 1),
+        )
+
+
+def end_interrupted_run(sweep: Sweep, trial: Trial, status: str = "KILLED") -> None:
+    """Close the record of a trial whose process could not."""
+    state = RunDirectory.of(trial.config, sweep.settings.home).begin("auto")
+    if state.tracking_run_id:
+        close_run(sweep.settings, state.tracking_run_id, status)
+
+
+def _is_metric(name: str) -> bool:
+    return name.startswith(("validation/", "test/"))
+
+
+def _one_line(error: BaseException | None) -> str:
+    if error is None:
+        return "unknown"
+    cause = innermost(error)
+    lines = str(cause).strip().splitlines()
+    return lines[0][:300] if lines else type(cause).__name__
