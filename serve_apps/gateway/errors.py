@@ -87,7 +87,7 @@ def _openai_type(error: HeliostatError) -> str:
 
 def _from_http(error: HTTPException) -> HeliostatError:
     if error.status_code == 404:
-        return NotFoundError("there is no such path", hint="see the paths in docs/serving.md")
+        return NotFoundError("there is no such path", hint="paths begin with /v1, /v2 or /admin")
     if error.status_code == 405:
         return MethodNotAllowedError("this path does not take this method")
     return UsageError(str(error.detail)) if error.status_code < 500 else HeliostatError("failed")

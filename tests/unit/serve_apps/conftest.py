@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,11 +155,29 @@ class Gateway:
         return {"authorization": f"Bearer {key}"}
 
 
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizers of talker (with a chat template) and mute (without)."""
+    directory = tmp_path_factory.mktemp("models")
+    save_tokenizer(directory / "talker")
+    save_tokenizer(directory / "mute", template=None)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite file to copy: migrating takes longer than most tests."""
+    path = tmp_path_factory.mktemp("database") / "empty.db"
+    open_database(f"sqlite:///{path}").dispose()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return path
+
+
 @pytest.fixture
-async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> AsyncIterator[Gateway]:
     """talker/1 (chat), mute/1 (no template, few places), classes/1 and 2, broken/1."""
-    vocab_size = save_tokenizer(tmp_path / "talker").get_vocab_size()
-    save_tokenizer(tmp_path / "mute", template=None)
+    vocab_size = TextProcessor.load(models_dir / "talker").vocab_size
     roomy = DeploymentOptions(max_queued_requests=8, request_timeout_s=5)
     narrow = DeploymentOptions(max_ongoing_requests=2, max_queued_requests=1)
     served = {
@@ -186,9 +206,10 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
         if version.name == "classes":
             return ServedModel(version, graph_manifest())
         manifest = text_manifest(vocab_size, has_chat_template=version.name == "talker")
-        return ServedModel(version, manifest, TextProcessor.load(tmp_path / version.name))
+        return ServedModel(version, manifest, TextProcessor.load(models_dir / version.name))
 
     database_url = f"sqlite:///{tmp_path / 'gateway.db'}"
+    shutil.copy(empty_database, tmp_path / "gateway.db")
     database = open_database(database_url)
     keys, audit, control = ApiKeys(database), AuditLog(database), FakeControl()
     engine = FakeEngine(
@@ -198,7 +219,7 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
         predictors={"classes.v1": classify, "classes.v2": classify},
         engines={
             "talker.v1": engine,
-            "mute.v1": FakeEngine(vocab_size=vocab_size, step_time_s=0.02),
+            "mute.v1": FakeEngine(vocab_size=vocab_size, step_time_s=0.2),
         },
     )
     app = build_asgi(
