@@ -18,6 +18,7 @@ from cluster.model_package import ensure_local_key, golden, open_version
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
 from cluster.settings import Settings
+from cluster.tracking import open_client
 
 ROOT = Path(__file__).parents[3]
 DIGITS: dict[str, Any] = {
@@ -120,6 +121,36 @@ def test_a_life_in_one_process(call: Call, home: Path) -> None:
     found = call("prepare", DIGITS["data"])
     assert "already prepared dataset digits" in found.out
     assert found.result["digest"] == trained.result["dataset_digest"]
+
+
+def test_a_table_with_gaps_is_trained_on_and_its_gaps_are_logged(
+    call: Call, home: Path, tmp_path: Path
+) -> None:
+    lines = [f"{n % 13},{n % 7 if n % 10 else ''},{n % 13 + 2 * (n % 7)}" for n in range(100)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["a,b,y", *lines]))
+    source = {"kind": "table", "path": str(table), "target": "y", "task": "regression"}
+    config = {
+        "name": "sums",
+        "data": {"name": "sums", "source": source, "splits": {"test": 0.2}},
+        "model": {"family": "linear_regression"},
+        "optimizer": {"name": "adam", "learning_rate": 0.1, "weight_decay": 0},
+        "steps": 60,
+        "batch_size": 16,
+        "launcher": "local",
+    }
+    refused = call("train", config, "--check")
+    assert refused.exit_code == 2
+    assert refused.err.startswith(f"error: '{table}', line 2, column 'b' is empty (10 missing")
+    trained = call("train", config, "--set", "data.table.missing=drop")
+    assert trained.exit_code == 0, trained.err
+    assert "missing cells 10 (b 10): rows dropped: train " in trained.out
+    assert trained.result["metrics"]["test/r2"] > 0.95
+    run = open_client(Settings()).get_run(trained.result["run_id"])
+    assert run.data.metrics["data/dropped_rows"] == 10
+    evaluated = call("evaluate", {"model": "sums@candidate"})
+    rmse = trained.result["metrics"]["test/rmse"]
+    assert evaluated.result["metrics"]["rmse"] == pytest.approx(rmse, rel=1e-4)
 
 
 def test_check_estimates_and_starts_nothing(call: Call, home: Path) -> None:
