@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from cluster.errors import ConfigError
 from jobs.models.family import Batch
@@ -73,14 +74,21 @@ def initialize(
             mpu=groups,
         )
     except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"DeepSpeed refuses the configuration: {reason}",
+            f"DeepSpeed refuses the configuration: {_reason(error)}",
             hint="correct the deepspeed section",
             param="deepspeed",
         ) from error
     engine.checkpoint_engine = _guarded(engine.checkpoint_engine)
     return engine
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def precision(

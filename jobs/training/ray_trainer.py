@@ -66,6 +66,8 @@ class RayLauncher:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        from jobs.training.ray_callbacks import GiveUpOnOurErrors
+
         scratch = self._settings.home / "ray_train"
         name = f"{job.run_dir.name}-{uuid.uuid4().hex[:8]}"
         with _forwarded(sink) as queue:
@@ -81,6 +83,7 @@ class RayLauncher:
                     name=name,
                     storage_path=str(scratch),
                     failure_config=FailureConfig(max_failures=self._config.max_failures),
+                    callbacks=[GiveUpOnOurErrors()],
                 ),
             )
             try:
@@ -188,8 +191,8 @@ def _in_our_words(error: Exception) -> HeliostatError:
 
 
 def innermost(error: BaseException) -> BaseException:
-    # Ray wraps what a worker raised, and keeps it under one of these names.
-    for name in ("_base_exc", "cause"):
+    """What was raised first: Ray wraps it, and keeps it under one of these names."""
+    for name in ("_base_exc", "cause", "controller_failure"):
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
             return innermost(inner)
