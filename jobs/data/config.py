@@ -74,6 +74,8 @@ class TableSource(StrictModel):
     def _classes_are_for_classification(self) -> TableSource:
         if self.classes and self.task == "regression":
             raise ValueError("'classes' applies to task classification")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("'classes' names a class twice")
         return self
 
 

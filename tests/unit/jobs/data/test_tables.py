@@ -227,6 +227,7 @@ def test_a_split_that_cleaning_empties_is_named(write: Write, tmp_path: Path) ->
     ("values", "message"),
     [
         ({"classes": ["a"]}, "'classes' applies to task classification"),
+        ({"classes": ["a", "a"], "task": "classification"}, "names a class twice"),
         ({"splits": {"by": "position"}}, "arrays can only be split by row"),
         ({"table": {"missing": "guess"}}, "table.missing"),
     ],
