@@ -16,7 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import tune
+from ray.tune.error import TuneError
+from ray.tune.experimental.output import AirVerbosity, ProgressReporter
 
+from cluster.errors import JobFailedError
 from cluster.tracking import close_run
 from jobs.training.ray_trainer import innermost
 from jobs.training.run_directory import RunDirectory
@@ -24,6 +27,9 @@ from jobs.tuning.config import AshaScheduler
 from jobs.tuning.ledger import TrialRecord
 from jobs.tuning.plan import Plan, Trial
 from jobs.tuning.trial import FINISHED, Sweep, run_trial
+
+# Bytes. Tune wants something reserved, and with a share of a CPU a trial's workers would not fit.
+_NEXT_TO_NOTHING = {"memory": 1}
 
 OnStart = Callable[[Trial], None]
 OnEnd = Callable[[Trial, TrialRecord], None]
@@ -39,7 +45,7 @@ def run_trials(
     name = f"{sweep.plan.config.name}-{uuid.uuid4().hex[:8]}"
     scheduler = make_scheduler(sweep.plan)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, sweep=sweep), {"CPU": 0}),
+        tune.with_resources(tune.with_parameters(run_trial, sweep=sweep), _NEXT_TO_NOTHING),
         param_space={"number": tune.grid_search([trial.number for trial in todo])},
         tune_config=tune.TuneConfig(
             metric=sweep.plan.metric,
@@ -53,11 +59,16 @@ def run_trials(
             name=name,
             storage_path=str(scratch),
             verbose=0,
-            callbacks=[_Recorder(sweep, on_start, on_end)],
+            callbacks=[_Recorder(sweep, on_start, on_end), _Silence(AirVerbosity.SILENT)],
         ),
     )
     try:
         tuner.fit()
+    except TuneError as error:
+        raise JobFailedError(
+            f"Ray Tune failed: {str(error).strip().splitlines()[-1][:300]}",
+            hint="run the same command again; trials that have ended are not repeated",
+        ) from error
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)
 
@@ -79,6 +90,17 @@ def make_scheduler(plan: Plan) -> Any:
     )
 
 
+class _Silence(ProgressReporter):  # type: ignore[misc]
+    """In the place of Tune's own reporter, which tells of files that will be thrown away."""
+
+    _heartbeat_threshold = AirVerbosity.DEFAULT
+    _start_end_verbosity = AirVerbosity.DEFAULT
+    _intermediate_result_verbosity = AirVerbosity.DEFAULT
+
+    def experiment_started(self, *arguments: Any, **info: Any) -> None:
+        """Nothing to say."""
+
+
 class _Recorder(tune.Callback):  # type: ignore[misc]
     """Tune's trials, seen as ours."""
 
@@ -87,6 +109,10 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self._on_start = on_start
         self._on_end = on_end
         self._started_at: dict[int, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune writes callbacks down to restore them; this one is of its process alone.
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = self._ours(trial)
