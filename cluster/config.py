@@ -11,12 +11,13 @@ A config is a frozen model that knows every key it accepts; a YAML file states o
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cluster.errors import ConfigError
 
@@ -26,8 +27,31 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        return refuse_truth_for_numbers(cls, values)
+
+
+def refuse_truth_for_numbers(model_type: type[BaseModel], values: Any) -> Any:
+    """Return `values`, unless one is true or false (also yes and no) where a number belongs.
+
+    Pydantic would take it for 1 or 0.
+    """
+    fields = model_type.model_fields
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, bool) and name in fields:
+            wanted = {fields[name].annotation, *typing.get_args(fields[name].annotation)}
+            if wanted & {int, float} and bool not in wanted:
+                raise ValueError(f"'{name}' is {str(value).lower()}, expected a number")
+    return values
+
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
+
+# PyYAML raises ValueError on 2001-99-99 and on numbers of thousands of digits.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+_MAX_SHOWN = 200
 
 
 def load_config(
@@ -72,9 +96,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ) from None
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where is not None else ""
+        line = f" at line {where.line + 1}" if where is not None else _why(error)
         raise ConfigError(
             f"config file '{path}' is not valid YAML{line}",
             hint="check its indentation and quotes",
@@ -86,7 +110,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
             f"config file '{path}' holds a {type(values).__name__}, expected a mapping of keys",
             hint="write 'key: value' lines",
         )
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"config file '{path}' has the key {key!r}, expected text", hint="quote it"
+            )
     return values
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return ": it is nested too deeply"
+    return f": {error}" if isinstance(error, ValueError) else ""
 
 
 def _nearby_configs(path: Path) -> str:
@@ -114,9 +149,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except _YAML_ERRORS:
         raise ConfigError(
-            f"--set '{override}': the value is not valid YAML", hint="quote it"
+            f"--set '{_short(override)}': the value is not valid YAML", hint="quote it"
         ) from None
 
 
@@ -135,8 +170,13 @@ def _describe(error: ValidationError, values: Any, config_type: type[BaseModel])
         return f"key '{name}' is missing{more}"
     message = first["msg"][:1].lower() + first["msg"][1:]
     found = first.get("input")
-    shown = f"{found!r}" if isinstance(found, (str, int, float, bool, type(None))) else None
+    is_plain = isinstance(found, (str, int, float, bool, type(None)))
+    shown = _short(f"{found!r}") if is_plain else None
     return f"key '{name}'" + (f" is {shown}: " if shown is not None else ": ") + message + more
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
 
 
 def _known_keys(config_type: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

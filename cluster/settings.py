@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -22,7 +22,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from cluster.config import parse_config, read_mapping
+from cluster.config import parse_config, read_mapping, refuse_truth_for_numbers
 from cluster.errors import ConfigError
 
 _PREFIX = "HELIOSTAT_"
@@ -83,7 +83,14 @@ class Settings(BaseSettings):
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
+        if not _may_be_path(value):
+            raise ValueError("input should be a path")
         return value.expanduser().absolute()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        return refuse_truth_for_numbers(cls, values)
 
     @classmethod
     def settings_customise_sources(
@@ -95,8 +102,13 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         home = init_settings().get("home") or env_settings().get("home") or _DEFAULT_HOME
-        stored = InitSettingsSource(settings_cls, init_kwargs=_read_stored(Path(home)))
-        return init_settings, env_settings, stored
+        # What cannot be a path is reported when the values are validated.
+        stored = _read_stored(Path(home)) if _may_be_path(home) else {}
+        return (
+            init_settings,
+            env_settings,
+            InitSettingsSource(settings_cls, init_kwargs=stored),
+        )
 
     @property
     def source_dir(self) -> Path:
@@ -153,6 +165,9 @@ def load_settings(**values: Any) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"])
+        if not name:
+            # Not with the values: a database's URL may hold a password.
+            raise ConfigError(f"settings: {first['msg']}", hint="correct that one") from None
         raise ConfigError(
             f"setting '{name}' is {first.get('input')!r}: {first['msg']}",
             hint=f"correct {_PREFIX}{name.upper()} or the file given to `heliostat up --config`",
@@ -198,6 +213,10 @@ def changed_settings(settings: Settings) -> list[str]:
 
 def _deviations(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude_defaults=True, exclude=_OF_ONE_PROCESS)
+
+
+def _may_be_path(value: Any) -> bool:
+    return isinstance(value, (str, Path)) and "\0" not in str(value)
 
 
 def _reachable(host: str) -> str:

@@ -88,3 +88,28 @@ def test_a_directory_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["steps", "=1", "a..b=1", "steps.x=1", "steps=[1"])
 def test_a_malformed_override_is_one_line(write, override: str) -> None:
     assert override in failure(write("steps: 1"), override)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: 2001-99-99", "steps: " + "9" * 5000, "a: " + "[" * 3000 + "]" * 3000, "1: 2", "~: 2"],
+    ids=["no date", "digits", "deep", "number for a key", "nothing for a key"],
+)
+def test_yaml_that_its_parser_chokes_on_is_one_line(write, text: str) -> None:
+    assert len(failure(write(text))) < 500
+
+
+def test_an_override_that_the_parser_chokes_on_is_one_short_line(write) -> None:
+    message = failure(write(""), "steps=" + "[" * 3000 + "]" * 3000)
+    assert "is not valid YAML" in message
+    assert len(message) < 500
+
+
+def test_true_is_not_a_number(write) -> None:
+    assert "'steps' is true, expected a number" in failure(write("steps: yes"))
+    message = failure(write(""), "optimizer.learning_rate=false")
+    assert "key 'optimizer': value error, 'learning_rate' is false" in message
+
+
+def test_a_long_wrong_value_is_cut(write) -> None:
+    assert len(failure(write("steps: " + "x" * 10_000))) < 500

@@ -52,3 +52,17 @@ def test_one_url_moves_state_to_a_fleet(monkeypatch: pytest.MonkeyPatch) -> None
     settings = load_settings()
     assert settings.database == "postgresql+psycopg://db/heliostat"
     assert settings.storage_root == "s3://bucket/prefix"
+
+
+@pytest.mark.parametrize("home", [5, True, "nul\0byte"])
+def test_a_home_that_is_no_path_is_one_line(home: object) -> None:
+    with pytest.raises(ConfigError, match="home"):
+        load_settings(home=home)
+
+
+def test_a_wrong_stored_value_is_told_without_the_others(tmp_path: Path) -> None:
+    stored = {"gateway_port": True, "database_url": "postgresql://me:secret@db/x"}
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="gateway_port") as caught:
+        load_settings(home=tmp_path)
+    assert "secret" not in str(caught.value)
