@@ -55,6 +55,23 @@ class Stack:
             check=False,
         )
 
+    def run_shell(
+        self, script: str, *, cwd: Path = ROOT, timeout_s: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script as a user who has activated the virtual environment."""
+        return subprocess.run(
+            ["bash", "-c", script],
+            env={
+                **self.environment,
+                "PATH": f"{HELIOSTAT.parent}{os.pathsep}{self.environment['PATH']}",
+            },
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
     def up(self) -> subprocess.CompletedProcess[str]:
         """Start it with the settings that were chosen for it."""
         config = self.settings.home.parent / "settings.yaml"

@@ -9,11 +9,11 @@ README.zh-CN.md holds the same blocks.
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.stack import Stack
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -50,25 +50,14 @@ def test_the_chinese_readme_has_the_same_commands() -> None:
 
 
 @pytest.mark.stack
-def test_the_blocks_run(stack, tmp_path: Path, language_model_dir: Path) -> None:
+def test_the_blocks_run(stack: Stack, tmp_path: Path, language_model_dir: Path) -> None:
     """One shell, from a directory that looks like the checkout and holds a model of one's own."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "my-model").symlink_to(language_model_dir)
     script = "set -euo pipefail\n" + "\n".join(
         as_shell(language, body) for tag, language, body in blocks(README) if tag == "run"
     )
-    run = subprocess.run(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        env={
-            **stack.environment,
-            "PATH": f"{Path(sys.executable).parent}:{stack.environment['PATH']}",
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    run = stack.run_shell(script, cwd=tmp_path)
     assert run.returncode == 0, f"{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
 
 

@@ -9,8 +9,6 @@ import base64
 import io
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from sklearn.datasets import load_digits
 
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry, ModelVersion
-from tests.stack import ROOT, Stack
+from tests.stack import Stack
 from tests.tiny_models import save_llama
 
 CHINESE = "定日镜跟随太阳，把光线一直照在同一个目标上。🌞"
@@ -120,20 +118,9 @@ def test_training_again_reuses_the_finished_run(life: Life) -> None:
 
 
 def test_the_plain_ray_command_submits_as_well(life: Life) -> None:
-    command = 'eval "$(heliostat env)" && ray job submit --working-dir . -- ' + (
+    run = life.stack.run_shell(
+        'eval "$(heliostat env)" && ray job submit --working-dir . -- '
         "python -m jobs.evaluate --config configs/evaluate/digits.yaml"
-    )
-    run = subprocess.run(
-        ["bash", "-c", command],
-        cwd=ROOT,
-        env={
-            **life.stack.environment,
-            "PATH": f"{Path(sys.executable).parent}:{life.stack.environment['PATH']}",
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert "accuracy" in run.stdout

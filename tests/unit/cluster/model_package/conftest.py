@@ -93,44 +93,7 @@ def package_dir(published: PublishedPackage) -> Path:
     return Path(published.location)
 
 
-@pytest.fixture(scope="session")
-def llama_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 38 thousand parameters with a real byte-level tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 3, trainer)
-    directory = tmp_path_factory.mktemp("llama")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(
-        directory
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        vocab_size=300,
-        max_position_embeddings=64,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture
-def llama_dir(llama_source: Path, tmp_path: Path) -> Path:
+def llama_dir(language_model_dir: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
-    return Path(shutil.copytree(llama_source, tmp_path / "llama"))
+    return Path(shutil.copytree(language_model_dir, tmp_path / "llama"))

@@ -205,8 +205,8 @@ def test_a_language_model_is_described_and_remembers_what_it_says(
     published = write(llama_dir, storage, keys_dir, kind="language_model")
     info = published.manifest.language_model
     assert info is not None
-    assert (info.architecture, info.max_context_tokens) == ("LlamaForCausalLM", 64)
-    assert (info.vocab_size, info.eos_token_ids, info.has_chat_template) == (300, (0,), False)
+    assert (info.architecture, info.max_context_tokens) == ("LlamaForCausalLM", 128)
+    assert (info.vocab_size, info.eos_token_ids, info.has_chat_template) == (257, (0,), False)
     golden: Any = published.manifest.golden
     assert len(golden.inputs["prompts"]) == len(golden.outputs["completions"]) == 4
     assert all(len(c) <= 8 for c in golden.outputs["completions"])
