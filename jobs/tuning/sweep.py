@@ -21,12 +21,11 @@ from ray.tune.experimental.output import AirVerbosity, ProgressReporter
 
 from cluster.errors import JobFailedError
 from cluster.tracking import close_run
-from jobs.training.ray_trainer import innermost
 from jobs.training.run_directory import RunDirectory
 from jobs.tuning.config import AshaScheduler
 from jobs.tuning.ledger import TrialRecord
 from jobs.tuning.plan import Plan, Trial
-from jobs.tuning.trial import FINISHED, Sweep, run_trial
+from jobs.tuning.trial import ERROR, FINISHED, Sweep, run_trial
 
 # Bytes. Tune wants something reserved, and with a share of a CPU a trial's workers would not fit.
 _NEXT_TO_NOTHING = {"memory": 1}
@@ -39,7 +38,7 @@ def run_trials(
     sweep: Sweep, todo: Sequence[Trial], *, max_concurrent: int, on_start: OnStart, on_end: OnEnd
 ) -> None:
     """Returns when all have ended; a failed one ends nothing but itself."""
-    # It shows the traceback of every trial that fails; `on_end` gets its one line.
+    # It shows tracebacks; `on_end` gets one line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     scratch = sweep.settings.home / "ray_tune"
     name = f"{sweep.plan.config.name}-{uuid.uuid4().hex[:8]}"
@@ -100,6 +99,9 @@ class _Silence(ProgressReporter):  # type: ignore[misc]
     def experiment_started(self, *arguments: Any, **info: Any) -> None:
         """Nothing to say."""
 
+    def on_trial_error(self, *arguments: Any, **info: Any) -> None:
+        """Our table does."""
+
 
 class _Recorder(tune.Callback):  # type: ignore[misc]
     """Tune's trials, seen as ours."""
@@ -121,45 +123,38 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours, result = self._ours(trial), trial.last_result
-        if not result.get(FINISHED):
-            end_interrupted_run(self._sweep, ours)
-        status = "finished" if result.get(FINISHED) else "stopped"
-        self._on_end(ours, self._record(ours, status, result))
+        if error := result.get(ERROR):
+            self._on_end(ours, self._record(ours, status="failed", error=error))
+        elif result.get(FINISHED):
+            self._on_end(ours, self._record(ours, status="finished", **_measured(result)))
+        else:
+            end_interrupted_run(self._sweep, ours, "KILLED")
+            self._on_end(ours, self._record(ours, status="stopped", **_measured(result)))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = self._ours(trial)
         end_interrupted_run(self._sweep, ours, "FAILED")
-        record = self._record(ours, "failed", trial.last_result)
-        self._on_end(ours, record.model_copy(update={"error": _one_line(trial.get_error())}))
+        error = "its process died; see the Ray dashboard"
+        self._on_end(ours, self._record(ours, status="failed", error=error))
 
     def _ours(self, trial: Any) -> Trial:
         number: int = trial.config["number"]
         return self._sweep.plan.trials[number - 1]
 
-    def _record(self, trial: Trial, status: Any, result: dict[str, Any] | None) -> TrialRecord:
-        result = result or {}
-        return TrialRecord(
-            status=status,
-            step=result.get("step", 0),
-            metrics={name: value for name, value in result.items() if _is_metric(name)},
-            seconds=round(time.monotonic() - self._started_at.get(trial.number, 0.0), 1),
-        )
+    def _record(self, trial: Trial, **values: Any) -> TrialRecord:
+        seconds = time.monotonic() - self._started_at.get(trial.number, time.monotonic())
+        return TrialRecord(seconds=round(seconds, 1), **values)
 
 
-def end_interrupted_run(sweep: Sweep, trial: Trial, status: str = "KILLED") -> None:
+def _measured(result: dict[str, Any]) -> dict[str, Any]:
+    metrics = {
+        name: value for name, value in result.items() if name.startswith(("validation/", "test/"))
+    }
+    return {"step": result["step"], "metrics": metrics}
+
+
+def end_interrupted_run(sweep: Sweep, trial: Trial, status: str) -> None:
     """Close the record of a trial whose process could not."""
     state = RunDirectory.of(trial.config, sweep.settings.home).begin("auto")
     if state.tracking_run_id:
         close_run(sweep.settings, state.tracking_run_id, status)
-
-
-def _is_metric(name: str) -> bool:
-    return name.startswith(("validation/", "test/"))
-
-
-def _one_line(error: BaseException | None) -> str:
-    if error is None:
-        return "unknown"
-    cause = innermost(error)
-    lines = str(cause).strip().splitlines()
-    return lines[0][:300] if lines else type(cause).__name__

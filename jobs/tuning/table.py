@@ -45,7 +45,7 @@ def _row(plan: Plan, trial: Trial, record: TrialRecord, fields: Sequence[str]) -
     return (
         str(trial.number),
         record.status,
-        str(record.step),
+        str(record.step or "-"),
         "-" if value is None else f"{value:.4f}",
         format_duration(record.seconds),
         *(show(trial.values[field]) for field in fields),

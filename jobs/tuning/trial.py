@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import ConflictError, JobFailedError
+from cluster.errors import ConflictError, HeliostatError, JobFailedError
 from cluster.settings import Settings
 from jobs.prepare import open_catalog
 from jobs.train import SweepLink, check_config, log_dataset, make_reporter, tracked
@@ -29,7 +29,9 @@ from jobs.tuning.plan import Plan, Trial
 # A killed sweep's trials die some seconds after it, and hold their runs until then.
 _LOCK_TIMEOUT_S = 60
 FINISHED = "finished"
-"""In a result: the trial has ended by itself."""
+"""In a result: the trial has done all its steps."""
+ERROR = "error"
+"""In a result: why the trial failed, in one line."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,28 @@ class Sweep:
 
 
 def run_trial(config: dict[str, Any], *, sweep: Sweep) -> dict[str, Any]:
-    """Train; the last result for Tune.
+    """Train; the last result for Tune, also of a trial that failed.
 
-    Raises:
-        HeliostatError: the trial failed.
+    An exception would reach users as Tune's traceback instead of one line.
     """
     trial = sweep.plan.trials[config["number"] - 1]
+    try:
+        metrics = train_trial(trial, sweep)
+    except HeliostatError as error:
+        return _failure(sweep, str(error))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return _failure(sweep, f"{type(error).__name__}: {lines[0]}")
+    return {**metrics, "step": trial.config.steps, FINISHED: True}
+
+
+def _failure(sweep: Sweep, error: str) -> dict[str, Any]:
+    # Tune refuses results without the metric.
+    return {sweep.plan.metric: math.nan, "step": 0, ERROR: error}
+
+
+def train_trial(trial: Trial, sweep: Sweep) -> dict[str, float]:
+    """Metrics by split and name; raises HeliostatError if the training fails."""
     train_config, settings = trial.config, sweep.settings
     launcher = RayLauncher(train_config, settings)
     launcher.check()
@@ -88,7 +106,7 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep) -> dict[str, Any]:
             value = outcome.metrics[sweep.plan.metric]
             if not math.isfinite(value):
                 raise JobFailedError(f"{sweep.plan.metric} is {value}")
-    return {**outcome.metrics, "step": train_config.steps, FINISHED: True}
+    return outcome.metrics
 
 
 class _Watch:
