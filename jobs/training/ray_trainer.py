@@ -179,7 +179,7 @@ def _forward(queue: Any, sink: Sink) -> None:
 def _in_our_words(error: Exception) -> HeliostatError:
     """The one error to show: ours if a worker raised it, else the first worker's own."""
     failures = getattr(error, "worker_failures", None) or {0: error}
-    causes = [_innermost(failure) for failure in failures.values()]
+    causes = [innermost(failure) for failure in failures.values()]
     for cause in causes:
         if isinstance(cause, HeliostatError):
             return cause
@@ -190,10 +190,10 @@ def _in_our_words(error: Exception) -> HeliostatError:
     )
 
 
-def _innermost(error: BaseException) -> BaseException:
+def innermost(error: BaseException) -> BaseException:
     """What was raised first: Ray wraps it, and keeps it under one of these names."""
     for name in ("_base_exc", "cause", "controller_failure"):
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
-            return _innermost(inner)
+            return innermost(inner)
     return error
