@@ -90,8 +90,6 @@ def _base(config: TuneConfig) -> tuple[str, TrainConfig]:
         source, values = config.train, read_mapping(Path(config.train))
     else:
         source, values = "train", dict(config.train)
-    # A diverged trial would diverge again; Train replaces preempted workers whatever this is.
-    values.setdefault("max_failures", 0)
     values = with_values(values, config.overrides)
     values = {**values, "run_name": "", "experiment": config.experiment, "resume": "auto"}
     base = parse_config(values, TrainConfig, source=source)
