@@ -70,7 +70,11 @@ def load_config(
 
 
 def parse_config(
-    values: dict[str, Any], config_type: type[ConfigType], *, source: str
+    values: dict[str, Any],
+    config_type: type[ConfigType],
+    *,
+    source: str,
+    hint: str = "correct that key, or override it with --set KEY=VALUE",
 ) -> ConfigType:
     """Validate plain values as `config_type`; `source` names them in errors."""
     try:
@@ -78,7 +82,7 @@ def parse_config(
     except ValidationError as error:
         raise ConfigError(
             f"{source}: {_describe(error, values, config_type)}",
-            hint="correct that key, or override it with --set KEY=VALUE",
+            hint=hint,
         ) from None
 
 

@@ -137,7 +137,7 @@ def open_database(url: str) -> Engine:
         ) from None
     try:
         if location.get_backend_name() == "sqlite" and location.database:
-            Path(location.database).parent.mkdir(parents=True, exist_ok=True)
+            Path(location.database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         engine = sa.create_engine(location, pool_pre_ping=True)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _prepare_sqlite)

@@ -181,7 +181,7 @@ def load_settings_file(path: Path) -> Settings:
         ConfigError: one line naming the file and the key.
     """
     values = read_mapping(path)
-    parse_config(values, Settings, source=str(path))
+    parse_config(values, Settings, source=str(path), hint="correct that key")
     in_environment = {name.lower().removeprefix(_PREFIX.lower()) for name in os.environ}
     return load_settings(**{key: values[key] for key in values.keys() - in_environment})
 

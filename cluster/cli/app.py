@@ -28,7 +28,6 @@ cluster.register(app)
 jobs.register(app)
 app.add_typer(models.app, name="models")
 serving.register(app)
-serving.register(app)
 keys.register(app)
 
 

@@ -47,6 +47,8 @@ def create(
         print(json.dumps(vars(created)))
     else:
         print(created.key)
+        # Beside the key, not in its way: KEY=$(heliostat keys create …) takes stdout.
+        typer.echo(f"to end it:  heliostat keys revoke {created.id}", err=True)
 
 
 @keys_app.command("list")

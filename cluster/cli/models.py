@@ -189,7 +189,10 @@ def _print_details(details: dict[str, Any]) -> None:
             if filled:
                 print(f"{label}:")
                 for key, item in filled.items():
-                    print(f"  {str(key).replace('_', ' ') if name != 'files' else key}: {item}")
+                    if name == "files":
+                        print(f"  {key}: {item:,} bytes")
+                    else:
+                        print(f"  {key.replace('_', ' ')}: {item}")
         elif isinstance(value, list):
             if value:
                 print(f"{label}: {', '.join(str(item) for item in value)}")

@@ -28,6 +28,8 @@ def prepare_home(home: Path) -> None:
     try:
         for path in (home, home / "keys", home / "logs", home / "cache", home / "mlflow"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A verb that opens the database may have made it before, or the user did.
+        home.chmod(0o700)
     except OSError as error:
         raise MachineError(
             f"home directory {home} cannot be made: {error.strerror}",

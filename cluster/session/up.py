@@ -61,6 +61,8 @@ class _Start:
         missing = self._missing_servers()
         names = [part.name for part in missing]
         serves = RAY not in names and self._serves()
+        if serves and not missing:
+            self._say("  everything runs already")
         self._end_leftovers(missing)
         check_ports_are_free(self._settings, [*names, SERVING] if RAY in names else names)
         store_settings(self._settings)

@@ -26,3 +26,9 @@ def test_codes_are_unique() -> None:
 def test_every_error_is_drawn_in_the_tree(kind: type[errors.HeliostatError]) -> None:
     assert errors.__doc__ is not None
     assert kind.__name__ in errors.__doc__
+
+
+def test_a_hint_follows_a_question_without_a_semicolon() -> None:
+    assert (
+        str(errors.UsageError("did you mean 'a'?", hint="write a")) == "did you mean 'a'? write a"
+    )
