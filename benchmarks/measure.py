@@ -40,15 +40,16 @@ def compare(
     peer_name: str,
     at_most: float | None = None,
     pairs: int = 9,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Row:
     """Seconds of both ways, after one warm-up each.
 
     Args:
         at_most: the goal for the ratio; smaller is better.
     """
-    seconds_of(ours)
-    seconds_of(peer)
-    timings = [_pair(ours, peer, swapped=index % 2 == 1) for index in range(pairs)]
+    ours()
+    peer()
+    timings = [_pair(ours, peer, clock, swapped=index % 2 == 1) for index in range(pairs)]
     ratios = [mine / theirs for mine, theirs in timings]
     low, ratio, high = statistics.quantiles(ratios, n=4)
     return Row(
@@ -64,17 +65,21 @@ def compare(
     )
 
 
-def seconds_of(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
 def _pair(
-    ours: Callable[[], object], peer: Callable[[], object], *, swapped: bool
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    clock: Callable[[], float],
+    *,
+    swapped: bool,
 ) -> tuple[float, float]:
     if swapped:
-        theirs = seconds_of(peer)
-        return seconds_of(ours), theirs
-    mine = seconds_of(ours)
-    return mine, seconds_of(peer)
+        theirs = _seconds_of(peer, clock)
+        return _seconds_of(ours, clock), theirs
+    mine = _seconds_of(ours, clock)
+    return mine, _seconds_of(peer, clock)
+
+
+def _seconds_of(action: Callable[[], object], clock: Callable[[], float]) -> float:
+    started = clock()
+    action()
+    return clock() - started

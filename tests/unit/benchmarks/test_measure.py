@@ -1,22 +1,37 @@
+import itertools
+
 from benchmarks.measure import compare
 from benchmarks.report import make_report
 from benchmarks.run import BENCHMARKS, main
 
 
-def test_a_ratio_is_of_ours_over_the_peers_and_judged_by_its_goal() -> None:
-    def work(rounds: int) -> int:
-        return sum(range(rounds))
+class Clock:
+    """Time that only work moves."""
 
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def work(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def test_a_ratio_is_of_ours_over_the_peers_and_judged_by_its_goal() -> None:
+    clock = Clock()
+    ours = itertools.cycle([2.0, 4.0, 6.0])
     row = compare(
         "work",
-        ours=lambda: work(400_000),
-        peer=lambda: work(100_000),
+        ours=lambda: clock.work(next(ours)),
+        peer=lambda: clock.work(2.0),
         peer_name="less work",
         at_most=1.5,
-        pairs=5,
+        pairs=9,
+        clock=clock,
     )
-    assert 1.5 < row.ratio < 20
-    assert row.ratio_low <= row.ratio <= row.ratio_high
+    assert (row.ours, row.peer, row.ratio) == (4.0, 2.0, 2.0)
+    assert (row.ratio_low, row.ratio_high) == (1.0, 3.0)
     assert row.met is False
 
 
