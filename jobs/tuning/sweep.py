@@ -43,6 +43,7 @@ def run_trials(
     scratch = sweep.settings.home / "ray_tune"
     name = f"{sweep.plan.config.name}-{uuid.uuid4().hex[:8]}"
     scheduler = make_scheduler(sweep.plan)
+    recorder = _Recorder(sweep, on_start, on_end)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, sweep=sweep), _NEXT_TO_NOTHING),
         param_space={"number": tune.grid_search([trial.number for trial in todo])},
@@ -58,7 +59,7 @@ def run_trials(
             name=name,
             storage_path=str(scratch),
             verbose=0,
-            callbacks=[_Recorder(sweep, on_start, on_end), _Silence(AirVerbosity.SILENT)],
+            callbacks=[recorder, _Silence(AirVerbosity.SILENT)],
         ),
     )
     try:
@@ -69,6 +70,7 @@ def run_trials(
             hint="run the same command again; trials that have ended are not repeated",
         ) from error
     finally:
+        recorder.abandon()
         shutil.rmtree(scratch / name, ignore_errors=True)
 
 
@@ -137,12 +139,18 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         error = "its process died; see the Ray dashboard"
         self._on_end(ours, self._record(ours, status="failed", error=error))
 
+    def abandon(self) -> None:
+        """Close the records of trials that still run: the sweep was stopped."""
+        for number in self._started_at:
+            end_interrupted_run(self._sweep, self._sweep.plan.trials[number - 1], "KILLED")
+
     def _ours(self, trial: Any) -> Trial:
         number: int = trial.config["number"]
         return self._sweep.plan.trials[number - 1]
 
     def _record(self, trial: Trial, **values: Any) -> TrialRecord:
-        seconds = time.monotonic() - self._started_at.get(trial.number, time.monotonic())
+        now = time.monotonic()
+        seconds = now - self._started_at.pop(trial.number, now)
         return TrialRecord(seconds=round(seconds, 1), **values)
 
 
