@@ -31,6 +31,10 @@ MAX_DEPTH = 8
 
 # Keys of a Hugging Face configuration that name code to run.
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
+# Keys whose value names code to fetch and run when it is a repository, OWNER/NAME.
+_KERNEL_KEYS = frozenset(
+    {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
+)
 # ASCII only, and nothing hidden: a name looks the same to every reader.
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", re.ASCII)
 _FIXES = {
@@ -137,7 +141,7 @@ def _collect(directory: Path, prefix: str, found: dict[str, int]) -> None:
 def _find_key(values: Any) -> str | None:
     if isinstance(values, dict):
         for key, value in values.items():
-            if key in _CODE_KEYS and value:
+            if (key in _CODE_KEYS and value) or (key in _KERNEL_KEYS and "/" in str(value)):
                 return str(key)
             if (found := _find_key(value)) is not None:
                 return found

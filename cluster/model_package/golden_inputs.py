@@ -7,6 +7,8 @@ Knows nothing of packages.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from cluster.errors import InputError, PackageError
@@ -29,10 +31,11 @@ def find_inputs(model: Described, run: RunGraph) -> dict[str, Array]:
     """
     reason = ""
     for size in _FREE_SIZES:
-        inputs = make_inputs(model.processing.inputs or model.inputs, size)
-        if sum(array.size for array in inputs.values()) > _MAX_VALUES:
+        specs = model.processing.inputs or model.inputs
+        if sum(math.prod(_sizes(spec, size)) for spec in specs) > _MAX_VALUES:
             reason = reason or f"they would have more than {_MAX_VALUES} values"
             break
+        inputs = make_inputs(specs, size)
         try:
             postprocess(model, run(preprocess(model, inputs)))
         except InputError as error:
@@ -51,10 +54,15 @@ def make_inputs(specs: tuple[TensorSpec, ...], free_size: int) -> dict[str, Arra
     return {spec.name: _make(spec, free_size, generator) for spec in specs}
 
 
-def _make(spec: TensorSpec, free_size: int, generator: np.random.Generator) -> Array:
+def _sizes(spec: TensorSpec, free_size: int) -> list[int]:
     sizes = [free_size if size == -1 else size for size in spec.shape]
     if spec.shape[:1] == (-1,):
         sizes[0] = _NUM_SAMPLES
+    return sizes
+
+
+def _make(spec: TensorSpec, free_size: int, generator: np.random.Generator) -> Array:
+    sizes = _sizes(spec, free_size)
     if spec.datatype == "BYTES":
         return np.full(sizes, b"text", dtype=object)
     if spec.datatype.startswith("FP"):

@@ -44,6 +44,8 @@ def prepare_import(source: Path, stage: Path) -> PreparedImport:
         raise InputError(f"'{source}' does not exist", hint="check the path")
     if source.is_dir():
         return _prepare_directory(source, stage)
+    if not source.is_file():
+        raise InputError(f"'{source}' is no plain file", hint="point to the file itself")
     if source.suffix == ".onnx":
         return _prepare_graph(source, stage)
     if source.suffix.lower() in (*_PICKLED_WEIGHTS, ".joblib", ".pickle"):
@@ -68,10 +70,22 @@ def _prepare_directory(source: Path, stage: Path) -> PreparedImport:
         if duplicate or not _is_allowed(path.name):
             left_out.append(path.name)
             continue
+        _refuse_link_elsewhere(source, path)
         # A Hugging Face cache holds links to its blobs; a package holds the files themselves.
         shutil.copyfile(path, stage / path.name)
     notes = [f"left out: {', '.join(left_out)}"] if left_out else []
     return PreparedImport("language_model", tuple(notes))
+
+
+def _refuse_link_elsewhere(source: Path, path: Path) -> None:
+    """A downloaded directory must not pull other files of this machine into a package."""
+    target = path.resolve()
+    blobs = source.resolve().parent.parent / "blobs"
+    if not (target.is_relative_to(source.resolve()) or target.parent == blobs):
+        raise ForbiddenFileError(
+            f"'{path}' is a link to '{target}', outside of the model's directory",
+            hint="if that belongs to the model, put a copy in place of the link",
+        )
 
 
 def _refuse_other_models(source: Path, names: set[str]) -> None:
@@ -117,7 +131,14 @@ def _prepare_graph(source: Path, stage: Path) -> PreparedImport:
         shutil.copyfile(source, stage / GRAPH)
         return PreparedImport("graph", ())
     total = source.stat().st_size + sum(_size(source, location) for location in locations)
-    onnx.load_external_data_for_model(model, str(source.parent))
+    try:
+        onnx.load_external_data_for_model(model, str(source.parent))
+    # ValueError, onnx's own ValidationError and more, on links, offsets and sizes.
+    except Exception as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise PackageError(
+            f"'{source}': its tensors cannot be read: {first_line}", hint="export it again"
+        ) from None
     inline = total < _MAX_INLINE_BYTES
     onnx.save_model(
         model,
@@ -161,8 +182,8 @@ def _size(source: Path, location: str) -> int:
         )
     try:
         return (source.parent / path).stat().st_size
-    except OSError:
+    except (OSError, ValueError):
         raise PackageError(
-            f"'{source}' keeps tensors in '{location}', which is missing",
+            f"'{source}' keeps tensors in {location!r}, which is missing",
             hint="copy that file beside the graph",
         ) from None

@@ -119,7 +119,9 @@ def _require_files(model_dir: Path, names: list[str]) -> None:
 def _require_shards(model_dir: Path, names: list[str]) -> None:
     index = "model.safetensors.index.json"
     try:
-        shards = set(json.loads((model_dir / index).read_bytes())["weight_map"].values())
+        shards = {*json.loads((model_dir / index).read_bytes())["weight_map"].values()}
+        if not all(isinstance(shard, str) for shard in shards):
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise PackageError(f"'{index}' is not an index of shards", hint="copy it again") from None
     if missing := sorted(shards - set(names)):

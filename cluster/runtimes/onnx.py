@@ -34,7 +34,8 @@ _DATATYPES: dict[str, Datatype] = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
-_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
 
 
 class OnnxRuntime:
@@ -43,13 +44,19 @@ class OnnxRuntime:
     Args:
         path: the `.onnx` file; external data lies beside it.
         num_threads: threads that one `run` may use.
+        use_gpu: whether to take a GPU if this build of ONNX Runtime finds one.
     """
 
-    def __init__(self, path: Path, num_threads: int = 1) -> None:
-        self._session = _open_session(path, num_threads)
+    def __init__(self, path: Path, num_threads: int = 1, *, use_gpu: bool = True) -> None:
+        self._session = _open_session(path, num_threads, use_gpu)
         self.inputs = tuple(_spec(path, node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(path, node) for node in self._session.get_outputs())
         self._bytes = {s.name for s in (*self.inputs, *self.outputs) if s.datatype == "BYTES"}
+
+    @property
+    def device(self) -> str:
+        """ "cuda" or "cpu"."""
+        return "cuda" if _CUDA in self._session.get_providers() else "cpu"
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name.
@@ -81,17 +88,18 @@ def describe_graph(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec
     return runtime.inputs, runtime.outputs
 
 
-def _open_session(path: Path, num_threads: int) -> Any:
+def _open_session(path: Path, num_threads: int, use_gpu: bool) -> Any:
     if not path.is_file():
         raise PackageError(f"graph '{path}' does not exist", hint="check the path")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    # What goes wrong is raised; it need not be told a second time on stderr.
+    options.log_severity_level = 4
     # Spinning threads burn the cores that other replicas share.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    available = onnxruntime.get_available_providers()
-    providers = [provider for provider in _PROVIDERS if provider in available]
+    is_built_for_cuda = _CUDA in onnxruntime.get_available_providers()
+    providers = [_CUDA, _CPU] if use_gpu and is_built_for_cuda else [_CPU]
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     # ONNX Runtime has a dozen unrelated exception types, all meaning that it cannot load the file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,32 @@ def test_a_hugging_face_directory_is_reduced_to_what_is_allowed(
 def test_links_of_a_hugging_face_cache_are_followed(
     llama_dir: Path, stage: Path, tmp_path: Path
 ) -> None:
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for path in llama_dir.iterdir():
-        (snapshot / path.name).symlink_to(path)
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    blobs = llama_dir.rename(tmp_path / "models--me--tiny" / "blobs")
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
     prepare_import(snapshot, stage)
-    assert names(stage) == names(llama_dir)
+    assert names(stage) == names(blobs)
     assert not any(path.is_symlink() for path in stage.iterdir())
+
+
+def test_a_link_out_of_the_directory_is_refused(
+    llama_dir: Path, stage: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("mine", encoding="utf-8")
+    (llama_dir / "vocab.json").unlink(missing_ok=True)
+    (llama_dir / "vocab.json").symlink_to(secret)
+    with pytest.raises(ForbiddenFileError, match="link to"):
+        prepare_import(llama_dir, stage)
+    assert not (stage / "vocab.json").exists()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(stage: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with pytest.raises(InputError, match="no plain file"):
+        prepare_import(tmp_path / "pipe.onnx", stage)
 
 
 def test_pickled_weights_are_refused_with_the_fix(llama_dir: Path, stage: Path) -> None:
@@ -134,3 +154,12 @@ def test_external_data_elsewhere_is_refused(tmp_path: Path, stage: Path, locatio
     with pytest.raises(HeliostatError, match="outside its own directory"):
         prepare_import(path, stage)
     assert names(stage) == set()
+
+
+def test_external_data_that_cannot_be_read_is_one_line(tmp_path: Path, stage: Path) -> None:
+    path = graph_with_external_data(tmp_path, "weights.bin")
+    (tmp_path / "weights.bin").rename(tmp_path / "elsewhere")
+    (tmp_path / "weights.bin").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PackageError, match="cannot be read") as caught:
+        prepare_import(path, stage)
+    assert "\n" not in str(caught.value)

@@ -120,7 +120,12 @@ def test_configurations_that_name_code_are_refused(
     (graph_dir / "tokenizer_config.json").write_text('{"a": [{"auto_map": {"X": "code.X"}}]}')
     with pytest.raises(ForbiddenFileError, match="auto_map"):
         write(graph_dir, storage, keys_dir)
-    (graph_dir / "tokenizer_config.json").write_text('{"a": [{"auto_map": null}]}')
+    (graph_dir / "tokenizer_config.json").write_text('{"attn_implementation": "some/kernel"}')
+    with pytest.raises(ForbiddenFileError, match="attn_implementation"):
+        write(graph_dir, storage, keys_dir)
+    (graph_dir / "tokenizer_config.json").write_text(
+        '{"auto_map": null, "attn_implementation": "sdpa"}'
+    )
     write(graph_dir, storage, keys_dir)
 
 
