@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from typing import Any
@@ -160,13 +159,17 @@ def _to_array(tensor: _Tensor, *, is_base64: bool) -> Array:
             param=name,
         ) from None
     array = _elements(spec, tensor.data, is_base64)
-    if any(size < 0 for size in shape) or math.prod(shape) != array.size:
+    try:
+        if any(size < 0 for size in shape):
+            raise ValueError
+        return array.reshape(shape)
+    # Beside a size of 0, the others may be larger than any array.
+    except (ValueError, OverflowError):
         raise InputError(
             f"input '{name}' has shape {list(shape)} but {array.size} elements",
             hint="the shape must match the data",
             param=name,
-        )
-    return array.reshape(shape)
+        ) from None
 
 
 def _elements(spec: TensorSpec, data: list[Any], is_base64: bool) -> Array:
@@ -203,8 +206,8 @@ def _holds(datatype: Datatype, found: Array) -> bool:
 
 
 def _flat(data: list[Any]) -> list[Any]:
-    if data and isinstance(data[0], list):
-        return [value for part in data for value in _flat(part if isinstance(part, list) else [])]
+    while data and isinstance(data[0], list):
+        data = [value for part in data if isinstance(part, list) for value in part]
     return data
 
 

@@ -35,7 +35,10 @@ def parse_object(body: bytes) -> dict[str, Any]:
         InputError: it is not JSON, not an object, too deep, or has NaN or infinity.
     """
     try:
-        values = json.loads(body, parse_constant=_refuse_constant)
+        # Strictly UTF-8: json would let halves of surrogate pairs pass, as their own bytes do.
+        values = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        if b"\\u" in body:
+            _refuse_half_characters(values)
     except (ValueError, RecursionError) as error:
         shown = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InputError(
@@ -69,6 +72,14 @@ def validate(model_type: type[ModelType], values: dict[str, Any]) -> ModelType:
 def _is_union_branch(part: int | str) -> bool:
     """Pydantic names the tried type in a location, as in `stop.list[str].0`."""
     return isinstance(part, str) and (part in ("str", "int") or "[" in part)
+
+
+def _refuse_half_characters(values: Any) -> None:
+    """What cannot be encoded cannot be answered or stored: half a surrogate pair, as an escape."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a string holds half of a surrogate pair") from None
 
 
 def _refuse_constant(text: str) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,11 @@ async def test_what_is_not_served_is_not_found(gateway: Any, path: str, words: s
         ({"name": "image", "datatype": "BYTES", "shape": [1], "data": ["aGVsbG8="]}, "image"),
         ({"extra": 1}, "'inputs.0.extra' is not known"),
         ({"data": 5}, "'inputs.0.data'"),
+        ({"shape": [0, 10**30], "data": []}, "'pixels' has shape [0, "),
+        (
+            {"name": "image", "datatype": "BYTES", "data": json.loads("[" * 800 + "]" * 800)},
+            "shape",
+        ),
     ],
 )
 async def test_wrong_tensors_are_refused_by_name(
@@ -129,6 +135,17 @@ async def test_wrong_tensors_are_refused_by_name(
     answer = await infer(gateway, tensor(DARK) | changes)
     assert answer.status_code == 400, answer.text
     assert words in answer.json()["error"]
+
+
+async def test_half_of_a_character_is_refused(gateway: Any) -> None:
+    for half in (b"\\ud800", b"\xed\xa0\x80"):
+        body = json.dumps({"id": "@", "inputs": [tensor(DARK)]}).encode().replace(b"@", half)
+        answer = await gateway.client.post(
+            "/v2/models/classes/infer", content=body, headers=gateway.headers()
+        )
+        assert answer.status_code == 400, answer.text
+        assert "not valid JSON" in answer.json()["error"]
+    assert (await infer(gateway, tensor(DARK), id="\U0001f600")).json()["id"] == "\U0001f600"
 
 
 async def test_inputs_given_twice_or_not_at_all_are_refused(gateway: Any) -> None:
