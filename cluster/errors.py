@@ -36,6 +36,7 @@ They survive pickling, because they cross Ray.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -174,6 +175,21 @@ class ParityError(PackageError):
 
 class MachineError(HeliostatError):
     code = "machine"
+
+
+_MACHINE_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+)
+
+
+def as_machine_error(error: OSError) -> MachineError | None:
+    """A full, read-only or closed disk as one of ours; None for what is rather our mistake."""
+    if error.errno not in _MACHINE_ERRNOS:
+        return None
+    where = f"'{error.filename}' cannot be used" if error.filename else "a file cannot be written"
+    return MachineError(
+        f"{where}: {error.strerror}", hint="check the disk and its permissions, or HELIOSTAT_HOME"
+    )
 
 
 class PortInUseError(MachineError):

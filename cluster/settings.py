@@ -36,7 +36,9 @@ _OF_ONE_PROCESS = {"home", "git_commit", "api_key"}
 class Settings(BaseSettings):
     """Everything a process needs to find the other parts."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+    )
 
     home: Path = _DEFAULT_HOME
     """Directory that holds all state; made absolute."""
@@ -85,7 +87,7 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         if not _may_be_path(value):
             raise ValueError("input should be a path")
-        return value.expanduser().absolute()
+        return _expanded(value).absolute()
 
     @model_validator(mode="before")
     @classmethod
@@ -215,6 +217,15 @@ def _deviations(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude_defaults=True, exclude=_OF_ONE_PROCESS)
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user, or none has a home
+        raise ConfigError(
+            f"the home of '{path}' cannot be found", hint="write it out in HELIOSTAT_HOME"
+        ) from None
+
+
 def _may_be_path(value: Any) -> bool:
     return isinstance(value, (str, Path)) and "\0" not in str(value)
 
@@ -224,7 +235,7 @@ def _reachable(host: str) -> str:
 
 
 def _read_stored(home: Path) -> dict[str, Any]:
-    path = home.expanduser() / SETTINGS_FILE
+    path = _expanded(home) / SETTINGS_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from cluster.config import ConfigType, load_config
-from cluster.errors import HeliostatError, UsageError
+from cluster.errors import HeliostatError, UsageError, as_machine_error
 from cluster.settings import Settings, load_settings
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -49,6 +49,12 @@ def run_job(
     except HeliostatError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        known = as_machine_error(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr, flush=True)
+        sys.exit(known.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)

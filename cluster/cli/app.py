@@ -5,14 +5,17 @@ Loads only light libraries, so `--help` is quick; each verb imports what it need
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 import traceback
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
 from cluster.cli import cluster, jobs, keys, models, serving
-from cluster.errors import HeliostatError
+from cluster.errors import HeliostatError, as_machine_error
 
 app = typer.Typer(
     name="heliostat",
@@ -33,14 +36,21 @@ keys.register(app)
 
 def main() -> None:
     """Entry point of the `heliostat` script."""
+    # A verb that is told to end ends what it has begun: `up` the parts it has started.
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except HeliostatError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
-        print(f"error: {_describe_bug(error)}", file=sys.stderr)
+        known = as_machine_error(error) if isinstance(error, OSError) else None
+        print(f"error: {known or _describe_bug(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _describe_bug(error: Exception) -> str:

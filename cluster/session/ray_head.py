@@ -39,9 +39,13 @@ def command(settings: Settings) -> Sequence[str]:
 def ensure_token(settings: Settings) -> None:
     """Make the token that every call to Ray must carry, once."""
     path = settings.ray_token_path
-    if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32), encoding="ascii")
+    if path.exists():
+        return
+    # Whole or not at all: a full disk must not leave an empty token.
+    staged = path.with_suffix(".tmp")
+    staged.touch(mode=0o600)
+    staged.write_text(secrets.token_hex(32), encoding="ascii")
+    staged.replace(path)
 
 
 def auth_header(settings: Settings) -> dict[str, str]:

@@ -66,3 +66,17 @@ def test_a_wrong_stored_value_is_told_without_the_others(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="gateway_port") as caught:
         load_settings(home=tmp_path)
     assert "secret" not in str(caught.value)
+
+
+def test_an_empty_variable_is_an_absent_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELIOSTAT_HOME", "")
+    monkeypatch.setenv("HELIOSTAT_GATEWAY_PORT", "")
+    settings = load_settings()
+    assert settings.home.name == ".heliostat"
+    assert settings.gateway_port == 8000
+
+
+def test_the_home_of_nobody_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELIOSTAT_HOME", "~nobody-of-that-name/x")
+    with pytest.raises(ConfigError, match="cannot be found"):
+        load_settings()

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -70,6 +73,37 @@ def test_a_mistake_of_ours_is_one_line_too_and_its_traceback_a_file(
     (line,) = capsys.readouterr().err.splitlines()
     assert "ZeroDivisionError" in line
     assert "Traceback" in Path(line.rsplit(" ", 1)[1]).read_text()
+
+
+def test_a_disk_that_cannot_be_used_is_one_line_and_no_mistake_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/home/x")
+
+    monkeypatch.setattr("cluster.cli.keys._keys", full)
+    assert run(monkeypatch, "keys", "list") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'/home/x' cannot be used: No space left on device" in line
+    assert "report" not in line
+
+
+def test_a_verb_that_is_told_to_end_runs_its_endings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            print("ended")
+
+    monkeypatch.setattr("cluster.cli.keys._keys", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(monkeypatch, "keys", "list") == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().out == "ended\n"
 
 
 def test_env_before_the_first_start_says_what_to_do(
