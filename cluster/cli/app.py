@@ -5,12 +5,13 @@ Loads only light libraries, so `--help` is quick; each verb imports what it need
 
 from __future__ import annotations
 
+import importlib.metadata
 import signal
 import sys
 import tempfile
 import traceback
 from types import FrameType
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -19,13 +20,28 @@ from cluster.errors import HeliostatError, as_machine_error
 
 app = typer.Typer(
     name="heliostat",
-    help="A large model's whole life on one self-hosted Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"heliostat {importlib.metadata.version('heliostat')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """A large model's whole life on one self-hosted Ray cluster."""
+
 
 cluster.register(app)
 jobs.register(app)

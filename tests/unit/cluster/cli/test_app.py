@@ -1,4 +1,5 @@
 import errno
+import importlib.metadata
 import json
 import os
 import signal
@@ -43,6 +44,13 @@ def test_a_key_is_printed_once_and_its_id_listed_and_revoked(
     capsys.readouterr()
     assert run(monkeypatch, "keys", "list") == 0
     assert "revoked" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_installed_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"heliostat {importlib.metadata.version('heliostat')}\n"
 
 
 def test_an_error_is_one_line_and_sets_the_exit_code(
