@@ -113,7 +113,7 @@ class SplitConfig(StrictModel):
     by: Literal["row", "position"] = "row"
     """`row` holds out whole documents (or array rows), drawn at random; `position` cuts every
     document into a first part to train on, then validation, then test (for a single long text)."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _something_is_left(self) -> SplitConfig:

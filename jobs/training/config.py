@@ -145,7 +145,7 @@ class TrainConfig(StrictModel):
     """bf16: matrix products in bfloat16 (autocast), weights and optimizer in float32."""
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 leaves gradients alone."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of weights, order of rows and dropout."""
     num_workers: int = Field(2, ge=1)
     """Processes that share a batch, or, by `parallelism`, the model."""
