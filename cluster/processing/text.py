@@ -105,8 +105,6 @@ class TextProcessor:
             )
         for message in messages:
             _checked(str(message.get("content", "")))
-        from jinja2 import TemplateError
-
         try:
             template = _compile(self.chat_template)
             return str(
@@ -114,7 +112,8 @@ class TextProcessor:
                     messages=list(messages), add_generation_prompt=True, **self.special_tokens
                 )
             )
-        except (TemplateError, TypeError, ValueError, OverflowError, MemoryError) as error:
+        # A template is a program of the package's: it may divide by zero or recurse for ever.
+        except Exception as error:
             raise InputError(
                 f"the chat template refuses these messages: {error}",
                 hint="check the order and the roles of the messages",

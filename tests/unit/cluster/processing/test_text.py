@@ -152,6 +152,16 @@ def test_a_hostile_template_reaches_nothing(tmp_path: Path) -> None:
         text.render_chat([])
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 / 0 }}", "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{% if %}"],
+)
+def test_a_broken_template_refuses_and_does_not_crash(tmp_path: Path, template: str) -> None:
+    text = TextProcessor.load(save(tmp_path, template))
+    with pytest.raises(InputError, match="chat template"):
+        text.encode_chat([{"role": "user", "content": "hi"}])
+
+
 def test_a_lone_surrogate_is_refused(text: TextProcessor) -> None:
     with pytest.raises(InputError, match="lone surrogate"):
         text.encode("a\ud800")
