@@ -8,6 +8,7 @@ Knows nothing of packages and MLflow; `registry.py` is the face of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,6 +17,10 @@ from sqlalchemy.engine import Connection
 
 from cluster.database import alias_history, aliases
 from cluster.errors import ConflictError
+
+_HISTORY_TITLE = "## Aliases: who moved them, when and why"
+_MAX_PAGE_CHARACTERS = 4500
+"""MLflow stores 5000."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,42 @@ def read_history(connection: Connection, name: str) -> list[AliasChange]:
     query = sa.select(alias_history).where(alias_history.c.name == name)
     rows = connection.execute(query.order_by(alias_history.c.id)).mappings()
     return [AliasChange(**{k: v for k, v in row.items() if k != "id"}) for row in rows]
+
+
+def describe_history(changes: Sequence[AliasChange], before: str = "") -> str:
+    """The history as Markdown, newest move first, for a page that people read.
+
+    Args:
+        before: the page as it is; what stands above its history stays.
+    """
+    own_words = before.partition(_HISTORY_TITLE)[0].rstrip()
+    lines = [
+        _HISTORY_TITLE,
+        "",
+        "| when | alias | from | to | who | why |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    length = len(own_words) + sum(len(line) + 1 for line in lines)
+    for change in reversed(changes):
+        line = _as_row(change)
+        length += len(line) + 1
+        if length > _MAX_PAGE_CHARACTERS:
+            break
+        lines.append(line)
+    return "\n".join([own_words, "", *lines] if own_words else lines)
+
+
+def _as_row(change: AliasChange) -> str:
+    cells = (
+        change.at[:19] + "Z",
+        change.alias,
+        change.from_version,
+        change.to_version,
+        change.actor,
+        change.reason[:200],
+    )
+    shown = (("–" if cell is None else str(cell)) for cell in cells)
+    return f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in shown)} |"
 
 
 def move_alias(connection: Connection, change: AliasChange, expected_revision: int | None) -> bool:

@@ -22,7 +22,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from cluster import database
-from cluster.aliases import Alias, AliasChange, move_alias, read_alias, read_history
+from cluster.aliases import (
+    Alias,
+    AliasChange,
+    describe_history,
+    move_alias,
+    read_alias,
+    read_history,
+)
 from cluster.database import aliases, deployments, model_versions
 from cluster.errors import ConflictError, HeliostatError, NotFoundError, NotRunningError
 from cluster.model_package.card import model_card, version_tags
@@ -247,17 +254,20 @@ class ModelRegistry:
         return known
 
     def mirror_aliases(self, name: str) -> None:
-        """Make MLflow's aliases those of SQL; if it is down, the next move does it."""
+        """Show the aliases and their history in MLflow; if it is down, the next move does it."""
         ours = {alias: str(v.version) for v in self.list_versions(name) for alias in v.aliases}
         try:
             client = open_client(self._settings)
             with _mlflow_errors(self._settings):
-                theirs = client.get_registered_model(name).aliases
+                model = client.get_registered_model(name)
+                theirs = model.aliases
                 for alias in theirs.keys() - ours.keys():
                     client.delete_registered_model_alias(name, alias)
                 for alias, version in ours.items():
                     if str(theirs.get(alias)) != version:
                         client.set_registered_model_alias(name, alias, version)
+                page = describe_history(self.history(name), model.description or "")
+                client.update_registered_model(name, page)
         except HeliostatError as error:
             _logger.warning("aliases of '%s' are not shown in MLflow yet: %s", name, error)
 

@@ -166,7 +166,34 @@ def test_moves_are_remembered_and_mirrored(
         (2, None, "test", "why"),
         (None, 1, "test", "why"),
     ]
-    assert open_client(settings).get_registered_model(name).aliases == {"champion": "1"}
+    shown = open_client(settings).get_registered_model(name)
+    assert shown.aliases == {"champion": "1"}
+    rows = [row.split(" | ") for row in shown.description.splitlines()[4:]]
+    assert [row[1:5] for row in rows] == [
+        ["champion", "–", "1", "test"],
+        ["champion", "2", "–", "test"],
+        ["champion", "1", "2", "test"],
+        ["champion", "–", "1", "test"],
+    ]
+    assert all(row[5] == "why |" for row in rows)
+
+
+def test_a_description_written_in_mlflow_stays_above_a_long_history(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    registry.register(name, package(settings))
+    registry.register(name, package(settings))
+    client = open_client(settings)
+    client.update_registered_model(name, "Reads digits.\n\nAsk Ada.")
+    for number in range(24):
+        reason = "why | because\n" * 9
+        registry.set_alias(name, "champion", number % 2 + 1, actor="test", reason=reason)
+    page = client.get_registered_model(name).description
+    assert page.startswith("Reads digits.\n\nAsk Ada.\n\n## Aliases")
+    assert page.count("## Aliases") == 1
+    assert page.splitlines()[8].startswith("| ")
+    assert " | champion | 1 | 2 | test | why / because why" in page.splitlines()[8]
+    assert len(page) <= 5000
 
 
 def test_a_decision_on_an_old_state_is_a_conflict(
