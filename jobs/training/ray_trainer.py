@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -121,10 +122,20 @@ def connected(settings: Settings) -> Any:
         _require_answer(settings.host, settings.ray_port)
     try:
         # Workers report through a queue; what else they print is in Ray's own logs.
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _own_signals():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise _no_cluster(address, type(error).__name__) from error
     return ray
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep our answer to SIGTERM; Ray's would print a C++ stack trace when a job is stopped."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _require_answer(host: str, port: int) -> None:
