@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from cluster.errors import NotFoundError
-from cluster.model_ref import ModelRef
+from cluster.model_ref import CANDIDATE, ModelRef
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.submission import git_commit
@@ -213,6 +213,7 @@ def is_registered(result: dict[str, JsonValue], settings: Settings) -> bool:
 
 def announce(result: dict[str, JsonValue]) -> None:
     say(f"registered {result['name']}/{result['version']} ({result['digest']})")
+    say(f"deploy it: heliostat deploy {result['name']}@{CANDIDATE}")
     say("result: " + json.dumps(result))
 
 

@@ -23,13 +23,13 @@ def import_path(path: Path, name: str, settings: Settings, *, say: Say) -> Model
     Raises:
         HeliostatError: one line, naming what is wrong with the model or which part is down.
     """
-    # Before any work: without the server nothing can be registered.
-    require_server(settings)
-    signer = LocalSigner(settings.keys_dir)
     storage = Storage.open(settings.storage_root)
     with storage.staging() as stage:
-        say(f"reading {path}")
         prepared = prepare_import(path, stage)
+        # Before the long work: without the server nothing can be registered.
+        require_server(settings)
+        signer = LocalSigner(settings.keys_dir)
+        say(f"read {path}")
         for note in prepared.notes:
             say(note)
         say("computing golden outputs, signing and publishing")
