@@ -5,9 +5,10 @@ options = load_config(Path("configs/serve/digits.yaml"), DeploymentOptions)
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from cluster.config import StrictModel
 from cluster.errors import InputError, UsageError
@@ -15,10 +16,45 @@ from cluster.errors import InputError, UsageError
 _PLANNED_STRATEGIES = ("canary", "shadow")
 
 
+class AutoscalingOptions(StrictModel):
+    """How many replicas there are, following the calls under way.
+
+    A call is a stream of tokens or a batch of arrays. Each gateway holds up to `max_replicas *
+    target_ongoing_requests` batches under way and joins only what exceeds that: below it a call is
+    about one request, so calls measure the demand; at it, Serve wants `max_replicas` already.
+    """
+
+    min_replicas: int = Field(1, ge=0, le=256)
+    """Replicas at rest; with 0 the last one ends too, and the next request waits for a new one."""
+    max_replicas: int = Field(ge=1, le=256)
+    """Replicas under the heaviest load."""
+    target_ongoing_requests: float = Field(2, gt=0)
+    """Calls per replica, running and waiting, that Serve aims at."""
+    upscale_delay_s: float = Field(2, ge=0)
+    """How long more replicas must be wanted before they are started; from zero it is at once."""
+    downscale_delay_s: float = Field(60, ge=0)
+    """How long fewer replicas must be wanted before one is ended."""
+    look_back_s: float = Field(5, ge=0.5)
+    """Calls are averaged over this time."""
+    start_timeout_s: float = Field(120, ge=0)
+    """With min_replicas 0: how much longer than request_timeout_s a request waits, so that a first
+    replica can load its model."""
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _not_below_min(cls, value: int, info: ValidationInfo) -> int:
+        if value < info.data.get("min_replicas", 0):
+            raise ValueError(f"is {value}, less than min_replicas {info.data['min_replicas']}")
+        return value
+
+
 class DeploymentOptions(StrictModel):
     """Options of a deployment. They are kept with it, and every gateway reads them from there."""
 
     num_replicas: int = Field(1, ge=1, le=256)
+    """Replicas, always the same number."""
+    autoscaling: AutoscalingOptions | None = None
+    """A changing number of replicas, in place of num_replicas."""
     num_gpus: float = Field(0, ge=0)
     """GPUs reserved for each replica; fractions share one."""
     num_cpus: float = Field(0, ge=0)
@@ -38,6 +74,43 @@ class DeploymentOptions(StrictModel):
     max_running: int = Field(32, ge=1)
     """Sequences a language model decodes together, per replica."""
 
+    @field_validator("autoscaling")
+    @classmethod
+    def _instead_of_num_replicas(
+        cls, value: AutoscalingOptions | None, info: ValidationInfo
+    ) -> AutoscalingOptions | None:
+        if value is not None and info.data.get("num_replicas", 1) != 1:
+            raise ValueError("takes the place of num_replicas; give one of the two")
+        return value
+
+    @property
+    def min_replicas(self) -> int:
+        """Replicas that are always up."""
+        return self.autoscaling.min_replicas if self.autoscaling else self.num_replicas
+
+    @property
+    def initial_replicas(self) -> int:
+        """Replicas to start with: at least the one that shows that the model works."""
+        return max(1, self.min_replicas)
+
+    @property
+    def max_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas
+
+    @property
+    def max_batches_in_flight(self) -> int:
+        """Batches that one gateway has under way at once; see AutoscalingOptions."""
+        if self.autoscaling is None:
+            return self.num_replicas
+        return math.ceil(self.max_replicas * self.autoscaling.target_ongoing_requests)
+
+    @property
+    def answer_timeout_s(self) -> float:
+        """request_timeout_s, and the start of a replica where there may be none."""
+        if self.autoscaling is None or self.autoscaling.min_replicas > 0:
+            return self.request_timeout_s
+        return self.request_timeout_s + self.autoscaling.start_timeout_s
+
 
 def read_options(values: dict[str, Any]) -> DeploymentOptions:
     """Options as a request sends them.
@@ -50,11 +123,19 @@ def read_options(values: dict[str, Any]) -> DeploymentOptions:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            what = "is not known"
-        else:
-            what = f"is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-        known = ", ".join(sorted(DeploymentOptions.model_fields))
+        match first["type"]:
+            case "extra_forbidden":
+                what = "is not known"
+            case "missing":
+                what = "is missing"
+            case "value_error":
+                what = str(first["ctx"]["error"])
+            case _:
+                what = f"is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        is_nested = len(first["loc"]) > 1
+        known = ", ".join(
+            sorted((AutoscalingOptions if is_nested else DeploymentOptions).model_fields)
+        )
         raise InputError(
             f"option '{name}' {what}", hint=f"options are: {known}", param=f"options.{name}"
         ) from None

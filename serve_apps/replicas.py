@@ -1,19 +1,26 @@
-"""What the deployments of both kinds of models share: their package and their Serve options.
+"""What the deployments of both kinds of models share: package, device and Serve options.
 
 application = deploy_with(Predictor, "predictor", digest, options)
 """
 
 from __future__ import annotations
 
+import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 
+from cluster.errors import MachineError
 from cluster.model_package import ModelPackage, open_version
 from cluster.observability.logs import configure_logging
 from cluster.settings import load_settings
-from serve_apps.options import DeploymentOptions
+from serve_apps.description import Description
+from serve_apps.options import AutoscalingOptions, DeploymentOptions
+
+logger = logging.getLogger(__name__)
 
 SYSTEM_OPTIONS: dict[str, Any] = {
     "ray_actor_options": {"num_cpus": 0},
@@ -22,13 +29,6 @@ SYSTEM_OPTIONS: dict[str, Any] = {
     "logging_config": {"enable_access_log": False},
 }
 """Serve options of everything that serves."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """A replica's word that it serves this package."""
-
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,28 @@ def open_package_of(digest: str) -> ModelPackage:
     return open_version(_Digest(digest), settings)
 
 
+def describe_replica(package: ModelPackage, options: DeploymentOptions, device: str) -> Description:
+    """What a replica serves and where, logged once.
+
+    Raises:
+        MachineError: it holds a GPU that its libraries cannot use.
+    """
+    if options.num_gpus > 0 and device == "cpu":
+        raise MachineError(
+            "this replica has a GPU, but its libraries compute on the CPU alone",
+            hint="install CUDA builds of torch and onnxruntime-gpu there, or set num_gpus: 0",
+        )
+    logger.info("serving %s on %s", package.digest, device)
+    return Description(package.digest, device)
+
+
 def deploy_with(
     replica: type, name: str, digest: str, options: DeploymentOptions
 ) -> serve.Application:
     """Bind a replica class to a package; Serve calls it with the digest and the options."""
     deployment = serve.deployment(
         name=name,
-        num_replicas=options.num_replicas,
+        **_scale(options),
         max_ongoing_requests=options.max_ongoing_requests,
         # A package that fails once fails again: report its reason instead of trying for minutes.
         max_constructor_retry_count=1,
@@ -57,3 +72,28 @@ def deploy_with(
         | {"ray_actor_options": {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus}},
     )
     return deployment(replica).bind(digest, options.model_dump())
+
+
+def _scale(options: DeploymentOptions) -> dict[str, Any]:
+    if options.autoscaling is None:
+        return {"num_replicas": options.num_replicas}
+    return {"autoscaling_config": _autoscaling_config(options.autoscaling, options)}
+
+
+def _autoscaling_config(
+    scaling: AutoscalingOptions, options: DeploymentOptions
+) -> AutoscalingConfig:
+    with warnings.catch_warnings():
+        # metrics_interval_s is deprecated, but the variables named in its place do nothing in Ray
+        # 2.60, and its default of 10 s would hide any load shorter than that.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=scaling.min_replicas,
+            initial_replicas=options.initial_replicas,
+            max_replicas=scaling.max_replicas,
+            target_ongoing_requests=scaling.target_ongoing_requests,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+            look_back_period_s=scaling.look_back_s,
+            metrics_interval_s=scaling.look_back_s / 10,
+        )

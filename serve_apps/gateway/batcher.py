@@ -40,7 +40,7 @@ class BatchLimits:
     max_queued: int = 1024
     """Requests waiting; more are refused."""
     max_in_flight: int = 1
-    """Calls at once: one for each replica."""
+    """Calls at once: one for each replica, or what lets autoscaling see the demand."""
     timeout_s: float = 30.0
     can_join: bool = True
     """Whether the model takes samples of several requests in one call."""

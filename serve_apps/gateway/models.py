@@ -89,7 +89,7 @@ class Models:
         """
         served = model.served
         options = served.options
-        limit = options.max_ongoing_requests * options.num_replicas + options.max_queued_requests
+        limit = options.max_ongoing_requests * options.max_replicas + options.max_queued_requests
         if self._streams[served.application] >= limit:
             raise OverloadedError(
                 f"{limit} requests to model '{served}' are open, the most allowed",
@@ -98,7 +98,8 @@ class Models:
         self._streams[served.application] += 1
         outputs = self._backend.generate(served.application, request)
         try:
-            async for output in _with_timeout(outputs, options.request_timeout_s):
+            limits_s = (options.answer_timeout_s, options.request_timeout_s)
+            async for output in _with_timeouts(outputs, *limits_s):
                 yield output
         finally:
             self._streams[served.application] -= 1
@@ -111,8 +112,8 @@ class Models:
             limits = BatchLimits(
                 max_batch_size=options.max_batch_size,
                 max_queued=options.max_queued_requests,
-                max_in_flight=options.num_replicas,
-                timeout_s=options.request_timeout_s,
+                max_in_flight=options.max_batches_in_flight,
+                timeout_s=options.answer_timeout_s,
                 can_join=is_batchable(model.manifest),
             )
             batcher = Batcher(lambda arrays: self._backend.predict(application, arrays), limits)
@@ -131,9 +132,10 @@ class Models:
         self._applications = applications
 
 
-async def _with_timeout(
-    outputs: AsyncGenerator[TokenOutput, None], timeout_s: float
+async def _with_timeouts(
+    outputs: AsyncGenerator[TokenOutput, None], first_s: float, next_s: float
 ) -> AsyncGenerator[TokenOutput, None]:
+    timeout_s = first_s
     while True:
         try:
             async with asyncio.timeout(timeout_s):
@@ -147,3 +149,4 @@ async def _with_timeout(
         yield output
         if output.finish_reason is not None:
             return
+        timeout_s = next_s

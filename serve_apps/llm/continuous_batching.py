@@ -77,7 +77,9 @@ class ContinuousBatchingEngine:
         self._manager = _start_manager(model, budget, num_blocks, self._steps)
 
     @classmethod
-    def load(cls, model_dir: Path, budget: CacheBudget | None = None) -> ContinuousBatchingEngine:
+    def load(
+        cls, model_dir: Path, budget: CacheBudget | None = None, device: str = "cpu"
+    ) -> ContinuousBatchingEngine:
         """Read a *verified* Hugging Face directory, weights as 32-bit floats.
 
         Raises:
@@ -97,9 +99,7 @@ class ContinuousBatchingEngine:
                 f"transformers cannot load this model: {first_line}",
                 hint="check that it loads with AutoModelForCausalLM.from_pretrained",
             ) from None
-        if torch.cuda.is_available():
-            model = model.to("cuda")
-        return cls(model.eval(), budget)
+        return cls(model.to(device).eval(), budget)
 
     def add(self, request: EngineRequest) -> None:
         check_request(

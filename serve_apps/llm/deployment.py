@@ -14,10 +14,11 @@ from typing import Any
 from ray import serve
 
 from cluster.model_package import ModelPackage, golden
+from serve_apps.description import Description
 from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenOutput
 from serve_apps.llm.runner import EngineRunner
 from serve_apps.options import DeploymentOptions
-from serve_apps.replicas import Description, deploy_with, open_package_of
+from serve_apps.replicas import deploy_with, describe_replica, open_package_of
 
 
 class LanguageModel:
@@ -26,8 +27,9 @@ class LanguageModel:
     def __init__(self, digest: str, options: dict[str, Any]) -> None:
         package = open_package_of(digest)
         parsed = DeploymentOptions.model_validate(options)
-        self._digest = package.digest
-        engine = _build_engine(package, parsed)
+        device = _device(parsed)
+        self._description = describe_replica(package, parsed, device)
+        engine = _build_engine(package, parsed, device)
         # Also the warm-up: the first request finds memory allocated and kernels loaded.
         golden.check_language_model(package.manifest, answer_golden_prompts(engine, package))
         self._runner = EngineRunner(engine, max_requests=parsed.max_ongoing_requests)
@@ -43,7 +45,7 @@ class LanguageModel:
 
     async def describe(self) -> Description:
         """What this replica serves; answered only once it is ready."""
-        return Description(self._digest)
+        return self._description
 
     def check_health(self) -> None:
         """Asked by Serve, which replaces a replica that raises here."""
@@ -76,11 +78,18 @@ def answer_golden_prompts(engine: Engine, package: ModelPackage) -> list[list[in
     return completions
 
 
-def _build_engine(package: ModelPackage, options: DeploymentOptions) -> Engine:
+def _device(options: DeploymentOptions) -> str:
+    import torch
+
+    # Only a GPU that was reserved: another replica or a training may hold the others.
+    return "cuda" if options.num_gpus > 0 and torch.cuda.is_available() else "cpu"
+
+
+def _build_engine(package: ModelPackage, options: DeploymentOptions, device: str) -> Engine:
     import torch
 
     from serve_apps.llm.continuous_batching import CacheBudget, ContinuousBatchingEngine
 
     torch.set_num_threads(options.num_threads)
     budget = CacheBudget(max_cache_bytes=options.max_cache_bytes, max_running=options.max_running)
-    return ContinuousBatchingEngine.load(package.model_dir, budget)
+    return ContinuousBatchingEngine.load(package.model_dir, budget, device)

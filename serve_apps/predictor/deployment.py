@@ -16,8 +16,9 @@ from ray import serve
 from cluster.model_package import golden
 from cluster.processing import Array
 from cluster.runtimes.onnx import OnnxRuntime
+from serve_apps.description import Description
 from serve_apps.options import DeploymentOptions
-from serve_apps.replicas import Description, deploy_with, open_package_of
+from serve_apps.replicas import deploy_with, describe_replica, open_package_of
 
 
 class Predictor:
@@ -26,8 +27,10 @@ class Predictor:
     def __init__(self, digest: str, options: dict[str, Any]) -> None:
         package = open_package_of(digest)
         parsed = DeploymentOptions.model_validate(options)
-        self._digest = package.digest
-        self._runtime = OnnxRuntime(package.graph_path, parsed.num_threads)
+        self._runtime = OnnxRuntime(
+            package.graph_path, parsed.num_threads, use_gpu=parsed.num_gpus > 0
+        )
+        self._description = describe_replica(package, parsed, self._runtime.device)
         golden.check_graph(package.manifest, self._runtime.run)
 
     async def predict(self, arrays: dict[str, Array]) -> dict[str, Array]:
@@ -36,7 +39,7 @@ class Predictor:
 
     async def describe(self) -> Description:
         """What this replica serves; answered only once it is ready."""
-        return Description(self._digest)
+        return self._description
 
 
 def build_predictor(digest: str, options: DeploymentOptions) -> serve.Application:

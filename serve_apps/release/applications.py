@@ -10,6 +10,7 @@ rehearsal. All of it blocks: call it in a thread.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -31,8 +32,19 @@ class ApplicationStatus:
     """Unix time of the last time it was asked for."""
 
 
+@dataclass(frozen=True)
+class Node:
+    """What one node has in all, whoever uses it now."""
+
+    num_cpus: float
+    num_gpus: float
+
+
 class Applications(Protocol):
     """Starts, watches and deletes the applications of model versions."""
+
+    def nodes(self) -> Sequence[Node]:
+        """The nodes that replicas can be placed on."""
 
     def statuses(self) -> dict[str, ApplicationStatus]:
         """Every model application by name."""

@@ -6,7 +6,7 @@ serve run serve_apps.release.controller:build_app
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 from ray import serve
 
@@ -15,6 +15,7 @@ from cluster.observability.logs import configure_logging
 from cluster.registry import ModelRegistry
 from cluster.releases import ReleaseStore
 from cluster.settings import load_settings
+from serve_apps.description import Description
 from serve_apps.handles import Handles
 from serve_apps.release.reconciler import ReleaseController
 from serve_apps.release.serve_applications import ServeApplications
@@ -31,11 +32,11 @@ class Controller:
         configure_logging(settings.log_format)
         handles = Handles()
 
-        async def describe(application: str) -> str:
+        async def describe(application: str) -> Description:
             # Anew each time: an application of this name may have been deleted in between.
             handles.forget(application)
             answer = await handles.call(application, "describe", timeout_s=_CHECK_TIMEOUT_S)
-            return str(answer.digest)
+            return cast(Description, answer)
 
         self._controller = ReleaseController(
             ReleaseStore(open_database(settings.database)),

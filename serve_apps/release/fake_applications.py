@@ -7,19 +7,24 @@ applications.set_phase("digits.v1", "running")
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.releases import Deployment
-from serve_apps.release.applications import ApplicationStatus, Phase
+from serve_apps.release.applications import ApplicationStatus, Node, Phase
 
 
 class FakeApplications:
     """Applications that do what they are told."""
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: Sequence[Node] = (Node(num_cpus=2, num_gpus=0),)) -> None:
+        self._nodes = nodes
         self._statuses: dict[str, ApplicationStatus] = {}
         self.started: list[str] = []
         self.deleted: list[str] = []
+
+    def nodes(self) -> Sequence[Node]:
+        return self._nodes
 
     def statuses(self) -> dict[str, ApplicationStatus]:
         return dict(self._statuses)

@@ -26,8 +26,10 @@ from cluster.errors import (
 from cluster.model_ref import CANDIDATE, ModelRef, check_name
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.releases import STARTING, Deployment, ReleaseStore
+from serve_apps.description import Description
 from serve_apps.options import check_strategy, read_options
 from serve_apps.release.applications import Applications
+from serve_apps.release.placement import check_room
 from serve_apps.release.policy import Decision, Observation, ReleasePolicy
 
 logger = logging.getLogger(__name__)
@@ -35,8 +37,8 @@ logger = logging.getLogger(__name__)
 _BUSY_PERIOD_S = 0.2
 _IDLE_PERIOD_S = 2.0
 
-Describe = Callable[[str], Awaitable[str]]
-"""Asks a replica of an application for the digest it serves."""
+Describe = Callable[[str], Awaitable[Description]]
+"""Asks a replica of an application what it serves."""
 
 
 class ReleaseController:
@@ -65,7 +67,8 @@ class ReleaseController:
 
         Raises:
             NotFoundError: no such model or version.
-            ConflictError: another version of it is on its way, or it runs with other options.
+            ConflictError: another version of it is on its way, it runs with other options, or no
+                node has room for its replicas.
             UsageError: the strategy or an option is not known.
         """
         check_strategy(strategy)
@@ -199,15 +202,15 @@ class ReleaseController:
     async def _check(self, row: Deployment) -> None:
         """Promote a version whose replica answers for the right package."""
         try:
-            digest = await self._describe(row.application)
+            found = await self._describe(row.application)
         except HeliostatError as error:
             logger.info("%s does not answer yet: %s", row.application, error)
             return
-        if digest != row.digest:
-            reason = f"a replica serves {digest}, expected {row.digest}"
+        if found.digest != row.digest:
+            reason = f"a replica serves {found.digest}, expected {row.digest}"
             await asyncio.to_thread(self._store.fail, row.name, row.version, reason)
             return
-        await self._promote(row, "controller", "golden outputs reproduced")
+        await self._promote(row, "controller", f"golden outputs reproduced on {found.device}")
 
     async def _promote(self, row: Deployment, actor: str, reason: str) -> None:
         await asyncio.to_thread(
@@ -246,6 +249,8 @@ class ReleaseController:
                     f"version {row.version} of '{row.name}' is being deployed ({row.state})",
                     hint="wait until it is champion or failed",
                 )
+        nodes, others = self._applications.nodes(), self._store.deployments()
+        check_room(str(version.ref), options, nodes, others)
         return self._store.request(
             version.name, version.version, version.digest, options, f"deployed by {actor}"
         )

@@ -6,6 +6,9 @@ applications.start(deployment, "graph")
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatusOverview, ReplicaState
 
@@ -13,6 +16,7 @@ from cluster.releases import Deployment
 from serve_apps.options import DeploymentOptions
 from serve_apps.release.applications import (
     ApplicationStatus,
+    Node,
     Phase,
     is_model_application,
     one_line_reason,
@@ -31,6 +35,10 @@ _PHASES: dict[str, Phase] = {
 
 class ServeApplications:
     """Applications of this cluster's Serve."""
+
+    def nodes(self) -> Sequence[Node]:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [Node(has.get("CPU", 0), has.get("GPU", 0)) for has in alive]
 
     def statuses(self) -> dict[str, ApplicationStatus]:
         found = serve.status().applications

@@ -24,6 +24,7 @@ from cluster.model_ref import CHAMPION
 from cluster.registry import ModelRegistry
 from cluster.releases import ReleaseStore
 from cluster.settings import Settings
+from serve_apps.description import Description
 from serve_apps.gateway.routing_table import read_routes
 from serve_apps.release.fake_applications import FakeApplications
 from serve_apps.release.policy import ReleasePolicy
@@ -93,11 +94,11 @@ class World:
     def assert_routes_follow_champion(self) -> None:
         assert self.store.weights("m") == {self.champion(): 1.0}
 
-    async def _describe(self, application: str) -> str:
+    async def _describe(self, application: str) -> Description:
         answer = self.answers.get(application, f"sha256:{application.rpartition('v')[2]}")
         if answer == "gone":
             raise UpstreamFailedError("gone")
-        return answer
+        return Description(answer, "cpu")
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ async def test_a_first_version_becomes_champion_through_every_state(world: World
     world.assert_routes_follow_champion()
     history = world.store.champion_history("m")
     assert [(change.from_version, change.to_version) for change in history] == [(None, 1)]
-    assert history[0].reason == "golden outputs reproduced"
+    assert history[0].reason == "golden outputs reproduced on cpu"
 
 
 async def test_the_old_version_serves_until_the_new_one_answers(world: World) -> None:
@@ -254,6 +255,8 @@ async def test_a_bare_name_means_the_candidate_or_else_the_newest(world: World) 
         ("m", "shadow", {}, UsageError, "'shadow' is not there yet"),
         ("m", "yolo", {}, InputError, "'yolo' does not exist"),
         ("m", "direct", {"num_replica": 2}, InputError, "'num_replica' is not known"),
+        ("m", "direct", {"num_gpus": 1}, ConflictError, "asks for 1 GPU, and no node .* than 0"),
+        ("m", "direct", {"num_cpus": 3}, ConflictError, "asks for 3 CPU, and no node .* than 2"),
         ("m", "direct", {"num_replicas": 0}, InputError, "'num_replicas' is 0: input should be"),
     ],
 )
