@@ -75,9 +75,12 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            # Websockets and the like: there are none here, and none may slip past the keys.
+            # Websockets: there are none here, and none may slip past the keys. Closed before it
+            # was accepted, one is answered with 403; without an answer it would be a 500.
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
+            elif scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
             return
         if scope["path"] not in PUBLIC_PATHS:
             try:

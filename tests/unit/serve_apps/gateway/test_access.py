@@ -243,3 +243,17 @@ async def test_bad_administration_is_refused(
     answer = await gateway.client.request(method, path, json=body, headers=gateway.headers())
     assert answer.status_code == status, answer.text
     assert gateway.control.calls == []
+
+
+async def test_a_websocket_is_closed_before_it_opens(gateway: Any) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/v2/health/live", "headers": []}
+    await gateway.app(scope, receive, send)
+    assert [message["type"] for message in sent] == ["websocket.close"]
