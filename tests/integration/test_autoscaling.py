@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
 
 NUM_CLIENTS = 6
 WIDTH = 1024
-NUM_LAYERS = 24
+NUM_LAYERS = 1000
 FAST = """
 autoscaling:
   min_replicas: {min_replicas}
@@ -37,7 +37,7 @@ max_batch_size: 8
 
 
 def save_slow_graph(path: Path) -> None:
-    """The mean of what goes in, after tens of milliseconds of matrix products."""
+    """The mean of what goes in, after so much work that clients wait for the replica alone."""
     mean = numpy_helper.from_array(np.full((WIDTH, WIDTH), 1 / WIDTH, np.float32), "W")
     nodes = [helper.make_node("Tile", ["x", "repeats"], ["h0"])]
     nodes += [helper.make_node("MatMul", [f"h{i}", "W"], [f"h{i + 1}"]) for i in range(NUM_LAYERS)]
@@ -136,8 +136,8 @@ def test_a_load_step_takes_one_replica_to_two_and_back(stack: Stack, deployed: s
             wait_for_replicas(stack, deployed, 2)
         finally:
             load.stop()
-        for client in clients:
-            client.result()
+            for client in clients:
+                client.result()
     assert load.num_answers > NUM_CLIENTS
     # One who goes on asking loses nothing while a replica ends.
     with Load(stack, deployed) as gentle, ThreadPoolExecutor(1) as pool:
@@ -146,7 +146,7 @@ def test_a_load_step_takes_one_replica_to_two_and_back(stack: Stack, deployed: s
             wait_for_replicas(stack, deployed, 1)
         finally:
             gentle.stop()
-        client.result()
+            client.result()
 
 
 @pytest.mark.parametrize("deployed", [0], indirect=True)
