@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,25 +238,27 @@ def test_a_second_version_is_switched_to_and_rolled_back(life: Life, http: httpx
     )  # fmt: skip
     assert train.returncode == 0, train.stdout[-2000:] + train.stderr
     assert life.stack.run_cli("deploy", "digits@candidate").returncode == 0
-    assert served_version(http, "digits") == "2"
+    wait_for_version(http, "digits", "2")
     rollback = life.stack.run_cli("releases", "rollback", "digits")
     assert rollback.returncode == 0, rollback.stderr
-    assert served_version(http, "digits") == "1"
+    wait_for_version(http, "digits", "1")
     history = json.loads(life.stack.run_cli("models", "history", "digits", "--json").stdout)
     moves = [(e["from_version"], e["to_version"]) for e in history if e["alias"] == "champion"]
     assert moves == [(None, 1), (1, 2), (2, 1)] or moves == [(2, 1), (1, 2), (None, 1)]
     assert all(e["actor"] and e["reason"] and e["at"] for e in history)
 
 
-def served_version(http: httpx.Client, name: str) -> str:
-    """The version that answers, once every gateway has read the new routing row."""
-    image = load_digits().images[0]
+def wait_for_version(http: httpx.Client, name: str, version: str) -> None:
+    """Until the gateway has read the new routing row; every answer on the way is a good one."""
     tensor = {
         "name": "pixels",
         "datatype": "FP32",
         "shape": [1, 64],
-        "data": image.ravel().tolist(),
+        "data": load_digits().data[0].tolist(),
     }
-    answer = http.post(f"/v2/models/{name}/infer", json={"inputs": [tensor]}).raise_for_status()
-    version: str = answer.json()["model_version"]
-    return version
+    for _ in range(100):
+        answer = http.post(f"/v2/models/{name}/infer", json={"inputs": [tensor]})
+        if answer.raise_for_status().json()["model_version"] == version:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{name} is still not answered by version {version}")
