@@ -172,7 +172,8 @@ def _describe(error: ValidationError, values: Any, config_type: type[BaseModel])
         return f"unknown key '{name}'{guess}{expected}{more}"
     if first["type"] == "missing":
         return f"key '{name}' is missing{more}"
-    message = first["msg"][:1].lower() + first["msg"][1:]
+    text = first["msg"].removeprefix("Value error, ")  # pydantic's words before a check of ours
+    message = text[:1].lower() + text[1:]
     found = first.get("input")
     is_plain = isinstance(found, (str, int, float, bool, type(None)))
     shown = _short(f"{found!r}") if is_plain else None
