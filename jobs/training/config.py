@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -18,15 +18,21 @@ from jobs.data.config import DataConfig, Name
 from jobs.models.config import Metric, ModelConfig
 
 
+def _default_weight_decay(values: dict[str, Any]) -> float:
+    # As L2 in the gradient, 0.1 keeps adam and adagrad from learning: measured on digits with
+    # adagrad, 150 steps, accuracy of chance.
+    return 0.1 if values.get("name") == "adamw" else 0.0
+
+
 class OptimizerConfig(StrictModel):
     """How gradients change weights."""
 
     name: Literal["adamw", "adam", "adagrad", "sgd"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     """Peak value; the schedule scales it."""
-    weight_decay: float = Field(0.1, ge=0)
-    """Decoupled for adamw, L2 (added to the gradient) for the others; matrices only, never biases
-    or norms."""
+    weight_decay: float = Field(default_factory=_default_weight_decay, ge=0)
+    """Decoupled for adamw (default 0.1), L2, added to the gradient, for the others (default 0);
+    matrices only, never biases or norms."""
     betas: tuple[float, float] = (0.9, 0.95)
     """adamw and adam only."""
     epsilon: float = Field(1e-8, gt=0)

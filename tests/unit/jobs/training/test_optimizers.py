@@ -45,3 +45,12 @@ def test_matrices_decay_as_in_torch_and_biases_do_not(name: str) -> None:
     ]
     expected = train(theirs, REFERENCES[name](groups, 0.3))
     assert torch.allclose(train(ours, make_optimizer(config, ours)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("adamw", 0.1), ("adam", 0), ("adagrad", 0), ("sgd", 0)]
+)
+def test_only_decoupled_decay_is_on_by_default(name: str, expected: float) -> None:
+    assert OptimizerConfig.model_validate({"name": name}).weight_decay == expected
+    explicit = OptimizerConfig.model_validate({"name": name, "weight_decay": 0.3})
+    assert explicit.weight_decay == 0.3
