@@ -74,6 +74,8 @@ def make_plan(config: TuneConfig) -> Plan:
     _refuse_fields(config)
     shape = expected_shape(base.data)
     values = base.model_dump(mode="json")
+    if "weight_decay" not in base.optimizer.model_fields_set:
+        del values["optimizer"]["weight_decay"]  # its default depends on the trial's optimizer
     points = draw_points(config)
     for point, changed in _to_validate(config, points):
         _validate(values, point, changed, config, shape, source)

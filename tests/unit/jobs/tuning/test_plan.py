@@ -32,6 +32,12 @@ def test_a_schedule_is_chosen_whole(make_sweep: MakeSweep) -> None:
     assert kinds == ["wsd", "reduce_on_plateau"]
 
 
+def test_an_optimizer_brings_its_own_default_decay(make_sweep: MakeSweep) -> None:
+    names = ["adamw", "adagrad"]
+    plan = make_plan(make_sweep(space={"optimizer.name": {"grid": names}}, search="grid"))
+    assert [trial.config.optimizer.weight_decay for trial in plan.trials] == [0.1, 0.0]
+
+
 def test_the_same_sweep_has_the_same_identity(make_sweep: MakeSweep) -> None:
     identity = make_plan(make_sweep()).identity
     assert make_plan(make_sweep(max_concurrent=1, resume="never")).identity == identity
