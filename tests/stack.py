@@ -28,13 +28,7 @@ class Stack:
     @property
     def environment(self) -> dict[str, str]:
         """For child processes; HELIOSTAT_HOME is all that they need."""
-        # Compiled once per checkout, not once per stack.
-        extensions = ROOT / ".heliostat" / "cache" / "torch_extensions"
-        return {
-            **os.environ,
-            "HELIOSTAT_HOME": str(self.settings.home),
-            "TORCH_EXTENSIONS_DIR": str(extensions),
-        }
+        return {**os.environ, "HELIOSTAT_HOME": str(self.settings.home)}
 
     @property
     def key(self) -> str:

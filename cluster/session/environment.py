@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cluster.session.ports import replica_port_max
 from cluster.session.scratch import scratch_dir
-from cluster.settings import LOOPBACK, Settings, environment_for_children
+from cluster.settings import Settings, environment_for_children
 
 # A shell that evaluated `heliostat env` carries client settings that would mislead a server.
 _CLIENT_ONLY = (
@@ -124,7 +124,3 @@ def client_environment(settings: Settings) -> dict[str, str]:
         # With it `ray status --address 127.0.0.1:PORT` finds a head that is on loopback.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
-
-
-def gcs_address(settings: Settings) -> str:
-    return f"{LOOPBACK}:{settings.ray_port}"
