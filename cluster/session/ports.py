@@ -6,6 +6,7 @@ check_ports_are_free(settings, ["mlflow"])       # raises PortInUseError
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterable
 
 import psutil
@@ -24,6 +25,7 @@ PORTS: dict[str, tuple[str, ...]] = {
         "haproxy_metrics_port",
     ),
 }
+_POLL_INTERVAL_S = 0.05
 _PUBLIC = ("gateway_port", "dashboard_port")
 
 
@@ -50,13 +52,21 @@ def replica_port_max(settings: Settings) -> int:
     return min(settings.replica_port_min + settings.replica_port_count - 1, 65535)
 
 
-def check_ports_are_free(settings: Settings, parts: Iterable[str]) -> None:
-    """Raises PortInUseError naming the port, who has it if known, and the setting that moves it."""
+def check_ports_are_free(settings: Settings, parts: Iterable[str], patience_s: float = 0.0) -> None:
+    """Raises PortInUseError naming the port, who has it if known, and the setting that moves it.
+
+    `patience_s` is for ports whose holder is about to be gone: a process that dies closes its
+    sockets after it has left the list of processes.
+    """
+    deadline_s = time.monotonic() + patience_s
     for part in parts:
         for name in PORTS[part]:
             port = getattr(settings, name)
             host = settings.host if name in _PUBLIC else LOOPBACK
-            if not is_free(port, host):
+            while not is_free(port, host):
+                if time.monotonic() < deadline_s:
+                    time.sleep(_POLL_INTERVAL_S)
+                    continue
                 raise PortInUseError(
                     f"port {port} ({name}) is in use{_holder(port)}",
                     hint=f"end that, or choose another with HELIOSTAT_{name.upper()}=PORT",

@@ -112,9 +112,14 @@ def end_stack(stack: Path, part: str | None = None, heads: Iterable[ProcessRecor
 
 
 def _lives(process: psutil.Process) -> bool:
-    """Whether it runs; one that ended and waits for its parent to notice does not."""
+    """Whether it runs; one that ended and waits for its parent to notice does not.
+
+    The first thread of a killed process may be gone before the others, which still hold its ports.
+    """
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        if not process.is_running():
+            return False
+        return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
     except psutil.Error:
         return False
 

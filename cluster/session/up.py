@@ -27,6 +27,7 @@ from cluster.session.scratch import prepare_scratch, scratch_dir
 from cluster.settings import Settings, changed_settings, store_settings
 
 SERVING_TIMEOUT_S = 180.0
+PORT_PATIENCE_S = 10.0
 _POLL_INTERVAL_S = 0.1
 
 Say = Callable[[str], None]
@@ -60,11 +61,16 @@ class _Start:
         self._check_settings_are_those_that_run()
         missing = self._missing_servers()
         names = [part.name for part in missing]
+        died = [name for name in names if name in self._record.parts]
         serves = RAY not in names and self._serves()
         if serves and not missing:
             self._say("  everything runs already")
         self._end_leftovers(missing)
-        check_ports_are_free(self._settings, [*names, SERVING] if RAY in names else names)
+        check_ports_are_free(
+            self._settings,
+            [*names, SERVING] if RAY in names else names,
+            patience_s=PORT_PATIENCE_S if died else 0.0,
+        )
         store_settings(self._settings)
         self._prepare(starts_ray=RAY in names)
         try:

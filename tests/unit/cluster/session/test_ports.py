@@ -1,5 +1,6 @@
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,14 @@ def test_a_port_is_free_again_when_its_holder_closed_it(listener: socket.socket)
     assert not is_free(port)
     listener.close()
     assert is_free(port)
+
+
+def test_a_holder_that_is_about_to_end_is_waited_for(
+    listener: socket.socket, tmp_path: Path
+) -> None:
+    settings = Settings(home=tmp_path, mlflow_port=listener.getsockname()[1])
+    threading.Timer(0.3, listener.close).start()
+    check_ports_are_free(settings, ["mlflow"], patience_s=30)
 
 
 def test_a_closed_connection_that_lingers_does_not_hold_its_port(listener: socket.socket) -> None:

@@ -21,6 +21,12 @@ STUBBORN = (
     "print('born', flush=True); time.sleep(600)"
 )
 
+# Its first thread is gone, another runs on.
+BEHEADED = (
+    "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); "
+    "print('born', flush=True); ctypes.CDLL(None).pthread_exit(None)"
+)
+
 
 def launch(stack: Path, code: str, part: str = "ray") -> ProcessRecord:
     log = stack / f"{part}.log"
@@ -79,6 +85,17 @@ def test_a_process_that_ignores_the_request_is_killed(stack: Path) -> None:
     record = launch(stack, STUBBORN)
     assert end_stack(stack) == 1
     assert not is_alive(record)
+
+
+def test_a_process_lives_as_long_as_any_of_its_threads(stack: Path) -> None:
+    record = launch(stack, BEHEADED)
+    process = psutil.Process(record.pid)
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert is_alive(record)
+    process.kill()
+    while is_alive(record):
+        time.sleep(0.01)
 
 
 def test_only_the_named_part_of_the_named_stack_is_ended(stack: Path, tmp_path: Path) -> None:
