@@ -7,6 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
+
+FaultKind = Literal[
+    "worker_lost",
+    "worker_hung",
+    "loss_not_finite",
+    "loss_spike",
+    "quarantined",
+    "checkpoint_corrupt",
+    "checkpoint_failed",
+    "stopped",
+    "resized",
+]
 
 
 @dataclass(frozen=True)
@@ -66,5 +79,16 @@ class Notice:
     text: str
 
 
-Event = Started | Progress | Evaluated | Decided | Saved | Notice
+@dataclass(frozen=True)
+class Fault:
+    """Something went wrong, or was interfered with, and the run went on or ended in order."""
+
+    step: int
+    """Steps done when it was noticed."""
+    kind: FaultKind
+    text: str
+    """What happened and what was done about it: one line."""
+
+
+Event = Started | Progress | Evaluated | Decided | Saved | Notice | Fault
 Sink = Callable[[Event], None]

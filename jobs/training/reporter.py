@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jobs.training.events import Decided, Evaluated, Event, Notice, Progress, Saved, Started
+from jobs.training.events import Decided, Evaluated, Event, Fault, Notice, Progress, Saved, Started
 
 LogMetrics = Callable[[dict[str, float], int], None]
 
@@ -86,6 +86,9 @@ class Reporter:
     def _notice(self, event: Notice) -> None:
         self._say(f"warning: {event.text}")
 
+    def _fault(self, event: Fault) -> None:
+        self._say(f"{event.kind} at step {event.step}: {event.text}")
+
     _handlers: dict[type, Callable[[Reporter, Any], None]] = {  # noqa: RUF012 - a constant table
         Started: _started,
         Progress: _progress,
@@ -93,6 +96,7 @@ class Reporter:
         Decided: _decided,
         Saved: _saved,
         Notice: _notice,
+        Fault: _fault,
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.training.events import Evaluated, Event, Notice, Progress, Saved, Started
+from jobs.training.events import Evaluated, Event, Fault, Notice, Progress, Saved, Started
 from jobs.training.reporter import Reporter, format_duration
 from jobs.training.speed import SpeedMeter
 
@@ -40,6 +40,10 @@ class Listener:
         ),
         (Saved(20, 82_700_000, 0.13), "checkpoint at step 20: 82.7 MB in 0.1 s"),
         (Notice("something"), "warning: something"),
+        (
+            Fault(20, "worker_lost", "worker 1 was killed; replacing it"),
+            "worker_lost at step 20: worker 1 was killed; replacing it",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
