@@ -1,0 +1,1 @@
+"""Statistics that decide: which of two models is better, and whether data has changed."""
