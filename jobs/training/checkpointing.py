@@ -1,7 +1,7 @@
 """The checkpoint store: directories that are either whole or not there.
 
     step-00000100/           a committed checkpoint
-      checkpoint.json        step, world size, what evaluations decided, every file's SHA-256
+      checkpoint.json        step, world size, what the run remembers, every file's SHA-256
       state/…                what DeepSpeed wrote
     latest                   name of the newest, written last
     .partial-step-…          being written, or left by a crash
@@ -47,8 +47,8 @@ class Checkpoint:
     """Steps done when it was written: training goes on with the step of this number."""
     world_size: int
     size_bytes: int
-    decisions: dict[str, Any]
-    """What evaluations up to this step decided, as it was given to `commit`."""
+    memory: dict[str, Any]
+    """What the run remembers, as it was given to `commit`."""
 
     @property
     def state_dir(self) -> Path:
@@ -76,7 +76,7 @@ class CheckpointStore:
         step: int,
         *,
         world_size: int,
-        decisions: dict[str, Any] | None = None,
+        memory: dict[str, Any] | None = None,
         best_step: int = 0,
     ) -> Checkpoint:
         """Make a partial directory the newest checkpoint, then delete what need not be kept; the
@@ -86,7 +86,7 @@ class CheckpointStore:
             OSError: say, a full disk; the partial directory is gone and nothing else has changed.
         """
         try:
-            head = {"step": step, "world_size": world_size, "decisions": decisions or {}}
+            head = {"step": step, "world_size": world_size, "memory": memory or {}}
             size_bytes = _seal(partial, head)
             final = self.root / _name(step)
             if final.exists():
@@ -98,17 +98,23 @@ class CheckpointStore:
             raise
         self._point_to(final.name)
         self._prune(best_step)
-        return Checkpoint(final, step, world_size, size_bytes, decisions or {})
+        return Checkpoint(final, step, world_size, size_bytes, memory or {})
 
     def abandon(self, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
-    def newest(self, *, notify: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint whose files are what they were when it was written.
+    def newest(
+        self, *, notify: Callable[[str], None], at_most: int | None = None
+    ) -> Checkpoint | None:
+        """The newest checkpoint, of step `at_most` or earlier, whose files are what they were when
+        it was written.
 
         A corrupt one is renamed out of the way and `notify` told, once.
         """
-        found = (self._open(path, notify) for path in reversed(self._committed()))
+        paths = [
+            path for path in self._committed() if at_most is None or path.name <= _name(at_most)
+        ]
+        found = (self._open(path, notify) for path in reversed(paths))
         return next((checkpoint for checkpoint in found if checkpoint is not None), None)
 
     def at(self, step: int, *, notify: Callable[[str], None]) -> Checkpoint | None:
@@ -183,7 +189,7 @@ def _verify(path: Path) -> tuple[str, Checkpoint | None]:
         manifest: Any = json.loads((path / MANIFEST_FILE).read_bytes())
         expected = dict(manifest["files"])
         step, world_size = int(manifest["step"]), int(manifest["world_size"])
-        decisions = dict(manifest["decisions"])
+        memory = dict(manifest["memory"])
         for name, entry in expected.items():
             file = path / name
             if file.stat().st_size != entry["size_bytes"]:
@@ -195,7 +201,7 @@ def _verify(path: Path) -> tuple[str, Checkpoint | None]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST_FILE} cannot be read: {error}", None
     size_bytes = sum(entry["size_bytes"] for entry in expected.values())
-    return "", Checkpoint(path, step, world_size, size_bytes, decisions)
+    return "", Checkpoint(path, step, world_size, size_bytes, memory)
 
 
 def _files(directory: Path) -> Iterator[Path]:

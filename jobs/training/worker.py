@@ -16,22 +16,23 @@ from pathlib import Path
 
 import torch
 
-from cluster.errors import ConflictError, JobFailedError
+from cluster.errors import JobFailedError
 from jobs.data.dataset import Dataset
 from jobs.models.families import make_family
 from jobs.models.family import DataShape, Exported, Family
 from jobs.training.batching import BatchPlan
-from jobs.training.checkpointing import Checkpoint, CheckpointStore
+from jobs.training.checkpointing import CheckpointStore
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.deepspeed_setup import start_deepspeed
 from jobs.training.engine import Engine
-from jobs.training.events import Decided, Evaluated, Notice, Progress, Saved, Sink, Started
+from jobs.training.events import Decided, Evaluated, Notice, Progress, Sink, Started
 from jobs.training.loop import Feed, Step, evaluate, train_steps
-from jobs.training.monitor import MonitorState, check_metrics, explain, observe
+from jobs.training.memory import RunMemory
+from jobs.training.monitor import check_metrics, explain, observe
 from jobs.training.parallelism import Layout
 from jobs.training.process_group import ProcessGroup, start_process_group
-from jobs.training.saving import save_together
+from jobs.training.saving import Saver
 from jobs.training.speed import SpeedMeter
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -95,8 +96,9 @@ class _Worker:
         self.engine: Engine = start_deepspeed(
             model, self.family, config, make_deepspeed_config(config, self.plan), group, self.layout
         )
-        self.monitor = MonitorState()
-        self.store = CheckpointStore(job.run_dir / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
+        self.memory = RunMemory()
+        store = CheckpointStore(job.run_dir / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
+        self.saver = Saver(self.engine, store, group, tell)
 
     def run(self) -> Outcome:
         first_step = self._resume()
@@ -117,25 +119,15 @@ class _Worker:
 
     def _resume(self) -> int:
         """Steps already done."""
-        found: Checkpoint | None = None
-        if self.group.is_first:
-            found = self.store.newest(notify=lambda text: self.tell(Notice(text)))
-        found = self.group.from_first(found)
-        if found is None:
+        restored = self.saver.restore()
+        if restored is None:
             return 0
-        if found.world_size != self.group.world_size:
-            raise ConflictError(
-                f"checkpoint {found.path.name} was written by {found.world_size} workers, and this "
-                f"run has {self.group.world_size}",
-                hint=f"run with {found.world_size} workers, or --set resume=never to start anew",
-            )
-        self.engine.load(found.state_dir)
-        self.monitor = MonitorState.model_validate(found.decisions)
-        return found.step
+        self.memory = restored.memory
+        return restored.step
 
     def _train(self, first_step: int) -> int:
         """The step it ends at: the last, or the one that early stopping chose."""
-        if self.monitor.stopped:
+        if self.memory.monitor.stopped:
             return first_step
         config = self.config
         feed = Feed(self.dataset.rows("train"), self.plan, config.seed, self.group, self.layout)
@@ -146,9 +138,10 @@ class _Worker:
             feed,
             config,
             first_step=first_step,
-            rate_scale=lambda: self.monitor.rate_scale,
+            rate_scale=lambda: self.memory.monitor.rate_scale,
         ):
             meter.count()
+            self.saver.poll()
             last = step.number == config.steps
             if last or step.number % config.log_every_steps == 0:
                 self._log(step, meter)
@@ -158,32 +151,30 @@ class _Worker:
             ):
                 with meter.paused():
                     self._observe(self._evaluate("validation", step.number), step.number)
-            last = last or self.monitor.stopped
-            is_best = self.monitor.best_step == step.number
+            last = last or self.memory.monitor.stopped
+            is_best = self.memory.monitor.best_step == step.number
             if last or is_best or step.number % config.checkpoint.every_steps == 0:
                 with meter.paused():
-                    self._save(step.number)
+                    self.saver.start(step.number, self.memory)
             if last:
+                self.saver.wait()
                 return step.number
         return first_step
 
     def _observe(self, metrics: dict[str, float], step: int) -> None:
         # The first worker's decision is everybody's, whatever the last bit of their sums.
-        state = self.group.from_first(observe(self.monitor, self.config, metrics, step))
-        for text in explain(self.monitor, state, self.config):
+        before = self.memory.monitor
+        state = self.group.from_first(observe(before, self.config, metrics, step))
+        for text in explain(before, state, self.config):
             self.tell(Decided(step, text))
-        self.monitor = state
+        self.memory = self.memory.model_copy(update={"monitor": state})
 
     def _restore_best(self, last_step: int) -> int:
         """Go back to the weights that early stopping found best; the step that they are of."""
-        best_step = self.monitor.best_step
+        best_step = self.memory.monitor.best_step
         if best_step in (0, last_step):
             return last_step
-        found: Checkpoint | None = None
-        if self.group.is_first:
-            found = self.store.at(best_step, notify=lambda text: self.tell(Notice(text)))
-        found = self.group.from_first(found)
-        if found is None:
+        if self.saver.restore(at=best_step) is None:
             self.tell(
                 Notice(
                     f"the checkpoint of step {best_step}, the best, is gone; "
@@ -191,18 +182,16 @@ class _Worker:
                 )
             )
             return last_step
-        self.engine.load(found.state_dir)
         self.tell(Decided(best_step, "the best weights, which will be packaged"))
         return best_step
 
     def _log(self, step: Step, meter: SpeedMeter) -> None:
-        loss = float(self.group.sum(step.loss)) / self.group.world_size
-        if not math.isfinite(loss):
+        if not math.isfinite(step.loss):
             raise JobFailedError(
-                f"the loss is {loss} at step {step.number}",
+                f"the loss is {step.loss} at step {step.number}",
                 hint="lower optimizer.learning_rate or lengthen schedule.warmup_steps",
             )
-        self.tell(Progress(step.number, loss, step.learning_rate, meter.units_per_s()))
+        self.tell(Progress(step.number, step.loss, step.learning_rate, meter.units_per_s()))
 
     def _evaluate(self, split: str, step: int) -> dict[str, float]:
         metrics = evaluate(
@@ -223,17 +212,6 @@ class _Worker:
             for split in splits
             for name, value in self._evaluate(split, step).items()
         }
-
-    def _save(self, step: int) -> None:
-        """Failing to save, on a full disk say, costs the checkpoint and not the training."""
-        started_at = time.monotonic()
-        try:
-            saved = save_together(self.engine, self.store, self.group, step, self.monitor)
-        except OSError as error:
-            self.tell(Notice(f"checkpoint at step {step} was not saved: {error}"))
-            return
-        if saved is not None:
-            self.tell(Saved(step, saved.size_bytes, time.monotonic() - started_at))
 
     def _export(self) -> Exported:
         directory = self.job.run_dir / EXPORT_DIR

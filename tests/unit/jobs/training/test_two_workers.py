@@ -12,6 +12,7 @@ from jobs.data.dataset import Dataset
 from jobs.training.config import TrainConfig
 from jobs.training.events import Event, Notice, Progress, Saved
 from jobs.training.process_group import start_process_group
+from jobs.training.saving import Saver
 from jobs.training.worker import Outcome, WorkerJob, run_worker
 from tests.unit.jobs.training.conftest import MakeConfig
 from tests.unit.jobs.training.ranks import run_ranks
@@ -35,17 +36,15 @@ def train_on_a_full_disk(job: WorkerJob) -> list[Event]:
     def tell(event: Event) -> None:
         events.append(event)
 
-    from jobs.training import worker as module
+    save = Saver.start
 
-    save = module.save_together
-
-    def save_then_free_space(*arguments: Any) -> Any:
+    def save_then_free_space(*arguments: Any) -> None:
         try:
-            return save(*arguments)
+            save(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
 
-    module.save_together = save_then_free_space
+    Saver.start = save_then_free_space  # type: ignore[method-assign]
     run_worker(job, tell)
     group.barrier()
     return events
