@@ -3,13 +3,14 @@
 It loads no torch; `jobs.models.families` builds what is described here.
 
     CausalLmConfig(family="causal_lm", hidden_size=256, num_layers=6)
+    PretrainedLmConfig(family="causal_lm", base="pydoc-lm@champion", lora={"rank": 8})
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from cluster.config import StrictModel
 
@@ -25,10 +26,16 @@ HIGHER_IS_BETTER: frozenset[Metric] = frozenset(
 )
 
 
-class CausalLmConfig(StrictModel):
-    """A Llama-shaped decoder; vocabulary and row length come from the dataset."""
+class LanguageModelConfig(StrictModel):
+    """What holds for every language model, whether its weights are fresh or given."""
 
     family: Literal["causal_lm"]
+
+
+class CausalLmConfig(LanguageModelConfig):
+    """A Llama-shaped decoder with fresh weights; vocabulary and row length come from the
+    dataset."""
+
     hidden_size: int = Field(256, ge=8)
     num_layers: int = Field(6, ge=1)
     num_heads: int = Field(8, ge=1)
@@ -59,6 +66,55 @@ class CausalLmConfig(StrictModel):
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         return self
+
+
+class LoraConfig(StrictModel):
+    """Train small matrices beside the base's, which stay as they are (LoRA, Hu et al. 2021).
+
+    What is made is an adapter package, deployable wherever its base is registered.
+    """
+
+    rank: int = Field(8, ge=1)
+    """Inner size of the added matrices."""
+    alpha: float = Field(16, gt=0)
+    """What they add is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of what goes into them."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Last names of the matrices they are added to (`[q_proj, v_proj]`); all-linear means every
+    matrix of attention and feed-forward layers."""
+    merge: bool = False
+    """Add the trained matrices to the base's and package a whole language model."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_of_inner_matrices(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("names nothing; leave it out for all of them")
+        outer = {"lm_head", "embed_tokens"} & set(value if isinstance(value, tuple) else ())
+        if outer:
+            raise ValueError(f"'{min(outer)}' lies outside the layers, and stays as it is")
+        return value
+
+
+class PretrainedLmConfig(LanguageModelConfig):
+    """A language model whose weights go on from `base`, which also decides its shape."""
+
+    base: str = Field(min_length=1)
+    """A registered version (NAME, NAME@ALIAS, NAME/VERSION), or a Hugging Face causal-LM directory:
+    a path with a slash, or s3://BUCKET/PREFIX."""
+    base_digest: str = Field("", pattern=r"^(sha256:[0-9a-f]{64})?$")
+    """What the base must have; empty takes what is there, and the run records it."""
+    lora: LoraConfig | None = None
+    """None trains every weight."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shape_is_the_bases(cls, values: Any) -> Any:
+        own = CausalLmConfig.model_fields.keys() - cls.model_fields.keys()
+        if isinstance(values, dict) and (given := sorted(own & values.keys())):
+            raise ValueError(f"'{given[0]}' is decided by 'base': leave out one of the two")
+        return values
 
 
 class CnnConfig(StrictModel):
@@ -98,7 +154,17 @@ class MlpConfig(StrictModel):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
+def _weights(values: Any) -> str:
+    given = "base" in values if isinstance(values, dict) else isinstance(values, PretrainedLmConfig)
+    return "pretrained" if given else "fresh"
+
+
+AnyLmConfig = Annotated[
+    Annotated[CausalLmConfig, Tag("fresh")] | Annotated[PretrainedLmConfig, Tag("pretrained")],
+    Discriminator(_weights),
+]
+
 ModelConfig = Annotated[
-    CausalLmConfig | CnnConfig | LinearRegressionConfig | LogisticRegressionConfig | MlpConfig,
+    AnyLmConfig | CnnConfig | LinearRegressionConfig | LogisticRegressionConfig | MlpConfig,
     Field(discriminator="family"),
 ]
