@@ -115,6 +115,23 @@ audit_log = sa.Table(
     sa.Column("detail", sa.JSON, nullable=False),
 )
 
+# Who used what, training and serving alike; only ever added to. `key` makes an entry count once.
+ledger_entries = sa.Table(
+    "ledger_entries",
+    metadata,
+    sa.Column("key", sa.String(200), primary_key=True),
+    sa.Column("at", sa.String(32), nullable=False),
+    sa.Column("tenant", sa.String(128), nullable=False),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("model", sa.String(128), nullable=False),
+    sa.Column("source", sa.String(128), nullable=False),
+    sa.Column("cpu_s", sa.Float, nullable=False),
+    sa.Column("gpu_s", sa.Float, nullable=False),
+    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
+    sa.Column("completion_tokens", sa.BigInteger, nullable=False),
+    sa.Index("ledger_entries_by_tenant", "tenant", "at"),
+)
+
 
 def now() -> str:
     """The current time as the tables hold it."""

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cluster.cli import cluster, jobs, keys, models, serving
+from cluster.cli import cluster, jobs, keys, models, serving, usage
 from cluster.errors import HeliostatError, as_machine_error
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ jobs.register(app)
 app.add_typer(models.app, name="models")
 serving.register(app)
 keys.register(app)
+usage.register(app)
 
 
 def main() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.errors import InputError
+from cluster.cli.moments import parse_expiry
 from cluster.settings import load_settings
 
 if TYPE_CHECKING:
@@ -20,9 +18,6 @@ keys_app = typer.Typer(help="API keys for the gateway.", no_args_is_help=True)
 tenants_app = typer.Typer(
     help="Tenants, whose keys and usage are kept apart.", no_args_is_help=True
 )
-
-_DURATION = re.compile(r"([1-9][0-9]{0,5})([mhd])", re.ASCII)
-_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
 def register(app: typer.Typer) -> None:
@@ -85,27 +80,6 @@ def list_tenants(as_json: JsonOption = False) -> None:
 
     rows = [{"name": name, "created_at": created} for name, created in _keys().list_tenants()]
     print_table(rows, ("name", "created_at"), as_json=as_json, empty="no tenants")
-
-
-def parse_expiry(text: str | None) -> datetime | None:
-    """A moment from `30d`, `12h`, `45m` or ISO 8601; a time without zone is UTC.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if text is None:
-        return None
-    if match := _DURATION.fullmatch(text):
-        return datetime.now(UTC) + timedelta(**{_UNITS[match[2]]: int(match[1])})
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise InputError(
-            f"expiry {text!r} is no time",
-            hint="write 30d, 12h, 45m or 2030-01-31T12:00:00Z",
-            param="expires",
-        ) from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _keys() -> ApiKeys:

@@ -19,6 +19,7 @@ from alembic.runtime.migration import MigrationContext
 
 from cluster import database
 from cluster.errors import AuthenticationError, NotRunningError
+from cluster.ledger import Entry, Ledger
 from cluster.security.api_keys import ApiKeys
 
 
@@ -102,6 +103,16 @@ def test_keys_are_created_verified_and_revoked(postgresql_url: str) -> None:
     keys.revoke(created.id)
     with pytest.raises(AuthenticationError):
         keys.verify(created.key)
+
+
+def test_what_was_used_counts_once(postgresql_url: str) -> None:
+    ledger = Ledger(database.open_database(postgresql_url))
+    entry = Entry("r/1", tenant="acme", kind="completion", model="lm", source="r", gpu_s=1.5,
+                  prompt_tokens=2**40)  # fmt: skip
+    assert ledger.record([entry, entry]) == 1
+    assert ledger.record([entry]) == 0
+    (total,) = ledger.totals(tenant="acme")
+    assert (total.gpu_s, total.prompt_tokens, total.num_entries) == (1.5, 2**40, 1)
 
 
 def test_an_unreachable_server_is_one_line_without_the_password() -> None:

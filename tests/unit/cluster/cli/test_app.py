@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import app as cli
-from cluster.cli.keys import parse_expiry
+from cluster.cli.moments import parse_expiry, parse_since
 from cluster.errors import InputError
 
 
@@ -163,3 +163,32 @@ def test_expiries_are_durations_or_times() -> None:
     for text in ("soon", "0d", "-3d", "30"):
         with pytest.raises(InputError):
             parse_expiry(text)
+
+
+def test_a_moment_in_the_past_is_a_duration_or_a_time() -> None:
+    yesterday = parse_since("1d")
+    assert yesterday is not None
+    assert abs(datetime.now(UTC) - timedelta(days=1) - yesterday) < timedelta(minutes=1)
+    with pytest.raises(InputError, match="since 'ever' is no time"):
+        parse_since("ever")
+
+
+def test_usage_is_a_table_of_what_each_tenant_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    from cluster.database import open_database
+    from cluster.ledger import Entry, Ledger
+
+    assert run(monkeypatch, "usage") == 0
+    assert capsys.readouterr().out == "nothing was used\n"
+    used = Entry("k", tenant="acme", kind="training", model="lm", source="run", cpu_s=12.34)
+    Ledger(open_database(f"sqlite:///{home / 'heliostat.db'}")).record([used])
+    assert run(monkeypatch, "usage") == 0
+    titles, row = capsys.readouterr().out.splitlines()
+    assert titles.split()[:3] == ["TENANT", "KIND", "MODEL"]
+    assert row.split() == ["acme", "training", "lm", "12.3", "0.0", "0", "0"]
+    assert run(monkeypatch, "usage", "--json", "--tenant", "acme", "--since", "1h") == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert (listed["cpu_s"], listed["num_entries"]) == (12.3, 1)
+    assert run(monkeypatch, "usage", "--tenant", "other") == 0
+    assert capsys.readouterr().out == "nothing was used\n"

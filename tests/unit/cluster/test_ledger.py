@@ -1,0 +1,77 @@
+"""What was used counts once, however often it is handed in."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from cluster.database import open_database
+from cluster.ledger import Entry, Ledger
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(open_database(f"sqlite:///{tmp_path / 'ledger.db'}"))
+
+
+def training(key: str, *, tenant: str = "local", cpu_s: float = 10.0, at: str = "") -> Entry:
+    values = {"at": at} if at else {}
+    return Entry(
+        key=key, tenant=tenant, kind="training", model="m", source="run", cpu_s=cpu_s, **values
+    )
+
+
+def test_an_entry_that_is_handed_in_again_counts_once(ledger: Ledger) -> None:
+    assert ledger.record([training("a"), training("b")]) == 2
+    assert ledger.record([training("b"), training("c"), training("c")]) == 1
+    (total,) = ledger.totals()
+    assert (total.num_entries, total.cpu_s) == (3, 30.0)
+
+
+def test_writers_that_race_with_the_same_entries_count_them_once(ledger: Ledger) -> None:
+    entries = [training(f"run/{number}", cpu_s=1.0) for number in range(50)]
+    added: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: added.append(ledger.record(entries))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(added) == [0, 0, 0, 50]
+    assert ledger.totals()[0].cpu_s == 50.0
+
+
+def test_totals_are_by_tenant_kind_and_model(ledger: Ledger) -> None:
+    serving = Entry(
+        key="request/1",
+        tenant="acme",
+        kind="completion",
+        model="lm",
+        source="req-1",
+        prompt_tokens=2**40,
+        completion_tokens=7,
+    )
+    ledger.record([training("a"), training("b", tenant="acme"), serving])
+    ledger.record([Entry(**{**vars(serving), "key": "request/2", "source": "req-2"})])
+    found = [(total.tenant, total.kind, total.model) for total in ledger.totals()]
+    assert found == [("acme", "completion", "lm"), ("acme", "training", "m"),
+                     ("local", "training", "m")]  # fmt: skip
+    completions, trainings = ledger.totals(tenant="acme")
+    assert (completions.prompt_tokens, completions.completion_tokens) == (2**41, 14)
+    assert trainings.cpu_s == 10.0
+    assert [total.num_entries for total in ledger.totals(source="req-2")] == [1]
+
+
+def test_totals_since_a_moment_leave_out_what_was_before(ledger: Ledger) -> None:
+    ledger.record([training("old", at="2026-01-01T00:00:00.000+00:00"), training("new")])
+    (total,) = ledger.totals(since=datetime(2026, 1, 2, tzinfo=UTC))
+    assert total.num_entries == 1
+
+
+def test_nothing_is_nothing(ledger: Ledger) -> None:
+    assert ledger.record([]) == 0
+    assert ledger.totals() == []
