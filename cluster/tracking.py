@@ -166,6 +166,12 @@ class RunTracker:
             artifact_file, lambda: self._client.log_dict(self.run_id, dict(values), artifact_file)
         )
 
+    def log_figure(self, figure: Any, artifact_file: str) -> None:
+        """Keep a matplotlib figure with the run, drawn in the format of the name's ending."""
+        self._try(
+            artifact_file, lambda: self._client.log_figure(self.run_id, figure, artifact_file)
+        )
+
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
         """Keep a (small) file with the run."""
         self._try(

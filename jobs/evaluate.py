@@ -21,11 +21,12 @@ from jobs._entrypoint import run_job
 from jobs.data.dataset import Dataset
 from jobs.data.preparation import read_source
 from jobs.evaluation.config import EvaluateConfig
+from jobs.evaluation.evaluation import Evaluation
 from jobs.evaluation.graph import evaluate_graph
 from jobs.evaluation.language_model import evaluate_language_model
 from jobs.prepare import describe, open_catalog
 
-Evaluator = Callable[[ModelPackage, Dataset, EvaluateConfig], dict[str, float]]
+Evaluator = Callable[[ModelPackage, Dataset, EvaluateConfig], Evaluation]
 
 EVALUATORS: dict[str, Evaluator] = {
     "graph": evaluate_graph,
@@ -40,12 +41,6 @@ def evaluate(config: EvaluateConfig, settings: Settings) -> None:
     package = open_version(version, settings)
     dataset = find_dataset(config, package, settings)
     print(describe(dataset.info), flush=True)
-    if not dataset.info.num_rows[config.split]:
-        raise InputError(
-            f"split '{config.split}' of dataset '{dataset.info.name}' is empty",
-            hint=f"give data.splits.{config.split} a share, or choose another split",
-            param="split",
-        )
     name = f"{version.name}/{version.version}"
     with RunTracker.start(
         settings,
@@ -62,19 +57,36 @@ def evaluate(config: EvaluateConfig, settings: Settings) -> None:
         parent_run_id=version.run_id,
     ) as tracker:
         print(f"run {tracker.url}", flush=True)
-        metrics = evaluator(package, dataset, config)
-        tracker.log_metrics({f"{config.split}/{key}": v for key, v in metrics.items()}, 0)
-    shown = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-    print(f"{name} on {config.split}: {shown}")
+        evaluation = evaluator(package, dataset, config)
+        log_evaluation(evaluation, config.split, tracker)
+    print(f"{name} on {config.split}: {shown(evaluation.metrics)}")
+    for part, metrics in evaluation.slices.items():
+        print(f"  {part}: {shown(metrics)}")
     result = {
         "name": version.name,
         "version": version.version,
         "digest": version.digest,
         "split": config.split,
         "run_id": tracker.run_id,
-        "metrics": metrics,
+        "metrics": evaluation.metrics,
+        "slices": evaluation.slices,
     }
     print("result: " + json.dumps(result), flush=True)
+
+
+def log_evaluation(evaluation: Evaluation, split: str, tracker: RunTracker) -> None:
+    """Metrics, slices and figures, on the run."""
+    metrics = {**evaluation.metrics, "ms_per_row": evaluation.ms_per_row}
+    tracker.log_metrics({f"{split}/{key}": value for key, value in metrics.items()}, 0)
+    if evaluation.slices:
+        tracker.log_dict(evaluation.slices, f"{split}_slices.json")
+    for file_name, figure in evaluation.figures.items():
+        tracker.log_figure(figure, f"{split}/{file_name}")
+
+
+def shown(metrics: dict[str, float]) -> str:
+    """Metrics on one line."""
+    return "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
 
 
 def check(config: EvaluateConfig, settings: Settings) -> None:
@@ -98,11 +110,23 @@ def find_evaluator(version: ModelVersion) -> Evaluator:
 
 
 def find_dataset(config: EvaluateConfig, package: ModelPackage, settings: Settings) -> Dataset:
-    """The dataset that the config describes, or the one the package was trained on."""
+    """The dataset that the config describes, or the one the package was trained on.
+
+    Raises:
+        InputError: its split has no rows.
+    """
     catalog = open_catalog(settings)
     if config.data is not None:
-        return catalog.ensure(config.data)[0]
-    return catalog.find(package.manifest.lineage.dataset_digest)
+        dataset, _ = catalog.ensure(config.data)
+    else:
+        dataset = catalog.find(package.manifest.lineage.dataset_digest)
+    if not dataset.info.num_rows[config.split]:
+        raise InputError(
+            f"split '{config.split}' of dataset '{dataset.info.name}' is empty",
+            hint=f"give data.splits.{config.split} a share, or choose another split",
+            param="split",
+        )
+    return dataset
 
 
 if __name__ == "__main__":

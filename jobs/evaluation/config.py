@@ -30,6 +30,9 @@ class EvaluateConfig(StrictModel):
     output: str = ""
     """For graphs: the model's output that names a class, or gives a number; empty means `label` or
     `prediction`."""
+    slice_by: str = ""
+    """For graphs: a column, or a feature, by whose values (or the quarters of whose range) the
+    metrics are also given."""
     experiment: str = "evaluate"
     """MLflow experiment, for versions that no run of this cluster made; else the run becomes a
     child of the version's own."""

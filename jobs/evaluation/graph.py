@@ -3,12 +3,12 @@
 A dataset with classes is a classifier's, any other a regression's. It knows nothing of registries
 and tracking.
 
-    metrics = evaluate_graph(package, dataset, config)
+    evaluate_graph(package, dataset, config).metrics
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,14 @@ from cluster.processing import Array, TensorSpec, postprocess, preprocess, publi
 from jobs.data.dataset import Dataset
 from jobs.data.table_info import LABEL, TARGET
 from jobs.evaluation.config import EvaluateConfig
+from jobs.evaluation.evaluation import BatchClock, Evaluation, row_slices, slice_metrics
+from jobs.evaluation.outcomes import Classification, Regression
 
-_PREDICTION = "prediction"
+_PREDICTION, _PROBABILITIES = "prediction", "probabilities"
 
 
-def evaluate_graph(
-    package: ModelPackage, dataset: Dataset, config: EvaluateConfig
-) -> dict[str, float]:
-    """Accuracy and macro-averaged precision, recall and F1; or MSE, RMSE, MAE and R2.
+def evaluate_graph(package: ModelPackage, dataset: Dataset, config: EvaluateConfig) -> Evaluation:
+    """A classifier's or a regression's metrics; see `classification` and `regression`.
 
     Raises:
         InputError: the dataset lacks an input or what is to be predicted, or the model does not
@@ -39,66 +39,87 @@ def evaluate_graph(
 
 def _evaluate_classifier(
     package: ModelPackage, dataset: Dataset, config: EvaluateConfig
-) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-
-    predicted: list[str] = []
-    expected: list[str] = []
-    for answers, labels in _answers(
-        package, dataset, config, config.output or LABEL, config.label or LABEL
-    ):
-        predicted += [_text(value) for value in answers]
-        expected += [dataset.info.class_names[i] for i in labels]
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        expected, predicted, average="macro", zero_division=0
+) -> Evaluation:
+    names = dataset.info.class_names
+    label, output = config.label or LABEL, config.output or LABEL
+    answers = _answers(package, dataset, config, output, label)
+    numbers = {name: i for i, name in enumerate(names)}
+    predicted = np.array([numbers.get(_text(value), -1) for value in answers.predicted])
+    probabilities = answers.others.get(_PROBABILITIES)
+    if probabilities is not None and probabilities.shape != (len(predicted), len(names)):
+        probabilities = None
+    outcome = Classification(answers.expected.astype(np.int64), predicted, probabilities, names)
+    return Evaluation(
+        metrics=outcome.metrics(),
+        row_values={"accuracy": outcome.correct},
+        ms_per_row=answers.ms_per_row,
+        slices=slice_metrics(
+            row_slices(dataset, config.split, config.slice_by),
+            lambda mask: outcome.where(mask).metrics(),
+        ),
+        figures=outcome.figures(),
     )
-    return {
-        "accuracy": float(accuracy_score(expected, predicted)),
-        "precision": float(precision),
-        "recall": float(recall),
-        "f1": float(f1),
-    }
 
 
 def _evaluate_regression(
     package: ModelPackage, dataset: Dataset, config: EvaluateConfig
-) -> dict[str, float]:
-    from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
-
-    batches = list(
-        _answers(package, dataset, config, config.output or _PREDICTION, config.label or TARGET)
+) -> Evaluation:
+    target, output = config.label or TARGET, config.output or _PREDICTION
+    answers = _answers(package, dataset, config, output, target)
+    outcome = Regression(answers.expected.astype(np.float64), answers.predicted.astype(np.float64))
+    return Evaluation(
+        metrics=outcome.metrics(),
+        row_values=outcome.row_values(),
+        ms_per_row=answers.ms_per_row,
+        slices=slice_metrics(
+            row_slices(dataset, config.split, config.slice_by),
+            lambda mask: outcome.where(mask).metrics(),
+        ),
+        figures=outcome.figures(),
     )
-    predicted = np.concatenate([answers for answers, _ in batches]).astype(np.float64)
-    expected = np.concatenate([values for _, values in batches]).astype(np.float64)
-    mse = float(mean_squared_error(expected, predicted))
-    return {
-        "mse": mse,
-        "rmse": mse**0.5,
-        "mae": float(mean_absolute_error(expected, predicted)),
-        "r2": float(r2_score(expected, predicted)) if len(expected) > 1 else 0.0,
-    }
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """A model's answers to a split, row by row, beside what was expected."""
+
+    predicted: Array
+    expected: Array
+    others: dict[str, Array]
+    """The model's other outputs."""
+    ms_per_row: float
 
 
 def _answers(
     package: ModelPackage, dataset: Dataset, config: EvaluateConfig, output: str, column: str
-) -> Iterator[tuple[Array, Array]]:
-    """What the model answers in `output`, and the dataset's `column`, batch by batch."""
+) -> _Answers:
+    """What the model answers in `output`, and the dataset's `column`."""
     from cluster.runtimes.onnx import OnnxRuntime
 
     specs = _needed_inputs(package, dataset, column)
     runtime = OnnxRuntime(package.graph_path, num_threads=config.num_threads)
     rows = dataset.rows(config.split)
+    clock = BatchClock()
+    batches: list[dict[str, Array]] = []
+    expected: list[Array] = []
     for start in range(0, len(rows), config.batch_size):
         columns = rows.read(np.arange(start, min(start + config.batch_size, len(rows))))
         inputs = {spec.name: _as_sent(columns[spec.name], spec) for spec in specs}
-        outputs = postprocess(package.manifest, runtime.run(preprocess(package.manifest, inputs)))
+        with clock.batch(len(columns[column])):
+            raw = runtime.run(preprocess(package.manifest, inputs))
+            outputs = postprocess(package.manifest, raw)
         if output not in outputs:
             raise InputError(
                 f"the model has no output '{output}', it has: {', '.join(outputs)}",
                 hint="set output",
                 param="output",
             )
-        yield outputs[output].reshape(-1), columns[column]
+        batches.append(outputs)
+        expected.append(columns[column])
+    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return _Answers(
+        joined.pop(output).reshape(-1), np.concatenate(expected), joined, clock.ms_per_row
+    )
 
 
 def _needed_inputs(package: ModelPackage, dataset: Dataset, column: str) -> list[TensorSpec]:
