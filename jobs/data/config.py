@@ -122,12 +122,18 @@ class SplitConfig(StrictModel):
         return self
 
 
+class BpeTokenizer(StrictModel):
+    """A byte-level BPE trained on the train split: it can write any text."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocab_size: int = Field(4096, ge=257, le=2**24)
+    """256 bytes, the end-of-text token and merges; smaller if the corpus has fewer to give."""
+
+
 class TextConfig(StrictModel):
     """How text becomes rows of token ids."""
 
-    vocab_size: int = Field(4096, ge=257, le=2**24)
-    """Tokens of the byte-level BPE trained on the train split: 256 bytes, the end-of-text token and
-    merges; smaller if the corpus has fewer merges to give."""
+    tokenizer: BpeTokenizer = BpeTokenizer()
     sequence_length: int = Field(256, ge=2)
     """Tokens predicted per row; a row stores one more, to predict from."""
 

@@ -2,7 +2,7 @@
 
     dataset.json                 what it holds, and the digest of every other file
     train.arrow  validation.arrow  test.arrow
-    tokenizer.json               for text
+    tokenizer/                   for text: a Hugging Face tokenizer's files
 
 It knows nothing about where the data came from or how it will be used.
 
@@ -27,8 +27,13 @@ from jobs.data.rows import Rows
 from jobs.data.table_info import TableInfo
 
 DATASET_FILE = "dataset.json"
+TOKENIZER_DIR = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+TOKENS, DOCUMENT_STARTS, LOSS_MASK = "tokens", "document_starts", "loss_mask"
+"""Columns of tokenised text. The last two hold one bit per token (`numpy.packbits`): whether a
+document begins there, and, for conversations alone, whether the token is to be predicted."""
 
 
 class DataFile(StrictModel):
@@ -45,8 +50,17 @@ class ColumnInfo(StrictModel):
 class TextInfo(StrictModel):
     """What is particular to tokenised text."""
 
+    tokenizer: Literal["bpe"] = "bpe"
     vocab_size: int
+    end_id: int
+    """Token that ends a document."""
+    pad_id: int
+    """Token that fills rows up, where any are."""
+    chat_template_sha256: str = ""
     sequence_length: int
+    has_loss_mask: bool = False
+    num_documents: dict[str, int]
+    """Documents of each split; cut by position, a document counts in each that it has a part of."""
     num_tokens: dict[str, int]
     """Tokens of each split, before packing."""
     unigram_entropy: float
@@ -107,8 +121,13 @@ class Dataset:
         return Rows.open(self.directory / f"{split}.arrow")
 
     @property
+    def tokenizer_dir(self) -> Path:
+        """A Hugging Face tokenizer's files, as an exported model is to have them."""
+        return self.directory / TOKENIZER_DIR
+
+    @property
     def tokenizer_path(self) -> Path:
-        return self.directory / TOKENIZER_FILE
+        return self.tokenizer_dir / TOKENIZER_FILE
 
     @property
     def text(self) -> TextInfo:
@@ -125,9 +144,11 @@ class Dataset:
 def describe_files(directory: Path) -> dict[str, DataFile]:
     """Digest and size of every file but the description."""
     return {
-        path.name: DataFile(sha256=hash_file(path), size_bytes=path.stat().st_size)
-        for path in sorted(directory.iterdir())
-        if path.name != DATASET_FILE
+        path.relative_to(directory).as_posix(): DataFile(
+            sha256=hash_file(path), size_bytes=path.stat().st_size
+        )
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / DATASET_FILE
     }
 
 

@@ -8,6 +8,7 @@ knows nothing about tokenisers or files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,16 @@ def pack(
     starts = np.arange(num_rows)[:, None] * sequence_length
     rows: npt.NDArray[Any] = ids[starts + np.arange(sequence_length + 1)]
     return rows.astype(token_dtype(vocab_size))
+
+
+def pack_starts(lengths: Sequence[int], num_rows: int, sequence_length: int) -> npt.NDArray[Any]:
+    """Bits of the tokens of packed rows that a document of these lengths begins with."""
+    ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
+    starts = np.zeros(max(int(ends[-1]) if len(ends) else 0, 1), dtype=np.uint8)
+    starts[0] = 1
+    starts[ends[:-1]] = 1
+    firsts = np.arange(num_rows)[:, None] * sequence_length
+    return np.packbits(starts[firsts + np.arange(sequence_length + 1)], axis=1)
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:

@@ -16,20 +16,28 @@ from jobs.data import sources
 from jobs.data.cleaning import clean
 from jobs.data.config import DataConfig, SklearnSource, TableSource
 from jobs.data.dataset import (
-    TOKENIZER_FILE,
+    DOCUMENT_STARTS,
+    TOKENIZER_DIR,
+    TOKENS,
     ColumnInfo,
     DatasetInfo,
     TextInfo,
     describe_files,
     write_info,
 )
-from jobs.data.packing import pack
+from jobs.data.packing import pack, pack_starts
 from jobs.data.rows import Array, write_rows
 from jobs.data.sources import Arrays, Documents
 from jobs.data.splits import SPLITS, split_documents, split_rows
 from jobs.data.table_info import FEATURES, TableInfo
 from jobs.data.tables import Table
-from jobs.data.tokenizing import encode_documents, train_tokenizer, unigram_cross_entropy
+from jobs.data.tokenizing import (
+    END_OF_TEXT,
+    encode_documents,
+    save_tokenizer,
+    train_tokenizer,
+    unigram_cross_entropy,
+)
 
 Content = Documents | Arrays | Table
 
@@ -65,13 +73,11 @@ def prepare_into(directory: Path, config: DataConfig, content: Content) -> Datas
 def _prepare_text(directory: Path, config: DataConfig, documents: Documents) -> DatasetInfo:
     texts = split_documents(documents.texts, config.splits)
     _check_split_texts(texts, config)
-    tokenizer = train_tokenizer(texts["train"], config.text.vocab_size)
-    tokenizer.save(str(directory / TOKENIZER_FILE))
+    tokenizer = train_tokenizer(texts["train"], config.text.tokenizer.vocab_size)
+    save_tokenizer(tokenizer, directory / TOKENIZER_DIR)
     vocab_size = tokenizer.get_vocab_size()
-    ids = {
-        split: np.concatenate([np.zeros(0, np.int64), *encode_documents(tokenizer, texts[split])])
-        for split in SPLITS
-    }
+    encoded = {split: encode_documents(tokenizer, texts[split]) for split in SPLITS}
+    ids = {split: np.concatenate([np.zeros(0, np.int64), *encoded[split]]) for split in SPLITS}
     packed = {split: pack(ids[split], config.text.sequence_length, vocab_size) for split in SPLITS}
     for split in _wanted_splits(config):
         if not len(packed[split]):
@@ -81,9 +87,13 @@ def _prepare_text(directory: Path, config: DataConfig, documents: Documents) -> 
                 hint="lower data.text.sequence_length or give more text",
                 param="data.text.sequence_length",
             )
+    end_id = tokenizer.token_to_id(END_OF_TEXT)
     text = TextInfo(
         vocab_size=vocab_size,
+        end_id=end_id,
+        pad_id=end_id,
         sequence_length=config.text.sequence_length,
+        num_documents={split: len(encoded[split]) for split in SPLITS},
         num_tokens={split: len(ids[split]) for split in SPLITS},
         unigram_entropy=(
             unigram_cross_entropy(ids["train"], ids["validation"], vocab_size)
@@ -91,7 +101,17 @@ def _prepare_text(directory: Path, config: DataConfig, documents: Documents) -> 
             else 0.0
         ),
     )
-    rows = {split: {"tokens": packed[split]} for split in SPLITS}
+    rows: dict[str, dict[str, Array]] = {
+        split: {
+            TOKENS: packed[split],
+            DOCUMENT_STARTS: pack_starts(
+                [len(document) for document in encoded[split]],
+                len(packed[split]),
+                config.text.sequence_length,
+            ),
+        }
+        for split in SPLITS
+    }
     return _write(directory, config, documents.digest, rows, text=text)
 
 

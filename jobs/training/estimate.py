@@ -114,9 +114,10 @@ def expected_shape(config: DataConfig) -> DataShape:
         }
         return DataShape(columns, class_names=content.class_names)
     text = config.text
-    dtype = token_dtype(text.vocab_size).__name__
+    vocab_size = text.tokenizer.vocab_size
+    dtype = token_dtype(vocab_size).__name__
     columns = {"tokens": ColumnInfo(dtype=dtype, shape=(text.sequence_length + 1,))}
-    return DataShape(columns, vocab_size=text.vocab_size, sequence_length=text.sequence_length)
+    return DataShape(columns, vocab_size=vocab_size, sequence_length=text.sequence_length)
 
 
 def _num_held(model: torch.nn.Module, layout: Layout) -> int:

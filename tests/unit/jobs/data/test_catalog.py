@@ -25,7 +25,10 @@ def text_config(*paths: Path, **values: Any) -> DataConfig:
     return DataConfig(
         name="text",
         source={"kind": "text", "paths": [str(path) for path in paths]},
-        **{"text": {"vocab_size": 300, "sequence_length": 16}, **values},
+        **{
+            "text": {"tokenizer": {"kind": "bpe", "vocab_size": 300}, "sequence_length": 16},
+            **values,
+        },
     )
 
 
@@ -120,7 +123,10 @@ def test_a_file_that_is_not_text_is_named(catalog: DatasetCatalog, tmp_path: Pat
 
 
 def test_rows_longer_than_the_data_are_refused(catalog: DatasetCatalog, corpus: Path) -> None:
-    config = text_config(corpus / "*.txt", text={"vocab_size": 300, "sequence_length": 10_000})
+    config = text_config(
+        corpus / "*.txt",
+        text={"tokenizer": {"kind": "bpe", "vocab_size": 300}, "sequence_length": 10_000},
+    )
     with pytest.raises(InputError, match=r"fewer than one row of sequence_length \+ 1 = 10001"):
         catalog.ensure(config)
 
@@ -141,9 +147,21 @@ def test_nothing_is_left_behind_by_a_failure(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"source": {"kind": "sklearn", "dataset": "digits"}, "text": {"vocab_size": 300}}, "text"),
+        (
+            {
+                "source": {"kind": "sklearn", "dataset": "digits"},
+                "text": {"tokenizer": {"kind": "bpe", "vocab_size": 300}},
+            },
+            "text",
+        ),
         ({"source": {"kind": "python_topics"}, "splits": {"test": 0.9}}, "nothing to train on"),
-        ({"source": {"kind": "python_topics"}, "text": {"vocab_size": 99}}, "text.vocab_size"),
+        (
+            {
+                "source": {"kind": "python_topics"},
+                "text": {"tokenizer": {"kind": "bpe", "vocab_size": 99}},
+            },
+            "text.tokenizer",
+        ),
         ({"source": {"kind": "sklearn", "dataset": "moons"}}, "dataset"),
         ({"source": {"kind": "python_topics"}, "name": "../up"}, "name"),
     ],

@@ -48,7 +48,7 @@ def text(catalog: DatasetCatalog, tmp_path_factory: pytest.TempPathFactory) -> D
         name="text",
         source={"kind": "text", "paths": [str(path)]},
         splits={"by": "position"},
-        text={"vocab_size": 300, "sequence_length": 8},
+        text={"tokenizer": {"kind": "bpe", "vocab_size": 300}, "sequence_length": 8},
     )
     return catalog.ensure(config)[0]
 
@@ -89,7 +89,7 @@ def test_a_cnn_measures_what_scikit_learn_measures(digits: Dataset) -> None:
     with torch.no_grad():
         found = family.metrics(family.measure(model, batch))
         predicted = model(batch["pixels"].unsqueeze(1) / 16).argmax(-1).numpy()
-        loss = family.loss(model, batch)
+        loss = family.loss(model, batch) / family.num_units(batch)
     precision, recall, f1, _ = precision_recall_fscore_support(
         rows["label"], predicted, average="macro", zero_division=0, labels=range(10)
     )
@@ -117,7 +117,7 @@ def test_a_language_model_predicts_every_token_but_the_first(text: Dataset) -> N
     batch = to_batch(rows, CPU)
     with torch.no_grad():
         sums = family.measure(model, batch)
-        loss = family.loss(model, batch)
+        loss = family.loss(model, batch) / family.num_units(batch)
         # transformers' own shifted loss over the same row is the reference.
         reference = model(input_ids=batch["tokens"], labels=batch["tokens"]).loss
     assert sums[2] == 3 * 8

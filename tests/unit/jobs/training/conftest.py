@@ -56,5 +56,5 @@ def text_data(tmp_path: Path) -> dict[str, Any]:
         "name": "text",
         "source": {"kind": "text", "paths": [str(tmp_path / "text.txt")]},
         "splits": {"by": "position"},
-        "text": {"vocab_size": 300, "sequence_length": 16},
+        "text": {"tokenizer": {"kind": "bpe", "vocab_size": 300}, "sequence_length": 16},
     }

@@ -72,7 +72,7 @@ def text_section(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "name": "text",
         "source": {"kind": "text", "paths": [str(path)]},
         "splits": {"by": "position"},
-        "text": {"vocab_size": 300, "sequence_length": 16},
+        "text": {"tokenizer": {"kind": "bpe", "vocab_size": 300}, "sequence_length": 16},
     }
 
 
