@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from cluster.config import load_config
 from jobs.data.config import DataConfig
 from jobs.evaluation.config import EvaluateConfig
+from jobs.promotion.config import ServiceConfig
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
@@ -25,6 +26,7 @@ TYPES: dict[str, type[BaseModel]] = {
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "serve": DeploymentOptions,
+    "services": ServiceConfig,
 }
 FILES = sorted((ROOT / "configs").rglob("*"))
 

@@ -153,6 +153,44 @@ def test_a_table_with_gaps_is_trained_on_and_its_gaps_are_logged(
     assert evaluated.result["metrics"]["rmse"] == pytest.approx(rmse, rel=1e-4)
 
 
+def test_a_worse_version_is_refused_and_a_forced_one_is_recorded(call: Call, home: Path) -> None:
+    """The first of two versions has no champion to beat; the second has learnt nothing."""
+    service = {
+        "service": "reading",
+        "model": "gated",
+        "owner": "us",
+        "purpose": "reads digits",
+        "metric": "accuracy",
+        "objective": 0.5,
+        "budget": {"max_regression": 0.02},
+    }
+    registry = ModelRegistry.open(Settings(home=home))
+    assert call("train", {**DIGITS, "name": "gated"}).exit_code == 0
+    first = call("promote", service)
+    assert first.exit_code == 0, first.err
+    assert first.result["champion"] is None
+    registry.set_alias("gated", "champion", 1, actor="test", reason="good")
+    assert call("promote", service).exit_code == 2, "a champion has nothing to prove"
+
+    assert call("train", {**DIGITS, "name": "gated", "steps": 2, "seed": 1}).exit_code == 0
+    assert registry.resolve(ModelRef.parse("gated@candidate")).version == 2
+    low_bar = {**service, "objective": 0.01}
+    for values, reason in ((service, "objective is at least 0.5"), (low_bar, "not shown to be")):
+        refused = call("promote", values)
+        assert refused.exit_code == 1
+        assert refused.err.count("\n") == 1
+        assert reason in refused.err
+    assert registry.resolve(ModelRef.parse("gated@candidate")).version == 1
+
+    assert call("promote", low_bar, "--set", "force=true").exit_code == 2, "without a reason"
+    forced = call("promote", low_bar, "--set", "force=true", "--set", "reason=a rehearsal")
+    assert forced.exit_code == 0, forced.err
+    assert forced.result["forced"] is True
+    assert registry.resolve(ModelRef.parse("gated@candidate")).version == 2
+    reasons = [change.reason for change in registry.history("gated")]
+    assert reasons[-1].startswith("forced: a rehearsal; without force it would be refused")
+
+
 def test_check_estimates_and_starts_nothing(call: Call, home: Path) -> None:
     before = sorted(home.rglob("*"))
     checked = call("train", ROOT / "configs/train/causal_lm.yaml", "--check")
