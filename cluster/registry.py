@@ -194,7 +194,7 @@ class ModelRegistry:
         """Remove a version, and its package unless another name lists it.
 
         Raises:
-            ConflictError: an alias points to it, or it is deployed.
+            ConflictError: an alias points to it, it is deployed, or an adapter needs it.
         """
         found = self._version(name, version)
         if found.aliases:
@@ -205,6 +205,7 @@ class ModelRegistry:
         client = open_client(self._settings)
         with self._engine.begin() as connection:
             _refuse_deployed(connection, found)
+            _refuse_base(connection, found)
             connection.execute(
                 sa.delete(model_versions).where(
                     model_versions.c.name == name, model_versions.c.version == version
@@ -280,6 +281,21 @@ def _refuse_deployed(connection: Connection, version: ModelVersion) -> None:
         raise ConflictError(
             f"{version.ref} is deployed ({state})",
             hint=f"take it down first: `heliostat undeploy {version.name}`",
+        )
+
+
+def _refuse_base(connection: Connection, version: ModelVersion) -> None:
+    """An adapter is of no use without the package it was trained on."""
+    of_package = model_versions.c.digest == version.digest
+    listed = sa.select(sa.func.count()).where(of_package)
+    adapters = sa.select(model_versions.c.name, model_versions.c.version).where(
+        model_versions.c.kind == "adapter", model_versions.c.parent_digest == version.digest
+    )
+    adapter = connection.execute(adapters).first()
+    if adapter is not None and connection.scalar(listed) == 1:
+        raise ConflictError(
+            f"{version.ref} is the base of adapter {adapter.name}/{adapter.version}",
+            hint="delete the adapter first, or register its merged model",
         )
 
 

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 
 from cluster.errors import MachineError
-from cluster.model_package import ModelPackage, open_version
+from cluster.model_package import ModelPackage, open_base, open_version
 from cluster.observability.logs import configure_logging
 from cluster.settings import load_settings
 from serve_apps.description import Description
@@ -41,6 +41,11 @@ def open_package_of(digest: str) -> ModelPackage:
     settings = load_settings()
     configure_logging(settings.log_format)
     return open_version(_Digest(digest), settings)
+
+
+def open_base_of(adapter: ModelPackage) -> ModelPackage:
+    """The verified package that an adapter was trained on, in a replica that begins."""
+    return open_base(adapter, load_settings())
 
 
 def describe_replica(package: ModelPackage, options: DeploymentOptions, device: str) -> Description:

@@ -52,3 +52,20 @@ def save_llama(directory: Path, text: str, *, steps: int = 0) -> Path:
         optimizer.zero_grad()
     model.save_pretrained(directory)
     return directory
+
+
+def save_adapter(directory: Path, base_dir: Path) -> Path:
+    """Write a peft directory: a LoRA adapter with random matrices, and its base's tokenizer."""
+    import shutil
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="float32")
+    options = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options)).save_pretrained(directory)
+    for path in base_dir.glob("tokenizer*"):
+        shutil.copyfile(path, directory / path.name)
+    return directory

@@ -6,6 +6,7 @@ transformers, onnxruntime or model_signing; the functions load what they need.
     writing   write_package(model_dir, name=…, kind=…, storage=…, signer=…) -> PublishedPackage
     reading   open_package(digest, storage=…, trust=…, cache_dir=…)         -> ModelPackage
               open_version(version, settings)                               -> ModelPackage
+              open_base(adapter, settings)                                  -> ModelPackage
               verify_directory(path, trust)                                 -> ModelPackage
     golden    golden.replay(package), golden.check_graph(manifest, run),
               golden.check_language_model(manifest, completions)
@@ -15,6 +16,7 @@ transformers, onnxruntime or model_signing; the functions load what they need.
 from cluster.model_package import golden, signing
 from cluster.model_package.manifest import (
     FORMAT_VERSION,
+    AdapterInfo,
     FileEntry,
     Golden,
     Kind,
@@ -22,7 +24,7 @@ from cluster.model_package.manifest import (
     Lineage,
     Manifest,
 )
-from cluster.model_package.opening import open_version
+from cluster.model_package.opening import open_base, open_version
 from cluster.model_package.reader import (
     ModelPackage,
     fetched,
@@ -40,6 +42,7 @@ from cluster.model_package.writer import PublishedPackage, write_package
 
 __all__ = [
     "FORMAT_VERSION",
+    "AdapterInfo",
     "FileEntry",
     "Golden",
     "Kind",
@@ -54,6 +57,7 @@ __all__ = [
     "ensure_local_key",
     "fetched",
     "golden",
+    "open_base",
     "open_package",
     "open_version",
     "package_key",

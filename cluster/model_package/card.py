@@ -57,6 +57,7 @@ def _facts(digest: str, manifest: Manifest) -> str:
         ("made", f"{manifest.created_at} by {lineage.source or 'an unknown tool'}"),
         ("data", f"`{lineage.dataset_digest}`" if lineage.dataset_digest else ""),
         ("commit", f"`{lineage.git_commit}`" if lineage.git_commit else ""),
+        ("adapts", f"`{manifest.adapter.base_digest}`" if manifest.adapter else ""),
         ("derived from", f"`{lineage.parent_digest}`" if lineage.parent_digest else ""),
     ]
     if info := manifest.language_model:

@@ -21,6 +21,9 @@ MANIFEST = "manifest.json"
 SIGNATURE = "signature.json"
 MODEL_DIR = "model"
 GRAPH = "model.onnx"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKENIZER = "tokenizer.json"
 
 ALLOWED_SUFFIXES = frozenset(
     {".json", ".safetensors", ".onnx", ".data", ".txt", ".model", ".jinja", ".md"}
@@ -31,6 +34,8 @@ MAX_DEPTH = 8
 
 # Keys of a Hugging Face configuration that name code to run.
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
+# Keys of an adapter's configuration by which peft imports what they name.
+_ADAPTER_CODE_KEYS = frozenset({"auto_mapping", "megatron_config"})
 # Keys whose value names code to fetch and run when it is a repository, OWNER/NAME.
 _KERNEL_KEYS = frozenset(
     {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
@@ -104,7 +109,8 @@ def refuse_code_references(directory: Path, names: list[str]) -> None:
             continue
         try:
             values = json.loads((directory / name).read_bytes())
-            key = _find_key(values)
+            is_adapter = name.endswith(ADAPTER_CONFIG)
+            key = _find_key(values, _CODE_KEYS | (_ADAPTER_CODE_KEYS if is_adapter else set()))
         except (ValueError, RecursionError):
             raise PackageError(f"'{name}' is not JSON", hint="save the model again") from None
         if key is not None:
@@ -138,15 +144,15 @@ def _collect(directory: Path, prefix: str, found: dict[str, int]) -> None:
                 )
 
 
-def _find_key(values: Any) -> str | None:
+def _find_key(values: Any, code_keys: frozenset[str]) -> str | None:
     if isinstance(values, dict):
         for key, value in values.items():
-            if (key in _CODE_KEYS and value) or (key in _KERNEL_KEYS and "/" in str(value)):
+            if (key in code_keys and value) or (key in _KERNEL_KEYS and "/" in str(value)):
                 return str(key)
-            if (found := _find_key(value)) is not None:
+            if (found := _find_key(value, code_keys)) is not None:
                 return found
     elif isinstance(values, list):
         for value in values:
-            if (found := _find_key(value)) is not None:
+            if (found := _find_key(value, code_keys)) is not None:
                 return found
     return None

@@ -42,8 +42,11 @@ _RELATIVE_TOLERANCE = 1e-4
 _RELATIVE_LOGIT_TOLERANCE = 1e-3
 
 
-def replay(package: ModelPackage) -> None:
+def replay(package: ModelPackage, base: ModelPackage | None = None) -> None:
     """Run the golden inputs with the reference runtime and compare.
+
+    Args:
+        base: of an adapter, see `open_base`.
 
     Raises:
         ParityError: an output differs by more than the tolerance.
@@ -53,14 +56,21 @@ def replay(package: ModelPackage) -> None:
         from cluster.runtimes.onnx import OnnxRuntime
 
         check_graph(manifest, OnnxRuntime(package.graph_path).run)
-    elif manifest.kind == "language_model":
-        from cluster.model_package.language_model import load_reference
+        return
+    prompts: Any = manifest.golden.inputs["prompts"]
+    found = continue_prompts(_load_language_model(package, base), prompts, end_tokens(manifest))
+    check_language_model(manifest, found.completions, found.first_logits)
 
-        prompts: Any = manifest.golden.inputs["prompts"]
-        found = continue_prompts(load_reference(package.model_dir), prompts, end_tokens(manifest))
-        check_language_model(manifest, found.completions, found.first_logits)
-    else:
-        raise PackageError(f"packages of kind '{manifest.kind}' cannot be replayed yet")
+
+def _load_language_model(package: ModelPackage, base: ModelPackage | None) -> Any:
+    from cluster.model_package.adapter import load_adapted
+    from cluster.model_package.language_model import load_reference
+
+    if package.manifest.kind != "adapter":
+        return load_reference(package.model_dir)
+    if base is None:
+        raise PackageError("an adapter computes nothing without its base", hint="open that too")
+    return load_adapted(base.model_dir, package.model_dir)
 
 
 def compute_graph(model: Described, run: RunGraph, inputs: Mapping[str, Array]) -> Golden:
@@ -131,8 +141,8 @@ def compute_language_model(
     """Golden outputs of a language model, from its fp32 reference."""
     found = continue_prompts(model, prompts, end_tokens)
     top = [np.argsort(-logits)[:NUM_TOP_LOGITS] for logits in found.first_logits]
-    largest = max(_largest(logits) for logits in found.first_logits)
-    if not math.isfinite(largest) or any(math.isnan(m) for row in found.margins for m in row):
+    tolerance = logit_tolerance(found.first_logits)
+    if not math.isfinite(tolerance) or any(math.isnan(m) for row in found.margins for m in row):
         raise PackageError(
             "the model's logits are not finite", hint="its weights are broken; train it again"
         )
@@ -146,8 +156,13 @@ def compute_language_model(
                 for ids, logits in zip(top, found.first_logits, strict=True)
             ],
         },
-        tolerance=_RELATIVE_LOGIT_TOLERANCE * largest,
+        tolerance=tolerance,
     )
+
+
+def logit_tolerance(logits: Sequence[Array]) -> float:
+    """Largest difference of two logits that sums in another order explain."""
+    return _RELATIVE_LOGIT_TOLERANCE * max(_largest(array) for array in logits)
 
 
 def check_language_model(

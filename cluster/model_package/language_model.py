@@ -20,6 +20,10 @@ from cluster.model_package.files import list_files, refuse_code_references
 from cluster.model_package.golden import MAX_NEW_TOKENS, MAX_PROMPT_TOKENS
 from cluster.model_package.manifest import LanguageModelInfo
 
+_HINT = (
+    "it must load with transformers' AutoModelForCausalLM and AutoTokenizer, from local files and "
+    "without remote code"
+)
 _UNLIMITED = 1_000_000
 _DEFAULT_CONTEXT_TOKENS = 2048
 
@@ -35,7 +39,7 @@ def load_reference(model_dir: Path) -> Any:
     refuse_code_references(model_dir, names)
     from transformers import AutoModelForCausalLM
 
-    with _one_line("the model cannot be loaded"), _quiet():
+    with one_line("the model cannot be loaded"), quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             model_dir,
             local_files_only=True,
@@ -60,7 +64,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _one_line("the tokenizer cannot be loaded"), _quiet():
+    with one_line("the tokenizer cannot be loaded"), quiet():
         return AutoTokenizer.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=False
         )
@@ -152,7 +156,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str, hint: str = _HINT) -> Iterator[None]:
     """transformers raises many types with long texts; a user needs the first sentence."""
     try:
         yield
@@ -160,15 +164,12 @@ def _one_line(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise PackageError(
-            f"{what}: {lines[0][:300]}",
-            hint="it must load with transformers' AutoModelForCausalLM and AutoTokenizer, "
-            "from local files and without remote code",
-        ) from None
+        raise PackageError(f"{what}: {lines[0][:300]}", hint=hint) from None
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings and progress bars."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

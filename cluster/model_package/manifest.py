@@ -69,6 +69,13 @@ class LanguageModelInfo(StrictModel):
     has_chat_template: bool = False
 
 
+class AdapterInfo(StrictModel):
+    """What an adapter needs to be of use."""
+
+    base_digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    """Package of the language model that it was trained on."""
+
+
 class Manifest(StrictModel):
     """Everything a package declares. File names are POSIX paths relative to the package."""
 
@@ -84,13 +91,15 @@ class Manifest(StrictModel):
     """What the graph gives, before post-processing."""
     processing: Processing = Processing()
     language_model: LanguageModelInfo | None = None
+    """Of an adapter: what its base is with it."""
+    adapter: AdapterInfo | None = None
     quantisation: dict[str, JsonValue] = Field(default_factory=dict)
     profile: dict[str, JsonValue] = Field(default_factory=dict)
     """Statistics of the training data, for drift detection."""
     metrics: dict[str, float] = Field(default_factory=dict)
     """Quality on held-out data when it was made."""
     parity: dict[str, JsonValue] = Field(default_factory=dict)
-    """For derived packages: largest difference from the parent on its golden inputs."""
+    """For derived packages: `largest_difference` from the parent, and its `tolerance`."""
     golden: Golden
     lineage: Lineage = Lineage()
 
@@ -107,7 +116,8 @@ class Manifest(StrictModel):
 
     def to_bytes(self) -> bytes:
         """Canonical bytes."""
-        values = self.model_dump(mode="json")
+        # Without an adapter its key is left out, as it was before there were any.
+        values = self.model_dump(mode="json", exclude=None if self.adapter else {"adapter"})
         text = json.dumps(
             values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
         )

@@ -3,12 +3,15 @@
 Knows of a version only its digest.
 
     package = open_version(registry.resolve(ModelRef.parse("digits")), settings)
+    base = open_base(adapter, settings)
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.errors import NotFoundError, PackageError
 from cluster.model_package.reader import ModelPackage, open_package
 from cluster.model_package.signing import TrustStore
 from cluster.settings import Settings
@@ -31,3 +34,33 @@ def open_version(version: HasDigest, settings: Settings) -> ModelPackage:
         cache_dir=settings.package_cache_dir,
         allow_unsigned=settings.allow_unsigned,
     )
+
+
+@dataclass(frozen=True)
+class _Digest:
+    digest: str
+
+
+def open_base(adapter: ModelPackage, settings: Settings) -> ModelPackage:
+    """Fetch, verify and cache the package that an adapter was trained on.
+
+    Raises:
+        NotFoundError: it is not in storage.
+        PackageError: it cannot be trusted, or is no language model.
+    """
+    info = adapter.manifest.adapter
+    assert info is not None, "a verified adapter names its base"
+    try:
+        base = open_version(_Digest(info.base_digest), settings)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"the base of adapter {adapter.digest} is not there: {error.message}",
+            hint="publish the base again, or merge the adapter where the base is",
+        ) from None
+    if base.manifest.kind != "language_model":
+        raise PackageError(
+            f"the base of adapter {adapter.digest} is of kind '{base.manifest.kind}', expected "
+            "'language_model'",
+            hint="train the adapter on a language model",
+        )
+    return base

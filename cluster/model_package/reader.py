@@ -30,18 +30,27 @@ from cluster.errors import (
     UnknownKeyError,
 )
 from cluster.model_package.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     GRAPH,
     MANIFEST,
     MODEL_DIR,
     SIGNATURE,
+    TOKENIZER,
     list_files,
     refuse_code_references,
 )
-from cluster.model_package.manifest import Manifest, digest_of
+from cluster.model_package.manifest import Kind, Manifest, digest_of
 from cluster.model_package.signing import TrustStore, difference
 from cluster.storage import Storage
 
 MAX_MANIFEST_BYTES = 64 * 1024**2
+
+_NEEDED: dict[Kind, tuple[str, ...]] = {
+    "graph": (GRAPH,),
+    "language_model": ("config.json",),
+    "adapter": (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER),
+}
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})", re.ASCII)
 _logger = logging.getLogger(__name__)
@@ -60,7 +69,7 @@ class ModelPackage:
 
     @property
     def model_dir(self) -> Path:
-        """A Hugging Face directory for a language model."""
+        """A Hugging Face directory for a language model, a peft directory for an adapter."""
         return self.path / MODEL_DIR
 
     @property
@@ -186,10 +195,15 @@ def _check_declared(manifest: Manifest, digests: dict[str, str]) -> None:
     actual = {name: value for name, value in digests.items() if name != MANIFEST}
     if declared != actual:
         raise difference(declared, actual)
-    wanted = f"{MODEL_DIR}/{GRAPH if manifest.kind == 'graph' else 'config.json'}"
-    if manifest.kind != "adapter" and wanted not in declared:
-        raise MissingFileError(
-            f"file '{wanted}' is missing, a {manifest.kind} package needs it", hint="publish again"
+    for wanted in (f"{MODEL_DIR}/{name}" for name in _NEEDED[manifest.kind]):
+        if wanted not in declared:
+            raise MissingFileError(
+                f"file '{wanted}' is missing, a {manifest.kind} package needs it",
+                hint="publish again",
+            )
+    if (manifest.kind == "adapter") != (manifest.adapter is not None):
+        raise PackageError(
+            f"manifest.json: 'adapter' does not fit kind '{manifest.kind}'", hint="publish again"
         )
 
 

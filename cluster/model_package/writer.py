@@ -33,6 +33,7 @@ from cluster.model_package.files import (
     refuse_code_references,
 )
 from cluster.model_package.manifest import (
+    AdapterInfo,
     FileEntry,
     Golden,
     Kind,
@@ -40,7 +41,7 @@ from cluster.model_package.manifest import (
     Lineage,
     Manifest,
 )
-from cluster.model_package.reader import MAX_MANIFEST_BYTES, package_key
+from cluster.model_package.reader import MAX_MANIFEST_BYTES, ModelPackage, package_key
 from cluster.model_package.signing import Signer
 from cluster.model_ref import check_name
 from cluster.processing import Array, Processing, check_processing
@@ -74,17 +75,21 @@ def write_package(
     lineage: Lineage | None = None,
     metrics: Mapping[str, float] | None = None,
     profile: Mapping[str, JsonValue] | None = None,
+    base: ModelPackage | None = None,
+    parity: Mapping[str, float] | None = None,
     work_dir: Path | None = None,
 ) -> PublishedPackage:
     """Publish the model in `model_dir`.
 
     Args:
-        model_dir: a Hugging Face directory for a language model, or a directory with `model.onnx`
-            (and its external data) for a graph.
+        model_dir: a Hugging Face directory for a language model, a peft directory with a tokenizer
+            for an adapter, or a directory with `model.onnx` (and its external data) for a graph.
         signer: None publishes without a signature; readers refuse it unless told otherwise.
         golden_inputs: for a graph a few samples as clients send them, for a language model a few
             prompts as text; None makes some up.
         language_model: None derives it from the model.
+        base: what an adapter was trained on; its golden outputs are of both together.
+        parity: how far a derived package is from its parent.
         work_dir: where to stage; None stages beside the storage folder.
 
     Raises:
@@ -100,9 +105,13 @@ def write_package(
         copy_files(model_dir, package_dir / MODEL_DIR)
         names = list(list_files(package_dir))
         refuse_code_references(package_dir, names)
-        described = _describe(
-            package_dir / MODEL_DIR, kind, processing or Processing(), golden_inputs, language_model
-        )
+        staged = package_dir / MODEL_DIR
+        if kind == "adapter":
+            described = _describe_adapter(staged, base, golden_inputs, language_model)
+        else:
+            described = _describe(
+                staged, kind, processing or Processing(), golden_inputs, language_model
+            )
         manifest = Manifest(
             kind=kind,
             name=name,
@@ -111,6 +120,7 @@ def write_package(
             lineage=lineage or Lineage(),
             metrics=_finite(metrics or {}),
             profile=dict(profile or {}),
+            parity=dict(parity or {}),
             **described,
         )
         return _publish(package_dir, manifest, storage, signer)
@@ -144,13 +154,35 @@ def _describe(
         if golden_inputs is not None and not isinstance(golden_inputs, Mapping):
             raise PackageError("golden inputs of a graph are arrays by name, not prompts")
         return _describe_graph(model_dir, processing, golden_inputs)
-    if kind == "language_model":
-        if isinstance(golden_inputs, Mapping):
-            raise PackageError("golden inputs of a language model are prompts, not arrays")
-        return _describe_language_model(model_dir, golden_inputs or _PROMPTS, language_model)
-    raise PackageError(
-        f"packages of kind '{kind}' cannot be written yet", hint="use language_model or graph"
+    from cluster.model_package.language_model import load_reference
+
+    return _describe_text(
+        model_dir, load_reference(model_dir), _prompts(golden_inputs), language_model
     )
+
+
+def _describe_adapter(
+    adapter_dir: Path,
+    base: ModelPackage | None,
+    golden_inputs: GoldenInputs | None,
+    language_model: LanguageModelInfo | None,
+) -> dict[str, Any]:
+    from cluster.model_package.adapter import load_adapted
+
+    if base is None or base.manifest.kind != "language_model":
+        raise PackageError(
+            "an adapter is packaged with the package of its base, a language model",
+            hint="import the base first: `heliostat models import DIR --name NAME`",
+        )
+    model = load_adapted(base.model_dir, adapter_dir).get_base_model()
+    described = _describe_text(adapter_dir, model, _prompts(golden_inputs), language_model)
+    return {**described, "adapter": AdapterInfo(base_digest=base.digest)}
+
+
+def _prompts(golden_inputs: GoldenInputs | None) -> Sequence[str]:
+    if isinstance(golden_inputs, Mapping):
+        raise PackageError("golden inputs of a language model are prompts, not arrays")
+    return golden_inputs or _PROMPTS
 
 
 @dataclass(frozen=True)
@@ -187,12 +219,11 @@ def _check_deterministic(path: Path, fields: dict[str, Any]) -> None:
     golden.check_graph(trial, OnnxRuntime(path).run)
 
 
-def _describe_language_model(
-    model_dir: Path, texts: Sequence[str], given: LanguageModelInfo | None
+def _describe_text(
+    model_dir: Path, model: Any, texts: Sequence[str], given: LanguageModelInfo | None
 ) -> dict[str, Any]:
     from cluster.model_package import language_model as reference
 
-    model = reference.load_reference(model_dir)
     info = given or reference.describe_language_model(model_dir, model)
     prompts = reference.encode_prompts(model_dir, texts, info.max_context_tokens)
     computed: Golden = golden.compute_language_model(model, prompts, info.eos_token_ids)

@@ -14,11 +14,12 @@ from typing import Any
 from ray import serve
 
 from cluster.model_package import ModelPackage, golden
+from cluster.model_package.adapter import load_merged
 from serve_apps.description import Description
 from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenOutput
 from serve_apps.llm.runner import EngineRunner
 from serve_apps.options import DeploymentOptions
-from serve_apps.replicas import deploy_with, describe_replica, open_package_of
+from serve_apps.replicas import deploy_with, describe_replica, open_base_of, open_package_of
 
 
 class LanguageModel:
@@ -92,4 +93,8 @@ def _build_engine(package: ModelPackage, options: DeploymentOptions, device: str
 
     torch.set_num_threads(options.num_threads)
     budget = CacheBudget(max_cache_bytes=options.max_cache_bytes, max_running=options.max_running)
-    return ContinuousBatchingEngine.load(package.model_dir, budget, device)
+    if package.manifest.kind != "adapter":
+        return ContinuousBatchingEngine.load(package.model_dir, budget, device)
+    # Added to the base's matrices, it costs nothing per token.
+    model = load_merged(open_base_of(package).model_dir, package.model_dir)
+    return ContinuousBatchingEngine(model.to(device), budget)

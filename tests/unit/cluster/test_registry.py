@@ -14,16 +14,16 @@ import sqlalchemy as sa
 from cluster import database
 from cluster.database import deployments, open_database
 from cluster.errors import ConflictError, NotFoundError, NotRunningError
-from cluster.model_package import Golden, Lineage, Manifest, PublishedPackage
+from cluster.model_package import Golden, Kind, Lineage, Manifest, PublishedPackage
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
 from cluster.settings import Settings
 from cluster.tracking import RunTracker, open_client
 
 
-def package(settings: Settings, **lineage: str) -> PublishedPackage:
+def package(settings: Settings, kind: Kind = "graph", **lineage: str) -> PublishedPackage:
     manifest = Manifest(
-        kind="graph",
+        kind=kind,
         name="digits",
         created_at=uuid.uuid4().hex,
         files={},
@@ -292,3 +292,16 @@ def test_only_what_nobody_uses_is_deleted(
     assert not Path(published.location).exists()
     assert registry.list_versions() == []
     assert registry.register(name, package(settings)).version == 2
+
+
+def test_the_base_of_an_adapter_stays_as_long_as_it(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    base = package(settings)
+    registry.register(name, base)
+    adapter = package(settings, kind="adapter", parent_digest=base.digest)
+    registry.register(f"{name}-adapter", adapter)
+    with pytest.raises(ConflictError, match=f"{name}/1 is the base of adapter {name}-adapter/1"):
+        registry.delete_version(name, 1)
+    registry.delete_version(f"{name}-adapter", 1)
+    registry.delete_version(name, 1)
