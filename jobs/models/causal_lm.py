@@ -21,6 +21,7 @@ from jobs.data.dataset import Dataset
 from jobs.data.tokenizing import END_OF_TEXT
 from jobs.models.config import CausalLmConfig, Metric
 from jobs.models.family import Batch, DataShape, Exported
+from jobs.models.weighting import ROW_WEIGHT, token_weights
 
 _END_OF_TEXT_ID = 0
 _NUM_GOLDEN_PROMPTS = 2
@@ -70,17 +71,32 @@ class CausalLm:
         )
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return _summed_losses(*_predict(model, batch), _weights(batch))
+
+    def num_units(self, batch: Batch) -> torch.Tensor:
+        weights_BT = _weights(batch)
+        if weights_BT is None:
+            return torch.tensor(batch["tokens"][:, 1:].numel(), dtype=torch.float64)
+        return weights_BT.double().sum()
+
+    def row_losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         logits_BTV, labels_BT = _predict(model, batch)
-        return functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten())
+        losses_BT = functional.cross_entropy(logits_BTV.mT, labels_BT, reduction="none")
+        unweighted = {name: column for name, column in batch.items() if name != ROW_WEIGHT}
+        weights_BT = _weights(unweighted)
+        if weights_BT is None:
+            return losses_BT.mean(1)
+        # Where nothing is predicted, nothing does harm.
+        return (losses_BT * weights_BT).sum(1) / weights_BT.sum(1).clamp(min=1)
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         logits_BTV, labels_BT = _predict(model, batch)
-        loss = functional.cross_entropy(
-            logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="sum"
-        )
-        num_correct = (logits_BTV.argmax(-1) == labels_BT).sum()
-        values = [loss.double(), num_correct.double(), torch.tensor(float(labels_BT.numel()))]
-        return torch.stack([value.to(torch.float64).cpu() for value in values])
+        weights_BT = _weights(batch)
+        correct_BT = (logits_BTV.argmax(-1) == labels_BT).double()
+        num_correct = correct_BT if weights_BT is None else correct_BT * weights_BT
+        loss = _summed_losses(logits_BTV, labels_BT, weights_BT)
+        values = [loss, num_correct.sum(), self.num_units(batch)]
+        return torch.stack([value.double().cpu() for value in values])
 
     def metrics(self, sums: torch.Tensor) -> dict[str, float]:
         loss, num_correct, num_tokens = sums.tolist()
@@ -111,6 +127,19 @@ def _predict(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.
     tokens = batch["tokens"].long()
     logits: torch.Tensor = model(input_ids=tokens[:, :-1]).logits
     return logits.float(), tokens[:, 1:]
+
+
+def _weights(batch: Batch) -> torch.Tensor | None:
+    return token_weights(batch, batch["tokens"].shape[1] - 1)
+
+
+def _summed_losses(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    logits, labels = logits.flatten(0, 1), labels.flatten()
+    if weights is None:
+        return functional.cross_entropy(logits, labels, reduction="sum")
+    return (functional.cross_entropy(logits, labels, reduction="none") * weights.flatten()).sum()
 
 
 def _golden_prompts(dataset: Dataset) -> list[str]:

@@ -33,6 +33,7 @@ from jobs.models.measures import (
     classification_sums,
     metrics_of_classification,
 )
+from jobs.models.weighting import num_rows, weighted_sum
 
 _NUM_GOLDEN_ROWS = 8
 
@@ -76,8 +77,14 @@ class Cnn:
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return weighted_sum(self.row_losses(model, batch), batch)
+
+    def num_units(self, batch: Batch) -> torch.Tensor:
+        return num_rows(batch)
+
+    def row_losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits_BC, labels_B = self._predict(model, batch)
-        return functional.cross_entropy(logits_BC, labels_B)
+        return functional.cross_entropy(logits_BC, labels_B, reduction="none")
 
     def measure(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits_BC, labels_B = self._predict(model, batch)

@@ -70,7 +70,14 @@ class Family(Protocol):
         """A model with fresh weights, drawn from torch's current random state."""
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Mean loss over the batch, as a scalar."""
+        """Sum of the losses of all that is predicted, each by its row's weight, as a scalar."""
+
+    def num_units(self, batch: Batch) -> torch.Tensor:
+        """What `loss` is to be divided by for a mean: how many tokens or samples are predicted, by
+        the same weights, as a float64 scalar. Without weights, `units_per_row` for each row."""
+
+    def row_losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Mean loss of each row, whatever its weight, to find those that do harm."""
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """A float64 vector whose sum over all batches and workers gives the metrics."""

@@ -46,6 +46,7 @@ from jobs.models.measures import (
     metrics_of_regression,
     regression_sums,
 )
+from jobs.models.weighting import num_rows, weighted_sum
 
 _NUM_GOLDEN_ROWS = 8
 
@@ -99,8 +100,8 @@ class Task(Protocol):
     def finish(self) -> list[nn.Module]:
         """Layers that give the outputs their shape."""
 
-    def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Mean loss."""
+    def losses(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The loss of each row."""
 
     def measure(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
         """A float64 vector that adds up over batches."""
@@ -125,8 +126,8 @@ class Regression:
     def finish(self) -> list[nn.Module]:
         return [nn.Flatten(start_dim=0)]
 
-    def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return functional.mse_loss(output, self._standardized(batch))
+    def losses(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return functional.mse_loss(output, self._standardized(batch), reduction="none")
 
     def measure(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
         return regression_sums(output, self._standardized(batch))
@@ -154,8 +155,8 @@ class Classification:
     def finish(self) -> list[nn.Module]:
         return []
 
-    def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return functional.cross_entropy(output, batch[LABEL])
+    def losses(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return functional.cross_entropy(output, batch[LABEL], reduction="none")
 
     def measure(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
         return classification_sums(output, batch[LABEL])
@@ -185,7 +186,13 @@ class Tabular:
         return nn.Sequential(*layers, *self._task.finish())
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return self._task.loss(self._predict(model, batch), batch)
+        return weighted_sum(self.row_losses(model, batch), batch)
+
+    def num_units(self, batch: Batch) -> torch.Tensor:
+        return num_rows(batch)
+
+    def row_losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return self._task.losses(self._predict(model, batch), batch)
 
     def measure(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return self._task.measure(self._predict(model, batch), batch)

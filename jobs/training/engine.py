@@ -28,7 +28,9 @@ class Engine(Protocol):
     def train_step(
         self, loss: LossFunction, micro_batches: Sequence[Batch], learning_rate: float
     ) -> torch.Tensor:
-        """One optimizer step over all workers; this worker's mean loss, as a detached scalar."""
+        """One optimizer step over all workers: down the mean gradient of `loss` over all copies of
+        the model and their micro-batches. Returns the mean over this worker's micro-batches, or
+        over all, as a detached scalar."""
 
     def learning_rate(self) -> float:
         """The rate that the last step used."""

@@ -4,14 +4,14 @@ It knows nothing of Ray, DeepSpeed, files or tracking. A step's data is a functi
 alone, so a loop may start at any step.
 
     for step in train_steps(engine, family, feed, config, first_step=0):
-        print(step.number, float(step.loss))
+        print(step.number, step.loss)
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +20,10 @@ import torch
 from jobs.data.rows import Array, Rows
 from jobs.data.sampler import Ids, global_batch, ids_for_rank
 from jobs.models.family import Batch, Family
+from jobs.models.weighting import LOSS_MASK, ROW_WEIGHT
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
-from jobs.training.engine import Engine
+from jobs.training.engine import Engine, LossFunction
 from jobs.training.parallelism import Layout
 from jobs.training.process_group import ProcessGroup
 from jobs.training.schedule import learning_rate
@@ -34,8 +35,8 @@ class Step:
 
     number: int
     """Counted from 1."""
-    loss: torch.Tensor
-    """This worker's mean loss."""
+    loss: float
+    """Mean over all that the step predicts, the same at every worker."""
     learning_rate: float
 
 
@@ -80,8 +81,35 @@ def train_steps(
         rate = learning_rate(
             config.schedule, peak=config.optimizer.learning_rate, step=step, steps=config.steps
         )
-        loss = engine.train_step(family.loss, feed.micro_batches(step), rate * rate_scale())
-        yield Step(step + 1, loss, engine.learning_rate())
+        batches = feed.micro_batches(step)
+        loss = _share_of_mean(family, feed, count_units(family, batches, feed))
+        mine = engine.train_step(loss, batches, rate * rate_scale())
+        # The mean of what workers have is the mean over the global batch: see `_share_of_mean`.
+        mean = float(feed.group.sum(mine)) / feed.group.world_size
+        yield Step(step + 1, mean, engine.learning_rate())
+
+
+def count_units(family: Family, batches: Sequence[Batch], feed: Feed) -> float:
+    """What the whole step predicts, over all workers; asked of nobody where nothing has weights."""
+    if not batches[0].keys() & {ROW_WEIGHT, LOSS_MASK}:
+        return float(feed.plan.batch_size * family.units_per_row)
+    mine = torch.stack([family.num_units(batch).cpu() for batch in batches]).sum()
+    return float(feed.group.sum(mine)) / feed.layout.num_parts
+
+
+def _share_of_mean(family: Family, feed: Feed, num_units: float) -> LossFunction:
+    """A loss whose mean over a worker's micro-batches, and then over copies of the model, is the
+    mean over the global batch.
+
+    Engines take both means of gradients as of losses. So it is right however many units each
+    micro-batch holds; a mean of the micro-batches' own means is not.
+    """
+    scale = feed.plan.accumulation_steps * feed.plan.world_size / max(num_units, 1.0)
+
+    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return family.loss(model, batch) * scale
+
+    return loss
 
 
 @torch.no_grad()
