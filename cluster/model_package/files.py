@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def copy_files(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, copy, follow_symlinks=False)
 
 
-def refuse_code_references(directory: Path, names: list[str]) -> None:
+def refuse_code_references(directory: Path, names: Sequence[str]) -> None:
     """Refuse configurations that name code to run (`auto_map`). Call on verified files only."""
     for name in names:
         # Vocabularies are full of words; only configurations are searched.

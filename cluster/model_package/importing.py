@@ -10,7 +10,7 @@ clean directory for `write_package`. Knows nothing of storage and registry.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -60,21 +60,41 @@ def prepare_import(source: Path, stage: Path) -> PreparedImport:
 
 
 def _prepare_directory(source: Path, stage: Path) -> PreparedImport:
-    files = [path for path in sorted(source.iterdir()) if path.is_file()]
-    names = {path.name for path in files}
-    _refuse_other_models(source, names)
-    left_out = [f"{p.name}/" for p in sorted(source.iterdir()) if p.is_dir()]
-    has_shards = any(n.startswith("model") and n.endswith(".safetensors") for n in names)
-    for path in files:
-        duplicate = has_shards and path.name.startswith("consolidated")
-        if duplicate or not _is_allowed(path.name):
-            left_out.append(path.name)
-            continue
-        _refuse_link_elsewhere(source, path)
+    chosen = language_model_files(source)
+    for name in chosen:
         # A Hugging Face cache holds links to its blobs; a package holds the files themselves.
-        shutil.copyfile(path, stage / path.name)
-    notes = [f"left out: {', '.join(left_out)}"] if left_out else []
-    return PreparedImport("language_model", tuple(notes))
+        shutil.copyfile(source / name, stage / name)
+    left_out = [path for path in sorted(source.iterdir()) if path.name not in chosen]
+    names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in left_out)
+    return PreparedImport("language_model", (f"left out: {names}",) if names else ())
+
+
+def language_model_files(source: Path) -> list[str]:
+    """Names of the files of a Hugging Face directory that make up the model; no file is opened.
+
+    Raises:
+        InputError, PackageError: they hold no model, or none that is safe to load.
+    """
+    names = [path.name for path in sorted(source.iterdir()) if path.is_file()]
+    chosen = choose_files(str(source), names)
+    for name in chosen:
+        _refuse_link_elsewhere(source, source / name)
+    return chosen
+
+
+def choose_files(source: str, names: Sequence[str]) -> list[str]:
+    """Those of a directory's files that make up the language model in it.
+
+    Raises:
+        InputError, PackageError: see `language_model_files`.
+    """
+    _refuse_other_models(source, set(names))
+    has_shards = any(n.startswith("model") and n.endswith(".safetensors") for n in names)
+    return [
+        name
+        for name in sorted(names)
+        if _is_allowed(name) and not (has_shards and name.startswith("consolidated"))
+    ]
 
 
 def _refuse_link_elsewhere(source: Path, path: Path) -> None:
@@ -88,7 +108,7 @@ def _refuse_link_elsewhere(source: Path, path: Path) -> None:
         )
 
 
-def _refuse_other_models(source: Path, names: set[str]) -> None:
+def _refuse_other_models(source: str, names: set[str]) -> None:
     if "adapter_config.json" in names:
         raise PackageError(
             f"'{source}' is an adapter, which cannot be imported by itself",
@@ -104,7 +124,7 @@ def _refuse_other_models(source: Path, names: set[str]) -> None:
     graphs = sorted(name for name in names if name.endswith(".onnx"))
     if graphs and "config.json" not in names:
         raise InputError(
-            f"'{source}' holds an ONNX graph", hint=f"import the file: '{source / graphs[0]}'"
+            f"'{source}' holds an ONNX graph", hint=f"import the file: '{source}/{graphs[0]}'"
         )
 
 

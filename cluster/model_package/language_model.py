@@ -34,9 +34,24 @@ def load_reference(model_dir: Path) -> Any:
     Raises:
         PackageError: no whole causal language model in safetensors lies there.
     """
-    names = list(list_files(model_dir))
+    check_language_model_files(model_dir, list(list_files(model_dir)))
+    return load_weights(model_dir).eval()
+
+
+def check_language_model_files(model_dir: Path, names: Sequence[str]) -> None:
+    """Raises PackageError if these files are no whole model, or name code to run."""
     _require_files(model_dir, names)
     refuse_code_references(model_dir, names)
+
+
+def load_weights(model_dir: Path) -> Any:
+    """The model in fp32 on the CPU, from a directory that has been checked.
+
+    Safetensors are mapped into memory, so that no more than the model itself is held.
+
+    Raises:
+        PackageError: transformers cannot load it, or its weights are not whole.
+    """
     from transformers import AutoModelForCausalLM
 
     with one_line("the model cannot be loaded"), quiet():
@@ -53,7 +68,7 @@ def load_reference(model_dir: Path) -> Any:
             f"the model's weights lack '{missing[0]}' and {len(missing) - 1} others",
             hint="copy all safetensors shards, and save the model with its head",
         )
-    return model.eval()
+    return model
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -99,7 +114,7 @@ def encode_prompts(
     return [prompt for prompt in prompts if prompt]
 
 
-def _require_files(model_dir: Path, names: list[str]) -> None:
+def _require_files(model_dir: Path, names: Sequence[str]) -> None:
     if "config.json" not in names:
         raise MissingFileError(
             "the model directory has no config.json",
@@ -120,7 +135,7 @@ def _require_files(model_dir: Path, names: list[str]) -> None:
         _require_shards(model_dir, names)
 
 
-def _require_shards(model_dir: Path, names: list[str]) -> None:
+def _require_shards(model_dir: Path, names: Sequence[str]) -> None:
     index = "model.safetensors.index.json"
     try:
         shards = {*json.loads((model_dir / index).read_bytes())["weight_map"].values()}
