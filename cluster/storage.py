@@ -13,12 +13,15 @@ stores.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import os
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,16 @@ from cluster.errors import ConfigError, HeliostatError, MachineError, NotFoundEr
 _MARKER = ".complete"
 _STAGING = ".staging"
 _OBJECT_STORES = ("s3", "gs", "gcs")
+
+
+@dataclass(frozen=True)
+class StoredDirectory:
+    """A directory in storage, whole or not."""
+
+    key: str
+    size_bytes: int
+    modified_at_s: float
+    """When its newest file was written, in seconds since 1970."""
 
 
 class Storage:
@@ -108,20 +121,27 @@ class Storage:
 
     def list(self, prefix: str = "") -> list[str]:
         """Keys of all files below `prefix`, sorted; staging and markers left out."""
-        from pyarrow import fs
-
-        start = self._full(prefix) if prefix else self._base
-        with _errors_named(start):
-            selector = fs.FileSelector(start, recursive=True, allow_not_found=True)
-            found = self._filesystem.get_file_info(selector)
-        keys = (
-            info.path.removeprefix(self._base).lstrip("/")
-            for info in found
-            if info.type == fs.FileType.File
-        )
+        keys = (self._key(info) for info in self._files(prefix))
         return sorted(
             key for key in keys if not key.startswith(_STAGING) and not key.endswith(_MARKER)
         )
+
+    def directories(self, prefix: str) -> builtins.list[StoredDirectory]:
+        """The directories that lie directly below `prefix`, by key, unfinished ones included."""
+        sizes: dict[str, int] = defaultdict(int)
+        times_ns: dict[str, int] = defaultdict(int)
+        for info in self._files(prefix):
+            key = self._key(info)
+            name, is_nested, _ = key.removeprefix(f"{prefix}/").partition("/")
+            if is_nested or name.endswith(_MARKER):
+                directory = f"{prefix}/{name.removesuffix(_MARKER)}"
+                sizes[directory] += info.size
+                times_ns[directory] = max(times_ns[directory], info.mtime_ns)
+        return [StoredDirectory(key, sizes[key], times_ns[key] / 1e9) for key in sorted(sizes)]
+
+    def stages(self) -> builtins.list[StoredDirectory]:
+        """Staging directories, of writers at work and of such as were killed."""
+        return self.directories(_STAGING)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
@@ -139,13 +159,14 @@ class Storage:
             shutil.rmtree(stage, ignore_errors=True)
 
     def put_dir(self, local: Path, key: str, *, move: bool = False) -> bool:
-        """Publish a directory whole; what is at `key` already is kept, and False returned.
+        """Publish a directory whole; what is at `key` already is kept, as new, and False returned.
 
         Args:
             move: `local` may be used up, which saves a copy where it lies on the root's disk.
         """
         with _errors_named(self.path(key)):
             if self.exists(key):
+                self._renew(key)
                 return False
             if self._folder is None:
                 return self._upload(local, key)
@@ -183,6 +204,18 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):
                 self._filesystem.delete_dir(self._full(key))
 
+    def _files(self, prefix: str) -> builtins.list[Any]:
+        from pyarrow import fs
+
+        start = self._full(prefix) if prefix else self._base
+        with _errors_named(start):
+            selector = fs.FileSelector(start, recursive=True, allow_not_found=True)
+            found = self._filesystem.get_file_info(selector)
+        return [info for info in found if info.type == fs.FileType.File]
+
+    def _key(self, info: Any) -> str:
+        return str(info.path.removeprefix(self._base).lstrip("/"))
+
     def _full(self, key: str) -> str:
         return f"{self._base}/{_checked(key)}"
 
@@ -195,6 +228,18 @@ class Storage:
 
         return bool(self._filesystem.get_file_info(self._full(key)).type == fs.FileType.File)
 
+    def _renew(self, key: str) -> None:
+        """Give what is published today's date, so that it is not taken for garbage."""
+        if self._folder is None:
+            self._write_marker(key)
+            return
+        for path in (self._folder / key).rglob("*"):
+            os.utime(path, follow_symlinks=False)
+
+    def _write_marker(self, key: str) -> None:
+        with self._filesystem.open_output_stream(self._full(key + _MARKER)) as stream:
+            stream.write(b"")
+
     def _upload(self, local: Path, key: str) -> bool:
         from pyarrow import fs
 
@@ -202,8 +247,7 @@ class Storage:
             for path in sorted(p for p in local.rglob("*") if p.is_file()):
                 target = f"{self._full(key)}/{path.relative_to(local).as_posix()}"
                 fs.copy_files(str(path), target, destination_filesystem=self._filesystem)
-            with self._filesystem.open_output_stream(self._full(key + _MARKER)) as stream:
-                stream.write(b"")
+            self._write_marker(key)
         except OSError:
             with contextlib.suppress(OSError):
                 self._filesystem.delete_dir(self._full(key))
@@ -222,6 +266,27 @@ class Storage:
             target = local / _checked(info.path.removeprefix(start).lstrip("/"))
             target.parent.mkdir(parents=True, exist_ok=True)
             fs.copy_files(info.path, str(target), source_filesystem=self._filesystem)
+
+
+def open_filesystem(location: str) -> tuple[Any, str]:
+    """The pyarrow file system of a path or URL (`s3://…`, `gs://…`, `file://…`), and the path in it.
+
+    Raises:
+        ConfigError: no file system that pyarrow knows, or its options are wrong.
+    """
+    from pyarrow import fs
+
+    if "://" not in location:
+        return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    try:
+        filesystem, path = fs.FileSystem.from_uri(location)
+    except (OSError, ValueError) as error:
+        scheme = location.partition("://")[0]
+        raise ConfigError(
+            f"{scheme}://… cannot be opened: {str(error).splitlines()[0]}",
+            hint="expected a path, s3://BUCKET/PATH, gs://BUCKET/PATH or file:///PATH",
+        ) from None
+    return filesystem, path
 
 
 def _checked(key: str) -> str:

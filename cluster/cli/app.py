@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cluster.cli import cluster, jobs, keys, models, serving, usage
+from cluster.cli import cluster, garbage, jobs, keys, models, serving, usage
 from cluster.errors import HeliostatError, as_machine_error
 
 app = typer.Typer(
@@ -49,6 +49,7 @@ app.add_typer(models.app, name="models")
 serving.register(app)
 keys.register(app)
 usage.register(app)
+garbage.register(app)
 
 
 def main() -> None:

@@ -25,6 +25,11 @@ def parse_since(text: str | None) -> datetime | None:
     return None if text is None else _parse(text, "since", "since", sign=-1)
 
 
+def parse_age(text: str) -> float:
+    """Seconds since a moment in the past, likewise."""
+    return (datetime.now(UTC) - _parse(text, "age", "older_than", sign=-1)).total_seconds()
+
+
 def _parse(text: str, what: str, param: str, *, sign: int) -> datetime:
     if match := _DURATION.fullmatch(text):
         return datetime.now(UTC) + sign * timedelta(**{_UNITS[match[2]]: int(match[1])})

@@ -1,0 +1,135 @@
+"""Garbage: what nothing refers to any more and nobody will ask for, found and removed.
+
+    packages that no version lists       from deleted versions, and from jobs that died before
+                                         they registered what they had written
+    checkpoints of finished runs         their model is packaged
+    what interrupted writers left        in the storage's staging folder
+
+What is younger than a grace period is left alone, since somebody may be about to refer to it.
+
+    for garbage in find_garbage(settings, older_than_s=86400): print(garbage.path)
+    remove(garbage, settings)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import sqlalchemy as sa
+
+from cluster import database
+from cluster.database import deployments, model_versions
+from cluster.settings import Settings
+from cluster.storage import Storage, StoredDirectory
+
+_PACKAGES = "packages"
+# Of a run directory, as the training job lays it out.
+_RUNS, _RUN_STATE, _RUN_LOCK, _CHECKPOINTS = "runs", "run.json", "lock", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that can be removed."""
+
+    kind: Literal["package", "checkpoints", "staging"]
+    key: str
+    """Of a package or staging folder in storage, or a path below home."""
+    size_bytes: int
+    age_s: float
+    reason: str
+
+
+def find_garbage(settings: Settings, *, older_than_s: float) -> list[Garbage]:
+    """All garbage whose newest file is older than the grace period, by kind and key."""
+    storage = Storage.open(settings.storage_root)
+    found = [
+        *_packages(storage, _referenced(settings)),
+        *_staging(storage),
+        *_checkpoints(settings.home / _RUNS),
+    ]
+    return sorted(
+        (garbage for garbage in found if garbage.age_s >= older_than_s),
+        key=lambda garbage: (garbage.kind, garbage.key),
+    )
+
+
+def remove(garbage: Garbage, settings: Settings) -> bool:
+    """Remove it; False if something refers to it by now, or a run has been taken up again."""
+    if garbage.kind == "checkpoints":
+        return _remove_checkpoints(settings.home / garbage.key)
+    if garbage.kind == "package" and _name(garbage.key) in _referenced(settings):
+        return False
+    Storage.open(settings.storage_root).delete_dir(garbage.key)
+    return True
+
+
+def _referenced(settings: Settings) -> set[str]:
+    """Hexadecimal digests of packages that are listed, served, or what a listed one stands on."""
+    engine = database.open_database(settings.database)
+    columns = (model_versions.c.digest, model_versions.c.parent_digest, deployments.c.digest)
+    with engine.connect() as connection:
+        digests = {digest for column in columns for digest in connection.scalars(sa.select(column))}
+    return {digest.removeprefix("sha256:") for digest in digests if digest}
+
+
+def _packages(storage: Storage, referenced: set[str]) -> Iterator[Garbage]:
+    for directory in storage.directories(_PACKAGES):
+        if _name(directory.key) not in referenced:
+            yield _garbage("package", directory, "no version lists it")
+
+
+def _staging(storage: Storage) -> Iterator[Garbage]:
+    for directory in storage.stages():
+        yield _garbage("staging", directory, "its writer was interrupted")
+
+
+def _garbage(
+    kind: Literal["package", "staging"], directory: StoredDirectory, reason: str
+) -> Garbage:
+    age_s = time.time() - directory.modified_at_s
+    return Garbage(kind, directory.key, directory.size_bytes, age_s, reason)
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]
+
+
+def _checkpoints(runs: Path) -> Iterator[Garbage]:
+    for directory in sorted(runs.glob(f"*/{_CHECKPOINTS}")):
+        files = [path.stat() for path in directory.rglob("*") if path.is_file()]
+        if files and _is_finished(directory.parent):
+            yield Garbage(
+                "checkpoints",
+                f"{_RUNS}/{directory.parent.name}/{_CHECKPOINTS}",
+                sum(file.st_size for file in files),
+                time.time() - max(file.st_mtime for file in files),
+                "the run is finished and its model packaged",
+            )
+
+
+def _is_finished(run: Path) -> bool:
+    try:
+        state = json.loads((run / _RUN_STATE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and bool(state.get("result"))
+
+
+def _remove_checkpoints(directory: Path) -> bool:
+    """Under the run's own lock, so that no training begins there meanwhile."""
+    try:
+        with (directory.parent / _RUN_LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_finished(directory.parent):
+                return False
+            shutil.rmtree(directory, ignore_errors=True)
+    except BlockingIOError:
+        return False
+    return True

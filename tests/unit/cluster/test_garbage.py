@@ -1,0 +1,134 @@
+"""What nothing refers to goes; what is listed, served, parent of a listed one, or young stays."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from cluster import database
+from cluster.database import deployments, model_versions, open_database
+from cluster.garbage import find_garbage, remove
+from cluster.settings import Settings
+from cluster.storage import Storage
+
+DAY_S = 86_400.0
+
+
+@pytest.fixture(params=["folder", "s3"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    if request.param == "folder":
+        return Settings(home=tmp_path)
+    root: str = request.getfixturevalue("s3_root")
+    url = root.replace("/root?", f"/{uuid.uuid4().hex}?")
+    return Settings(home=tmp_path, storage_url=url)
+
+
+def publish(settings: Settings, tmp_path: Path, content: str) -> str:
+    """A package of that content; its digest."""
+    source = tmp_path / f"source-{content}"
+    (source / "model").mkdir(parents=True)
+    (source / "manifest.json").write_text(content)
+    (source / "model" / "weights").write_bytes(b"w" * 1000)
+    digest = content * 64
+    Storage.open(settings.storage_root).put_dir(source, f"packages/{digest[:64]}")
+    return digest[:64]
+
+
+def list_version(settings: Settings, version: int, digest: str, parent: str = "") -> None:
+    row = {
+        "name": "m",
+        "version": version,
+        "digest": f"sha256:{digest}",
+        "location": "somewhere",
+        "kind": "graph",
+        "parent_digest": f"sha256:{parent}" if parent else None,
+        "created_at": database.now(),
+    }
+    with open_database(settings.database).begin() as connection:
+        connection.execute(sa.insert(model_versions).values(row))
+
+
+def deploy(settings: Settings, digest: str) -> None:
+    row = {
+        "name": "m",
+        "version": 9,
+        "digest": f"sha256:{digest}",
+        "application": "m.v9",
+        "state": "champion",
+        "reason": "",
+        "options": {},
+        "created_at": database.now(),
+        "updated_at": database.now(),
+    }
+    with open_database(settings.database).begin() as connection:
+        connection.execute(sa.insert(deployments).values(row))
+
+
+def test_only_packages_that_nothing_refers_to_are_found(settings: Settings, tmp_path: Path) -> None:
+    listed, parent, served, lost = (publish(settings, tmp_path, name) for name in "abcd")
+    list_version(settings, 1, listed, parent)
+    deploy(settings, served)
+    (found,) = find_garbage(settings, older_than_s=0)
+    assert (found.kind, found.key) == ("package", f"packages/{lost}")
+    assert found.size_bytes == 1001
+    assert remove(found, settings)
+    assert find_garbage(settings, older_than_s=0) == []
+    storage = Storage.open(settings.storage_root)
+    assert [storage.exists(f"packages/{d}") for d in (listed, parent, served, lost)] == [
+        True, True, True, False,
+    ]  # fmt: skip
+
+
+def test_what_is_young_or_published_again_stays(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    digest = publish(settings, tmp_path, "a")
+    assert find_garbage(settings, older_than_s=DAY_S) == []
+    package = Path(settings.storage_root) / "packages" / digest
+    for path in package.rglob("*"):
+        os.utime(path, (time.time() - 2 * DAY_S,) * 2)
+    assert len(find_garbage(settings, older_than_s=DAY_S)) == 1
+    assert not Storage.open(settings.storage_root).put_dir(package, f"packages/{digest}")
+    assert find_garbage(settings, older_than_s=DAY_S) == []
+
+
+def test_what_is_listed_after_it_was_found_stays(settings: Settings, tmp_path: Path) -> None:
+    digest = publish(settings, tmp_path, "a")
+    (found,) = find_garbage(settings, older_than_s=0)
+    list_version(settings, 1, digest)
+    assert not remove(found, settings)
+    assert Storage.open(settings.storage_root).exists(f"packages/{digest}")
+
+
+def test_what_a_killed_writer_left_is_found(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    stage = Path(settings.storage_root) / ".staging" / "stage-x"
+    stage.mkdir(parents=True)
+    (stage / "half").write_bytes(b"h" * 10)
+    (found,) = find_garbage(settings, older_than_s=0)
+    assert (found.kind, found.size_bytes) == ("staging", 10)
+    assert remove(found, settings)
+    assert not stage.exists()
+
+
+def test_checkpoints_go_only_when_their_run_is_finished_and_at_rest(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    for name, state in (("done", {"result": {"version": 1}}), ("open", {"result": None})):
+        step = tmp_path / "runs" / name / "checkpoints" / "step-1"
+        step.mkdir(parents=True)
+        (step / "state").write_bytes(b"s" * 100)
+        (tmp_path / "runs" / name / "run.json").write_text(json.dumps(state))
+    (found,) = find_garbage(settings, older_than_s=0)
+    assert (found.kind, found.key) == ("checkpoints", "runs/done/checkpoints")
+    with (tmp_path / "runs/done/lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not remove(found, settings), "a training holds the run"
+    assert remove(found, settings)
+    assert not (tmp_path / "runs/done/checkpoints").exists()
+    assert (tmp_path / "runs/open/checkpoints").exists()
