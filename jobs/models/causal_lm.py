@@ -11,30 +11,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch.nn import functional
 
 from cluster.errors import InputError
 from jobs.data.dataset import Dataset
-from jobs.data.tokenizing import END_OF_TEXT
-from jobs.models.config import CausalLmConfig, Metric
+from jobs.models.config import CausalLmConfig, LanguageModelConfig, Metric
 from jobs.models.family import Batch, DataShape, Exported
+from jobs.models.text_export import copy_tokenizer, generation_config, golden_prompts
 from jobs.models.weighting import ROW_WEIGHT, token_weights
 
-_END_OF_TEXT_ID = 0
-_NUM_GOLDEN_PROMPTS = 2
-_GOLDEN_PROMPT_TOKENS = 6
 
-
-class CausalLm:
-    """See `jobs.models.family.Family`."""
+class LanguageModel:
+    """Loss and metrics of any decoder that answers `model(input_ids).logits`."""
 
     unit = "tokens"
     metric_names: tuple[Metric, ...] = ("loss", "perplexity", "next_token_accuracy")
 
-    def __init__(self, config: CausalLmConfig, shape: DataShape) -> None:
+    def __init__(self, config: LanguageModelConfig, shape: DataShape) -> None:
         if not shape.vocab_size:
             raise InputError(
                 "model.family 'causal_lm' needs text, and data.source holds arrays",
@@ -44,31 +38,6 @@ class CausalLm:
         self._config = config
         self._shape = shape
         self.units_per_row = shape.sequence_length
-
-    def build(self) -> torch.nn.Module:
-        from transformers import LlamaForCausalLM
-
-        model: torch.nn.Module = LlamaForCausalLM(self._llama_config())
-        return model
-
-    def _llama_config(self) -> Any:
-        from transformers import LlamaConfig
-
-        config = self._config
-        return LlamaConfig(
-            vocab_size=self._shape.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_key_value_heads or config.num_heads,
-            intermediate_size=config.feed_forward_size,
-            max_position_embeddings=config.max_context_tokens or self._shape.sequence_length,
-            tie_word_embeddings=config.tie_embeddings,
-            bos_token_id=_END_OF_TEXT_ID,
-            eos_token_id=_END_OF_TEXT_ID,
-            pad_token_id=None,
-            use_cache=False,
-        )
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return _summed_losses(*_predict(model, batch), _weights(batch))
@@ -102,25 +71,49 @@ class CausalLm:
         loss, num_correct, num_tokens = sums.tolist()
         return language_metrics(loss, num_correct, num_tokens)
 
-    def export(self, model: torch.nn.Module, dataset: Dataset, directory: Path) -> Exported:
-        from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+class CausalLm(LanguageModel):
+    """A Llama with fresh weights; see `jobs.models.family.Family`."""
+
+    def __init__(self, config: CausalLmConfig, shape: DataShape) -> None:
+        super().__init__(config, shape)
+        self._config: CausalLmConfig = config
+
+    def build(self) -> torch.nn.Module:
+        from transformers import LlamaForCausalLM
+
+        model: torch.nn.Module = LlamaForCausalLM(self._llama_config())
+        return model
+
+    def _llama_config(self) -> Any:
+        from transformers import LlamaConfig
+
+        config = self._config
+        return LlamaConfig(
+            vocab_size=self._shape.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_key_value_heads or config.num_heads,
+            intermediate_size=config.feed_forward_size,
+            max_position_embeddings=config.max_context_tokens or self._shape.sequence_length,
+            tie_word_embeddings=config.tie_embeddings,
+            bos_token_id=self._shape.end_id,
+            eos_token_id=self._shape.end_id,
+            pad_token_id=None,
+            use_cache=False,
+        )
+
+    def export(self, model: Any, dataset: Dataset, directory: Path) -> Exported:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         # Generation needs what training does not.
-        model.config.use_cache = True  # type: ignore[union-attr]
-        model.generation_config = GenerationConfig(
-            bos_token_id=_END_OF_TEXT_ID, eos_token_id=_END_OF_TEXT_ID
-        )
-        model.save_pretrained(directory)  # type: ignore[operator]
-        PreTrainedTokenizerFast(
-            tokenizer_file=str(dataset.tokenizer_path),
-            bos_token=END_OF_TEXT,
-            eos_token=END_OF_TEXT,
-            clean_up_tokenization_spaces=False,
-            model_max_length=model.config.max_position_embeddings,  # type: ignore[union-attr]
-        ).save_pretrained(directory)
-        return Exported("language_model", directory, _golden_prompts(dataset))
+        model.config.use_cache = True
+        model.generation_config = generation_config(model, dataset)
+        model.save_pretrained(directory)
+        copy_tokenizer(dataset, directory)
+        return Exported("language_model", directory, golden_prompts(dataset))
 
 
 def _predict(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,15 +133,6 @@ def _summed_losses(
     if weights is None:
         return functional.cross_entropy(logits, labels, reduction="sum")
     return (functional.cross_entropy(logits, labels, reduction="none") * weights.flatten()).sum()
-
-
-def _golden_prompts(dataset: Dataset) -> list[str]:
-    """How the first training rows begin: text that the model has seen."""
-    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_path))
-    rows = dataset.rows("train")
-    ids = np.arange(min(_NUM_GOLDEN_PROMPTS, len(rows)))
-    tokens = rows.read(ids)["tokens"][:, 1 : 1 + _GOLDEN_PROMPT_TOKENS]
-    return [tokenizer.decode(row.tolist()) for row in tokens]
 
 
 def language_metrics(loss: float, num_correct: float, num_tokens: float) -> dict[str, float]:

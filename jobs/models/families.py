@@ -10,12 +10,19 @@ from typing import Any
 
 from jobs.models.causal_lm import CausalLm
 from jobs.models.cnn import Cnn
-from jobs.models.config import ModelConfig
+from jobs.models.config import ModelConfig, PretrainedLmConfig
 from jobs.models.family import DataShape, Family
+from jobs.models.pretrained import PretrainedLm
 from jobs.models.tabular import linear_regression, logistic_regression, mlp
 
+
+def _causal_lm(config: Any, shape: DataShape) -> Family:
+    given = isinstance(config, PretrainedLmConfig)
+    return PretrainedLm(config, shape) if given else CausalLm(config, shape)
+
+
 FAMILIES: dict[str, Callable[[Any, DataShape], Family]] = {
-    "causal_lm": CausalLm,
+    "causal_lm": _causal_lm,
     "cnn": Cnn,
     "linear_regression": linear_regression,
     "logistic_regression": logistic_regression,

@@ -33,6 +33,8 @@ class DataShape:
     class_names: tuple[str, ...] = ()
     vocab_size: int = 0
     sequence_length: int = 0
+    end_id: int = 0
+    """Token that ends a document."""
     table: TableInfo | None = None
 
     @classmethod
@@ -42,6 +44,7 @@ class DataShape:
             class_names=info.class_names,
             vocab_size=info.text.vocab_size if info.text else 0,
             sequence_length=info.text.sequence_length if info.text else 0,
+            end_id=info.text.end_id if info.text else 0,
             table=info.table,
         )
 
@@ -50,7 +53,7 @@ class DataShape:
 class Exported:
     """A model in its public form, in `directory`, and what its package must say of it."""
 
-    kind: Literal["language_model", "graph"]
+    kind: Literal["language_model", "graph", "adapter"]
     directory: Path
     golden_inputs: Mapping[str, Array] | Sequence[str]
     """What clients might send, arrays by name or prompts; every replica must answer it alike."""
