@@ -20,15 +20,16 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cluster.errors import ConfigError, HeliostatError, MachineError, NotFoundError, NotRunningError
 
 _MARKER = ".complete"
 _STAGING = ".staging"
+_COPY_BYTES = 1024**2
 _OBJECT_STORES = ("s3", "gs", "gcs")
 
 
@@ -83,6 +84,11 @@ class Storage:
         # The given root may hold credentials; this one is shown and stored.
         return cls(filesystem, base, f"{scheme}://{base}", None)
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether the root is a folder, rather than in an object store."""
+        return self._folder is not None
+
     def path(self, key: str) -> str:
         """Where `key` lies, for people and for tools: a path or a URL."""
         return f"{self.root}/{_checked(key)}"
@@ -119,6 +125,36 @@ class Storage:
                 self._parent(key)
                 (stage / "file").replace(self._folder / key)
 
+    def write_chunks(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write or replace one large file, whole or not at all, without holding it in memory.
+
+        Where the root is an object store, what raises in the middle may leave a part at `key`.
+        """
+        with _errors_named(self.path(key)):
+            if self._folder is None:
+                with self._filesystem.open_output_stream(self._full(key)) as stream:
+                    for chunk in chunks:
+                        stream.write(chunk)
+                return
+            with self.staging() as stage:
+                with (stage / "file").open("wb") as file:
+                    file.writelines(chunks)
+                _sync_tree(stage)
+                self._parent(key)
+                (stage / "file").replace(self._folder / key)
+
+    def get_file(self, key: str, local: Path) -> None:
+        """Copy one file to `local`. Raises NotFoundError."""
+        from pyarrow import fs
+
+        with _errors_named(self.path(key)):
+            fs.copy_files(self._full(key), str(local), source_filesystem=self._filesystem)
+
+    def delete_file(self, key: str) -> None:
+        """Remove one file; nothing there is no error."""
+        with _errors_named(self.path(key)), contextlib.suppress(FileNotFoundError):
+            self._filesystem.delete_file(self._full(key))
+
     def list(self, prefix: str = "") -> list[str]:
         """Keys of all files below `prefix`, sorted; staging and markers left out."""
         keys = (self._key(info) for info in self._files(prefix))
@@ -142,6 +178,29 @@ class Storage:
     def stages(self) -> builtins.list[StoredDirectory]:
         """Staging directories, of writers at work and of such as were killed."""
         return self.directories(_STAGING)
+
+    def contents(self) -> builtins.list[tuple[str, int]]:
+        """Every file and its size in bytes, by key, as `write_file` takes them: staging left out,
+        an object store's markers included."""
+        files = ((self._key(info), info.size) for info in self._files(""))
+        return sorted((key, size) for key, size in files if not key.startswith(_STAGING))
+
+    @contextlib.contextmanager
+    def reading(self, key: str) -> Iterator[BinaryIO]:
+        """A file's bytes as a stream."""
+        with (
+            _errors_named(self.path(key)),
+            self._filesystem.open_input_stream(self._full(key)) as stream,
+        ):
+            yield stream
+
+    def write_file(self, key: str, source: BinaryIO) -> None:
+        """Write or replace one file from a stream, without holding it."""
+        with _errors_named(self.path(key)):
+            if self._folder is not None:
+                self._parent(key)
+            with self._filesystem.open_output_stream(self._full(key)) as stream:
+                shutil.copyfileobj(source, stream, _COPY_BYTES)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
@@ -269,7 +328,7 @@ class Storage:
 
 
 def open_filesystem(location: str) -> tuple[Any, str]:
-    """The pyarrow file system of a path or URL (`s3://…`, `gs://…`, `file://…`), and the path in it.
+    """The pyarrow file system of a path or URL (`s3://…`, `gs://…`, …), and the path in it.
 
     Raises:
         ConfigError: no file system that pyarrow knows, or its options are wrong.

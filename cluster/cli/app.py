@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cluster.cli import cluster, garbage, jobs, keys, models, serving, usage
+from cluster.cli import backup, cluster, garbage, jobs, keys, models, serving, usage
 from cluster.errors import HeliostatError, as_machine_error
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ serving.register(app)
 keys.register(app)
 usage.register(app)
 garbage.register(app)
+backup.register(app)
 
 
 def main() -> None:

@@ -1,0 +1,186 @@
+"""A backup brings the whole state back elsewhere, or nothing of it."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import uuid
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import sqlalchemy as sa
+from onnx import TensorProto, helper, numpy_helper
+
+from cluster import database
+from cluster.backup import write_backup
+from cluster.database import model_versions, open_database
+from cluster.errors import ConflictError, InputError, MachineError
+from cluster.model_package import LocalSigner, ensure_local_key, open_version, write_package
+from cluster.model_ref import ModelRef
+from cluster.registry import ModelRegistry
+from cluster.restore import restore_backup
+from cluster.security.api_keys import ApiKeys
+from cluster.settings import Settings
+from cluster.storage import Storage
+
+
+def load(home: Path) -> Settings:
+    return Settings(home=home)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A home with a signed package, a key, a run and an MLflow database."""
+    settings = Settings(home=tmp_path / "home")
+    fill(settings, tmp_path)
+    return settings
+
+
+def fill(settings: Settings, tmp_path: Path) -> None:
+    home = settings.home
+    ensure_local_key(settings.keys_dir)
+    key = ApiKeys(open_database(settings.database)).create("local", ("infer",), actor="test").key
+    settings.api_key_path.touch(mode=0o600)
+    settings.api_key_path.write_text(key)
+    package(settings, tmp_path / "graph")
+    (home / "mlflow" / "artifacts" / "1").mkdir(parents=True)
+    (home / "mlflow" / "artifacts" / "1" / "config.json").write_text("{}")
+    with sqlite3.connect(home / "mlflow" / "mlflow.db") as connection:
+        connection.execute("CREATE TABLE runs (id TEXT)")
+        connection.execute("INSERT INTO runs VALUES ('r1')")
+    checkpoints = home / "runs" / "digits" / "checkpoints"
+    (checkpoints / "step-10").mkdir(parents=True)
+    (checkpoints / "step-10" / "state").write_bytes(b"state")
+    (checkpoints / ".partial-step-20").mkdir()
+    (checkpoints / ".partial-step-20" / "state").write_bytes(b"half")
+    (home / "runs" / "digits" / "lock").touch()
+
+
+def package(settings: Settings, directory: Path) -> None:
+    directory.mkdir()
+    weights = numpy_helper.from_array(np.eye(2, 3, dtype=np.float32), "W")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "W"], ["y"])],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])],
+        [weights],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, directory / "model.onnx")
+    published = write_package(
+        directory,
+        name="linear",
+        kind="graph",
+        storage=Storage.open(settings.storage_root),
+        signer=LocalSigner(settings.keys_dir),
+    )
+    row = {
+        "name": "linear",
+        "version": 1,
+        "digest": published.digest,
+        "location": published.location,
+        "kind": "graph",
+        "created_at": database.now(),
+    }
+    with open_database(settings.database).begin() as connection:
+        connection.execute(sa.insert(model_versions).values(row))
+    ModelRegistry.open(settings).set_alias("linear", "champion", 1, actor="a\u2028b", reason="é")
+
+
+def check(restored: Settings, key: str) -> None:
+    """All that `fill` made is there, and works."""
+    registry = ModelRegistry.open(restored)
+    version = registry.resolve(ModelRef.parse("linear@champion"))
+    assert version.location.startswith(Storage.open(restored.storage_root).root)
+    assert open_version(version, restored).signer is not None
+    assert [change.actor for change in registry.history("linear")] == ["a\u2028b"]
+    assert ApiKeys(open_database(restored.database)).verify(key).tenant == "local"
+    with sqlite3.connect(restored.home / "mlflow" / "mlflow.db") as connection:
+        assert connection.execute("SELECT id FROM runs").fetchall() == [("r1",)]
+    assert (restored.home / "mlflow/artifacts/1/config.json").read_text() == "{}"
+    found = {path.name for path in (restored.home / "runs").rglob("*") if path.is_file()}
+    assert found == {"state"}
+    assert (restored.home / "runs/digits/checkpoints/step-10/state").read_bytes() == b"state"
+    assert restored.keys_dir.stat().st_mode & 0o777 == 0o700
+    assert restored.api_key_path.stat().st_mode & 0o777 == 0o600
+    # What is written from now on does not collide with what was restored.
+    registry.set_alias("linear", "champion", None, actor="test", reason="later")
+
+
+def test_everything_comes_back_in_another_place(settings: Settings, tmp_path: Path) -> None:
+    archive = tmp_path / "backup.tar"
+    write_backup(settings, archive)
+    key = settings.api_key_path.read_text()
+    assert archive.stat().st_mode & 0o777 == 0o600
+    settings.home.rename(tmp_path / "gone")
+    other = tmp_path / "elsewhere"
+    restore_backup(archive, other, load)
+    check(load(other), key)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_storage_may_lie_in_an_object_store(tmp_path: Path, s3_root: str) -> None:
+    def load_s3(home: Path) -> Settings:
+        url = s3_root.replace("/root?", f"/{bucket_prefix}?")
+        return Settings(home=home, storage_url=url)
+
+    bucket_prefix = uuid.uuid4().hex
+    settings = load_s3(tmp_path / "home")
+    fill(settings, tmp_path)
+    archive = tmp_path / "backup.tar"
+    write_backup(settings, archive)
+    with pytest.raises(ConflictError, match="is not empty"):
+        restore_backup(archive, tmp_path / "other", load_s3)
+    with pytest.raises(ConflictError, match="an object store"):
+        restore_backup(archive, tmp_path / "other", load)
+    assert not (tmp_path / "other").exists()
+    bucket_prefix = uuid.uuid4().hex
+    restore_backup(archive, tmp_path / "other", load_s3)
+    check(load_s3(tmp_path / "other"), settings.api_key_path.read_text())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "renamed", "no_tar", "newer"])
+def test_a_damaged_backup_changes_nothing(settings: Settings, tmp_path: Path, damage: str) -> None:
+    archive = tmp_path / "backup.tar"
+    write_backup(settings, archive)
+    data = bytearray(archive.read_bytes())
+    if damage == "cut":
+        del data[-20_000:]
+    elif damage == "flipped":
+        data[data.rindex(b"state", 0, data.index(b"backup.json")) + 1] ^= 1
+    elif damage == "renamed":
+        start = data.index(b"home/runs/digits")
+        data[start : start + 4] = b"/etc"
+    elif damage == "no_tar":
+        data[:] = b"no archive at all"
+    else:
+        data = data.replace(b'"format_version": 1', b'"format_version": 9')
+    archive.write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        restore_backup(archive, tmp_path / "other", load)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "other").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_home_with_state_is_left_alone(settings: Settings, tmp_path: Path) -> None:
+    archive = tmp_path / "backup.tar"
+    write_backup(settings, archive)
+    with pytest.raises(ConflictError, match="not empty"):
+        restore_backup(archive, settings.home, load)
+    with pytest.raises(ConflictError, match="exists already"):
+        write_backup(settings, archive)
+    with pytest.raises(InputError, match="does not exist"):
+        restore_backup(tmp_path / "none.tar", tmp_path / "other", load)
+
+
+def test_a_full_disk_leaves_no_backup(settings: Settings, small_disk: Path) -> None:
+    (settings.home / "runs" / "digits" / "checkpoints" / "step-10" / "more").write_bytes(
+        b"x" * 4 * shutil.disk_usage(small_disk).total
+    )
+    with pytest.raises(MachineError, match="space"):
+        write_backup(settings, small_disk / "backup.tar")
+    assert list(small_disk.iterdir()) == []
