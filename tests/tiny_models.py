@@ -7,15 +7,27 @@ from pathlib import Path
 END = "<end>"
 
 
-def save_llama(directory: Path, text: str, *, steps: int = 0) -> Path:
-    """Write a Hugging Face directory: a small Llama whose tokens are single bytes.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def save_llama(
+    directory: Path, text: str, *, steps: int = 0, architecture: str = "Llama", **shape: int
+) -> Path:
+    """Write a Hugging Face directory: a small decoder whose tokens are single bytes.
 
     Args:
         steps: optimizer steps that make it learn `text` by heart; 0 leaves its weights random.
+        architecture: as transformers calls it, 'Qwen3' or another that takes a Llama's shape.
+        shape: what of its configuration is to be otherwise.
     """
     import torch
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -29,19 +41,22 @@ def save_llama(directory: Path, text: str, *, steps: int = 0) -> Path:
     tokenizer.train_from_iterator([text], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(directory)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        vocab_size=257,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.token_to_id(END),
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
+    values = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "vocab_size": 257,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.token_to_id(END),
+        "tie_word_embeddings": True,
+        **shape,
+    }
+    config = getattr(transformers, f"{architecture}Config")(**values)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     torch.set_num_threads(1)
     ids = torch.tensor([[*tokenizer.encode(text).ids, config.eos_token_id]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -117,13 +117,20 @@ def write_package(
             name=name,
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             files={name: _entry(package_dir / name) for name in names},
-            lineage=lineage or Lineage(),
+            lineage=_lineage(lineage or Lineage(), base),
             metrics=_finite(metrics or {}),
             profile=dict(profile or {}),
             parity=dict(parity or {}),
             **described,
         )
         return _publish(package_dir, manifest, storage, signer)
+
+
+def _lineage(given: Lineage, base: ModelPackage | None) -> Lineage:
+    """An adapter derives from its base, unless it is said to come from elsewhere."""
+    if base is None or given.parent_digest:
+        return given
+    return given.model_copy(update={"parent_digest": base.digest})
 
 
 def _publish(
