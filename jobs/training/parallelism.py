@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ConfigError
-from jobs.models.config import CausalLmConfig
+from jobs.models.config import CausalLmConfig, PretrainedLmConfig
 from jobs.training.config import TrainConfig
 
 _MAX_STAGE = {"tensor": 2, "pipeline": 1}
@@ -94,6 +94,13 @@ def _refuse_both(layout: Layout) -> None:
 
 def _require_causal_lm(config: TrainConfig) -> CausalLmConfig:
     kind = "tensor" if config.parallelism.tensor > 1 else "pipeline"
+    if isinstance(config.model, PretrainedLmConfig):
+        raise _refusal(
+            f"a model that goes on from model.base cannot be divided among workers by "
+            f"parallelism.{kind}",
+            kind,
+            f"set parallelism.{kind} to 1; num_workers then share each batch",
+        )
     if not isinstance(config.model, CausalLmConfig):
         raise _refusal(
             f"model.family '{config.model.family}' cannot be divided among workers by "

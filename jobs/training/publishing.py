@@ -7,13 +7,21 @@ It knows nothing of training itself.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
 from cluster.model_package import Lineage, LocalSigner, write_package
 from cluster.model_ref import CANDIDATE
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.storage import Storage
 from jobs.data.dataset import Dataset
+from jobs.models.bases import Base
+from jobs.models.config import PretrainedLmConfig
+from jobs.models.family import Exported
 from jobs.training.config import TrainConfig
+from jobs.training.merging import merged
 from jobs.training.profile import data_profile
 from jobs.training.worker import Outcome
 
@@ -28,28 +36,37 @@ def publish(
     job_id: str,
     git_commit: str,
     sweep_run_id: str = "",
+    base: Base | None = None,
 ) -> ModelVersion:
-    """Raises PackageError if the exported model is not fit for a package."""
-    exported = outcome.exported
-    package = write_package(
-        exported.directory,
-        name=config.name,
-        kind=exported.kind,
-        storage=Storage.open(settings.storage_root),
-        signer=LocalSigner(settings.keys_dir),
-        processing=exported.processing,
-        golden_inputs=exported.golden_inputs,
-        lineage=Lineage(
-            source="jobs.train",
-            dataset_digest=dataset.info.digest,
-            run_id=run_id,
-            job_id=job_id,
-            git_commit=git_commit,
-            sweep_run_id=sweep_run_id,
-        ),
-        metrics=outcome.metrics,
-        profile=data_profile(dataset),
-    )
+    """Raises PackageError if the exported model is not fit for a package.
+
+    Args:
+        base: what the model goes on from, if it does.
+    """
+    storage, parent = Storage.open(settings.storage_root), base.package if base else None
+    with _settled(outcome.exported, config, base, storage) as (exported, parity):
+        package = write_package(
+            exported.directory,
+            name=config.name,
+            kind=exported.kind,
+            storage=storage,
+            signer=LocalSigner(settings.keys_dir),
+            processing=exported.processing,
+            golden_inputs=exported.golden_inputs,
+            lineage=Lineage(
+                source="jobs.train",
+                dataset_digest=dataset.info.digest,
+                run_id=run_id,
+                job_id=job_id,
+                git_commit=git_commit,
+                sweep_run_id=sweep_run_id,
+                parent_digest=parent.digest if parent else "",
+            ),
+            metrics=outcome.metrics,
+            profile=data_profile(dataset),
+            base=parent if exported.kind == "adapter" else None,
+            parity=parity,
+        )
     registry = ModelRegistry.open(settings)
     version = registry.register(config.name, package, run_id=run_id)
     registry.set_alias(
@@ -61,3 +78,19 @@ def publish(
         + (f", the best trial of sweep {sweep_run_id}" if sweep_run_id else ""),
     )
     return version
+
+
+@contextlib.contextmanager
+def _settled(
+    exported: Exported, config: TrainConfig, base: Base | None, storage: Storage
+) -> Iterator[tuple[Exported, dict[str, float]]]:
+    """What is packaged: an adapter is merged into its base first where the config says so."""
+    model = config.model
+    wants_merge = isinstance(model, PretrainedLmConfig) and model.lora and model.lora.merge
+    if not wants_merge or base is None:
+        yield exported, {}
+        return
+    prompts = exported.golden_inputs
+    assert isinstance(prompts, Sequence), "an adapter's golden inputs are prompts"
+    with merged(base.directory, exported.directory, prompts, storage) as (directory, parity):
+        yield replace(exported, kind="language_model", directory=directory), parity

@@ -20,6 +20,7 @@ from pydantic import JsonValue
 
 from cluster.config import parse_config, read_mapping
 from cluster.errors import ConfigError, HeliostatError
+from jobs.models.config import PretrainedLmConfig
 from jobs.models.families import make_family
 from jobs.models.family import DataShape
 from jobs.train import check_config
@@ -95,6 +96,12 @@ def _base(config: TuneConfig) -> tuple[str, TrainConfig]:
     values = with_values(values, config.overrides)
     values = {**values, "run_name": "", "experiment": config.experiment, "resume": "auto"}
     base = parse_config(values, TrainConfig, source=source)
+    if isinstance(base.model, PretrainedLmConfig):
+        raise ConfigError(
+            f"{source} goes on from model.base '{base.model.base}', which trials of a sweep do not",
+            hint="train it by jobs.train",
+            param="train.model.base",
+        )
     if base.launcher != "ray":
         raise ConfigError(
             f"launcher is '{base.launcher}', and trials are placed by Ray",
