@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from cluster import database
+from cluster.alias_mirror import AliasEdit, mirror, read_edits
 from cluster.aliases import (
     Alias,
     AliasChange,
@@ -36,6 +37,7 @@ from cluster.model_package.card import model_card, version_tags
 from cluster.model_package.reader import package_key
 from cluster.model_package.writer import PublishedPackage
 from cluster.model_ref import CHAMPION, ModelRef, check_name
+from cluster.security.audit import AuditLog
 from cluster.settings import Settings
 from cluster.storage import Storage
 from cluster.tracking import open_client
@@ -255,22 +257,34 @@ class ModelRegistry:
         return known
 
     def mirror_aliases(self, name: str) -> None:
-        """Show the aliases and their history in MLflow; if it is down, the next move does it."""
-        ours = {alias: str(v.version) for v in self.list_versions(name) for alias in v.aliases}
+        """Show the aliases and their history in MLflow; if it is down, the next move does it.
+
+        What somebody changed there by hand is undone, logged and written to the audit log.
+        """
+        ours = {alias: v.version for v in self.list_versions(name) for alias in v.aliases}
         try:
             client = open_client(self._settings)
             with _mlflow_errors(self._settings):
-                model = client.get_registered_model(name)
-                theirs = model.aliases
-                for alias in theirs.keys() - ours.keys():
-                    client.delete_registered_model_alias(name, alias)
-                for alias, version in ours.items():
-                    if str(theirs.get(alias)) != version:
-                        client.set_registered_model_alias(name, alias, version)
-                page = describe_history(self.history(name), model.description or "")
-                client.update_registered_model(name, page)
+                edits = mirror(
+                    client, name, ours, lambda page: describe_history(self.history(name), page)
+                )
         except HeliostatError as error:
             _logger.warning("aliases of '%s' are not shown in MLflow yet: %s", name, error)
+            return
+        for edit in edits:
+            _logger.warning("%s, which is undone: move aliases with `heliostat`", edit)
+            detail = {"from": edit.told, "to": edit.shown, "undone": True}
+            AuditLog(self._engine).record("mlflow", "alias_edited", f"{name}@{edit.alias}", detail)
+
+    def foreign_edits(self, name: str) -> list[AliasEdit]:
+        """Aliases that somebody moved in MLflow since we did; they move nothing here.
+
+        Raises:
+            NotRunningError: MLflow does not answer.
+        """
+        client = open_client(self._settings)
+        with _mlflow_errors(self._settings):
+            return read_edits(client, name)
 
 
 def _refuse_deployed(connection: Connection, version: ModelVersion) -> None:

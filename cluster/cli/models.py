@@ -6,6 +6,7 @@ a verb runs.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.errors import UsageError
+from cluster.errors import NotRunningError, UsageError
 from cluster.model_ref import CANDIDATE, ModelRef, check_name
 from cluster.settings import load_settings
 
@@ -64,13 +65,18 @@ def list_models(
 
 
 @app.command("show")
-def show(ref: RefArgument, as_json: JsonOption = False) -> None:
+def show(
+    ref: RefArgument,
+    other: Annotated[
+        str | None, typer.Argument(help="A second one, to compare its metrics side by side.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """A version's origin, interface, metrics and files, from its verified package."""
-    from cluster.model_package import open_version
-
-    settings = load_settings()
-    version = _registry().resolve(ModelRef.parse(ref))
-    details = {**_row(version), **_describe(open_version(version, settings))}
+    if other is not None:
+        _compare([_details(ref), _details(other)], as_json)
+        return
+    details = _details(ref)
     if as_json:
         print(json.dumps(details, indent=2, ensure_ascii=False))
     else:
@@ -85,7 +91,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check signature, digests and files of a stored package; exit code 1 if anything is wrong."""
-    from cluster.model_package import TrustStore, fetched, verify_directory
+    from cluster.model_package import TrustStore, fetched, open_version, verify_directory
     from cluster.storage import Storage
 
     settings = load_settings()
@@ -96,11 +102,16 @@ def verify(
         return
     version = _registry().resolve(ModelRef.parse(target))
     storage = Storage.open(settings.storage_root)
-    with fetched(version.digest, storage, settings.package_cache_dir) as copy:
-        package = verify_directory(
-            copy, trust, digest=version.digest, allow_unsigned=settings.allow_unsigned
-        )
-        _print_verified(package, as_json)
+    try:
+        with fetched(version.digest, storage, settings.package_cache_dir) as copy:
+            package = verify_directory(
+                copy, trust, digest=version.digest, allow_unsigned=settings.allow_unsigned
+            )
+            _print_verified(package, as_json)
+    except NotRunningError as error:
+        # The reader verifies its own copy again; without one, this error is what there is to say.
+        typer.echo(f"warning: {error.message}; reading this machine's copy", err=True)
+        _print_verified(open_version(version, settings), as_json)
 
 
 @app.command("history")
@@ -108,9 +119,13 @@ def history(name: str, as_json: JsonOption = False) -> None:
     """Every move of the model's aliases, with who and why."""
     from cluster.cli.output import print_table
 
-    rows = [vars(change) for change in _registry().history(name)]
+    registry = _registry()
+    rows = [vars(change) for change in registry.history(name)]
     columns = ("at", "alias", "from_version", "to_version", "actor", "reason")
     print_table(rows, columns, as_json=as_json, empty="no alias was ever set")
+    with contextlib.suppress(NotRunningError):
+        for edit in registry.foreign_edits(name):
+            typer.echo(f"warning: {edit}; that moves nothing, and will be undone", err=True)
 
 
 @app.command("alias")
@@ -140,6 +155,41 @@ def delete(
         typer.confirm(f"delete {wanted} and its package for good?", abort=True)
     registry.delete_version(wanted.name, wanted.version)
     print(f"{wanted} is deleted")
+
+
+def _details(ref: str) -> dict[str, Any]:
+    from cluster.model_package import open_version
+
+    version = _registry().resolve(ModelRef.parse(ref))
+    return {**_row(version), **_describe(open_version(version, load_settings()))}
+
+
+def _compare(versions: list[dict[str, Any]], as_json: bool) -> None:
+    """Metrics and size of two versions, and the difference of the second to the first."""
+    from cluster.cli.output import print_table
+
+    first, second = versions
+    labels = [f"{version['name']}/{version['version']}" for version in versions]
+    values = [
+        {**version["metrics"], "size_mb": sum(version["files"].values()) / 1e6}
+        for version in versions
+    ]
+    rows = []
+    for metric in sorted(values[0].keys() | values[1].keys()):
+        a, b = (found.get(metric) for found in values)
+        row: dict[str, Any] = {"metric": metric, labels[0]: a, labels[1]: b}
+        row["difference"] = b - a if a is not None and b is not None else None
+        rows.append(row)
+    shown = rows if as_json else [{k: _number(v) for k, v in row.items()} for row in rows]
+    columns = ("metric", *dict.fromkeys(labels), "difference")
+    print_table(shown, columns, as_json=as_json, empty="neither has metrics")
+    datasets = {version["lineage"]["dataset_digest"] for version in (first, second)}
+    if len(datasets) > 1 and not as_json:
+        print("they were measured on different datasets")
+
+
+def _number(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) else value
 
 
 def _registry() -> ModelRegistry:

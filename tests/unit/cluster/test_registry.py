@@ -178,6 +178,35 @@ def test_moves_are_remembered_and_mirrored(
     assert all(row[5] == "why |" for row in rows)
 
 
+def test_an_alias_moved_in_mlflow_is_noticed_reported_and_moves_nothing(
+    registry: ModelRegistry, settings: Settings, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        registry.register(name, package(settings))
+    move(registry, name, 1)
+    client = open_client(settings)
+    assert registry.foreign_edits(name) == []
+    client.set_registered_model_alias(name, "champion", "3")
+    client.set_registered_model_alias(name, "best", "2")
+    assert [str(edit) for edit in registry.foreign_edits(name)] == [
+        f"alias 'best' of '{name}' was moved in MLflow from none to version 2",
+        f"alias 'champion' of '{name}' was moved in MLflow from version 1 to version 3",
+    ]
+    assert registry.resolve(ModelRef.parse(name)).version == 1
+    with caplog.at_level(logging.WARNING):
+        move(registry, name, 2)
+    assert caplog.text.count("was moved in MLflow") == 2
+    assert client.get_registered_model(name).aliases == {"champion": "2"}
+    assert registry.foreign_edits(name) == []
+    with open_database(settings.database).connect() as connection:
+        targets = connection.scalars(
+            sa.select(database.audit_log.c.target).where(
+                database.audit_log.c.action == "alias_edited"
+            )
+        ).all()
+    assert sorted(targets) == [f"{name}@best", f"{name}@champion"]
+
+
 def test_a_description_written_in_mlflow_stays_above_a_long_history(
     registry: ModelRegistry, settings: Settings, name: str
 ) -> None:
