@@ -88,6 +88,34 @@ def test_an_onnx_file_becomes_a_candidate_that_can_be_shown_and_verified(
     assert "accuracy" not in run("show", f"{name}/1").stdout
 
 
+def test_two_versions_are_shown_side_by_side(home: Path, graph: Path, name: str) -> None:
+    run("import", str(graph), "--name", name)
+    run("import", str(graph), "--name", name)
+    (row,) = read("show", f"{name}/1", f"{name}/2")
+    assert row["metric"] == "size_mb"
+    assert row[f"{name}/1"] == row[f"{name}/2"] > 0
+    assert row["difference"] == 0
+    assert f"{name}/1".upper() in run("show", f"{name}/1", f"{name}/2").stdout
+    assert "has versions 1, 2" in fails(NotFoundError, "show", f"{name}/1", f"{name}/3")
+
+
+def test_this_machines_copy_verifies_while_storage_is_down(
+    home: Path, graph: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        run("import", str(graph), "--name", name)
+        if number == 1:
+            run("show", f"{name}/1")  # makes the copy
+    monkeypatch.setenv(
+        "HELIOSTAT_STORAGE_URL",
+        "s3://a:b@bucket/root?scheme=http&endpoint_override=127.0.0.1%3A9&region=us-east-1",
+    )
+    verified = run("verify", f"{name}/1")
+    assert "reading this machine's copy" in verified.stderr
+    assert "verified: sha256:" in verified.stdout
+    fails(NotRunningError, "verify", f"{name}/2")
+
+
 def test_a_tampered_package_does_not_verify(home: Path, graph: Path, name: str) -> None:
     run("import", str(graph), "--name", name)
     (row,) = read("list", name)
