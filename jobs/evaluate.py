@@ -19,7 +19,7 @@ from cluster.settings import Settings
 from cluster.tracking import RunTracker
 from jobs._entrypoint import run_job
 from jobs.data.dataset import Dataset
-from jobs.data.preparation import read_source
+from jobs.data.inspection import inspect
 from jobs.evaluation.config import EvaluateConfig
 from jobs.evaluation.evaluation import Evaluation
 from jobs.evaluation.graph import evaluate_graph
@@ -94,7 +94,8 @@ def check(config: EvaluateConfig, settings: Settings) -> None:
     version = ModelRegistry.open(settings).resolve(ModelRef.parse(config.model))
     find_evaluator(version)
     if config.data is not None:
-        read_source(config.data)
+        for line in inspect(config.data):
+            print(line)
     print(f"config is valid; would evaluate {version.name}/{version.version} on {config.split}")
 
 

@@ -23,6 +23,7 @@ FLOORS = {
 DOORS = {
     "mlflow": ("cluster/registry.py", "cluster/tracking.py"),
     "deepspeed": ("jobs/training/",),
+    "ray.data": ("jobs/data/ray_execution.py",),
     "ray.train": ("jobs/",),
     "ray.tune": ("jobs/",),
     "ray.serve": ("serve_apps/", "cluster/session"),

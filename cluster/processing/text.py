@@ -87,7 +87,7 @@ class TextProcessor:
         Raises:
             InputError: there is no template, or it refuses the conversation.
         """
-        guard = _SpecialTokenGuard(self._special_contents())
+        guard = SpecialTokenGuard(self._special_contents())
         rendered = self.render_chat([guard.hide(message) for message in messages])
         ids: list[int] = []
         for piece, is_users in guard.split(rendered):
@@ -238,7 +238,7 @@ class StopStrings:
         return 0
 
 
-class _SpecialTokenGuard:
+class SpecialTokenGuard:
     """Hides special tokens in message contents from the tokenizer, by marks no user can guess."""
 
     def __init__(self, special_tokens: Sequence[str]) -> None:
@@ -255,6 +255,10 @@ class _SpecialTokenGuard:
         for token, mark in zip(self._tokens, self._marks, strict=True):
             value = value.replace(token, mark)
         return value
+
+    def mark_of(self, token: str) -> str:
+        """What stands for a special token in a rendered text."""
+        return self._marks[self._tokens.index(token)]
 
     def split(self, rendered: str) -> list[tuple[str, bool]]:
         """Pieces of the rendered text; True where a piece is a user's special token."""
@@ -290,11 +294,20 @@ def _checked(text: str) -> str:
 @functools.lru_cache(maxsize=32)
 def _compile(source: str) -> Any:
     """A chat template, compiled as transformers does, but unable to reach or change anything."""
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(Extension):
+        """`{% generation %}` marks answers for training; here they are rendered as they are."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2's own name and type
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_template_error

@@ -3,9 +3,12 @@
     datasets/NAME/HEX/…             a dataset directory, named by its digest
     datasets/NAME/prepared/KEY      the digest that a config and source came to
 
+A source is known by its content; files also by size and time of change, so that a large corpus is
+not read again to find what was made of it.
+
 It knows nothing about how datasets are made or used.
 
-    catalog = DatasetCatalog(storage, cache_dir)
+    catalog = DatasetCatalog(storage, cache_dir, say=print)
     dataset, is_new = catalog.ensure(config)
 """
 
@@ -15,41 +18,86 @@ import hashlib
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.errors import NotFoundError
 from cluster.storage import Storage
 from jobs.data.config import DataConfig
+from jobs.data.corpus import Say, existing_tokenizer, plan_corpus
 from jobs.data.dataset import FORMAT_VERSION, Dataset
-from jobs.data.preparation import prepare_into, read_source
+from jobs.data.execution import Executor, in_process
+from jobs.data.preparation import Content, prepare_into, read_numbers, read_source
+from jobs.data.shards import Plan
 
 _ROOT = "datasets"
 _PREPARED = "prepared"
+_SETTLED_NS = 2_000_000_000
 
 
 class DatasetCatalog:
-    """Datasets under one storage root; `cache_dir` holds copies where the root is not a folder."""
+    """Datasets under one storage root.
 
-    def __init__(self, storage: Storage, cache_dir: Path) -> None:
+    Args:
+        cache_dir: holds copies where the root is not a folder.
+        choose_executor: where to read and encode text of that many bytes.
+        say: takes lines of progress.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        cache_dir: Path,
+        *,
+        choose_executor: Callable[[int], Executor] = lambda _size_bytes: in_process,
+        say: Say = lambda _line: None,
+    ) -> None:
         self._storage = storage
         self._cache_dir = cache_dir
+        self._choose_executor = choose_executor
+        self._say = say
 
     def ensure(self, config: DataConfig) -> tuple[Dataset, bool]:
         """The dataset for a config, and whether it had to be prepared."""
-        content = read_source(config)
+        if config.kind != "text":
+            return self._ensure(config, read_numbers(config))
+        plan = plan_corpus(config)
+        listing_key = _listing_key(config, plan)
+        if listing_key and (found := self._known(config, listing_key)):
+            return found, False
+        execute = self._choose_executor(plan.size_bytes)
+        content = read_source(config, plan=plan, execute=execute, say=self._say)
+        dataset, is_new = self._ensure(config, content)
+        if listing_key:
+            self._remember(config, listing_key, dataset.info.digest)
+        return dataset, is_new
+
+    def _ensure(self, config: DataConfig, content: Content) -> tuple[Dataset, bool]:
         key = preparation_key(config, content.digest)
-        known = f"{_ROOT}/{config.name}/{_PREPARED}/{key}"
-        if self._storage.exists(known):
-            digest = self._storage.read_bytes(known).decode()
-            if self._storage.exists(_directory(config.name, digest)):
-                return self.open(config.name, digest), False
+        if found := self._known(config, key):
+            return found, False
         with self._storage.staging() as stage:
             directory = stage / "dataset"
             directory.mkdir()
             digest = prepare_into(directory, config, content).digest
             self._storage.put_dir(directory, _directory(config.name, digest), move=True)
-        self._storage.write_bytes(known, digest.encode())
+        self._remember(config, key, digest)
         return self.open(config.name, digest), True
+
+    def _known(self, config: DataConfig, key: str) -> Dataset | None:
+        """What was prepared under this key, if it is still there."""
+        name = f"{_ROOT}/{config.name}/{_PREPARED}/{key}"
+        if not self._storage.exists(name):
+            return None
+        digest = self._storage.read_bytes(name).decode()
+        if not self._storage.exists(_directory(config.name, digest)):
+            return None
+        return self.open(config.name, digest)
+
+    def _remember(self, config: DataConfig, key: str, digest: str) -> None:
+        name = f"{_ROOT}/{config.name}/{_PREPARED}/{key}"
+        self._storage.write_bytes(name, digest.encode())
 
     def open(self, name: str, digest: str) -> Dataset:
         """Raises NotFoundError if it is not in storage, InputError if it has been damaged."""
@@ -94,6 +142,21 @@ def preparation_key(config: DataConfig, source_digest: str) -> str:
     }
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _listing_key(config: DataConfig, plan: Plan) -> str | None:
+    """Stands for the content of files as long as their sizes and times of change do.
+
+    None where a change could go unnoticed: a file that was written just now may be written again
+    within the resolution of its time.
+    """
+    newest_ns = max((file.mtime_ns for file in plan.files), default=0)
+    if not newest_ns or time.time_ns() - newest_ns < _SETTLED_NS:
+        return None
+    files = [(file.name, file.path, file.size_bytes, file.mtime_ns) for file in plan.files]
+    tokenizer = existing_tokenizer(config)
+    parts = [files, tokenizer.digest if tokenizer else ""]
+    return preparation_key(config, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
 def _directory(name: str, digest: str) -> str:

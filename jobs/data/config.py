@@ -37,12 +37,53 @@ class PythonTopicsSource(StrictModel):
     kind: Literal["python_topics"]
 
 
+def _without_a_secret(value: str) -> str:
+    if "@" in value.partition("://")[2].partition("/")[0]:
+        # The config is stored with the dataset and shown with every run.
+        raise ValueError("credentials belong in the environment (AWS_ACCESS_KEY_ID, …)")
+    return value
+
+
+Location = Annotated[str, AfterValidator(_without_a_secret), Field(min_length=1)]
+"""A path relative to where the job runs, or a URL: `s3://bucket/path`, `gs://…`, `file://…`;
+options of an object store follow a question mark (`?region=…&endpoint_override=…`)."""
+
+Locations = Annotated[tuple[Location, ...], Field(min_length=1)]
+"""Files or glob patterns: `corpus/**/*.jsonl`, `s3://bucket/corpus/*.parquet`."""
+
+
 class TextSource(StrictModel):
     """UTF-8 text files; each file is one document."""
 
     kind: Literal["text"]
-    paths: tuple[str, ...] = Field(min_length=1)
-    """Files or glob patterns (`corpus/**/*.txt`), relative to where the job runs."""
+    paths: Locations
+
+
+class JsonLinesSource(StrictModel):
+    """A JSON object per line, each one document; files may end in .gz, .bz2 or .zst."""
+
+    kind: Literal["jsonl"]
+    paths: Locations
+    text_field: str = "text"
+
+
+class ChatSource(StrictModel):
+    """A conversation per line: JSON with a list of `{"role": …, "content": …}`.
+
+    Roles are those that the tokenizer's chat template knows; the assistant's turns are learnt.
+    """
+
+    kind: Literal["chat"]
+    paths: Locations
+    messages_field: str = "messages"
+
+
+class ColumnarSource(StrictModel):
+    """Parquet files, or Arrow files (IPC file or stream format); each row is one document."""
+
+    kind: Literal["parquet", "arrow"]
+    paths: Locations
+    text_field: str = "text"
 
 
 class SklearnSource(StrictModel):
@@ -79,9 +120,8 @@ class TableSource(StrictModel):
         return self
 
 
-Source = Annotated[
-    PythonTopicsSource | TextSource | SklearnSource | TableSource, Field(discriminator="kind")
-]
+LanguageSource = PythonTopicsSource | TextSource | JsonLinesSource | ChatSource | ColumnarSource
+Source = Annotated[LanguageSource | SklearnSource | TableSource, Field(discriminator="kind")]
 
 
 class TableConfig(StrictModel):
@@ -115,6 +155,12 @@ class SplitConfig(StrictModel):
     document into a first part to train on, then validation, then test (for a single long text)."""
     seed: int = Field(0, ge=0, lt=2**63)
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Splits that must not be empty."""
+        shares = {"train": 1.0, "validation": self.validation, "test": self.test}
+        return tuple(split for split, share in shares.items() if share > 0)
+
     @model_validator(mode="after")
     def _something_is_left(self) -> SplitConfig:
         if self.validation + self.test >= 1:
@@ -128,12 +174,47 @@ class BpeTokenizer(StrictModel):
     kind: Literal["bpe"] = "bpe"
     vocab_size: int = Field(4096, ge=257, le=2**24)
     """256 bytes, the end-of-text token and merges; smaller if the corpus has fewer to give."""
+    train_bytes: int = Field(100_000_000, ge=1)
+    """Most text to learn merges from; documents are drawn evenly from the train split."""
+
+
+class CharacterTokenizer(StrictModel):
+    """A token for each character of the train split, and one that ends documents."""
+
+    kind: Literal["characters"]
+    more: str = ""
+    """Characters to know besides those. Any other in the data is refused by name; in a prompt it is
+    passed over."""
+
+
+class ExistingTokenizer(StrictModel):
+    """A Hugging Face tokenizer as it is: `tokenizer.json`, its configuration and chat template.
+    Code that comes with it is refused, never run."""
+
+    kind: Literal["existing"]
+    path: Location
+    """Directory."""
+    chat_template: Location | None = None
+    """A Jinja file to use, and to keep, in place of the tokenizer's own."""
+
+
+TokenizerConfig = Annotated[
+    BpeTokenizer | CharacterTokenizer | ExistingTokenizer, Field(discriminator="kind")
+]
 
 
 class TextConfig(StrictModel):
     """How text becomes rows of token ids."""
 
-    tokenizer: BpeTokenizer = BpeTokenizer()
+    tokenizer: TokenizerConfig = BpeTokenizer()
+    deduplicate: bool = True
+    """Keep the first of documents that are equal in every character."""
+    min_characters: int = Field(1, ge=0)
+    """Shorter documents are left out."""
+    max_characters: int | None = Field(None, ge=1)
+    """Longer documents are left out."""
+    long_conversations: Literal["cut", "drop"] = "cut"
+    """What to do with a conversation of more than `sequence_length` + 1 tokens."""
     sequence_length: int = Field(256, ge=2)
     """Tokens predicted per row; a row stores one more, to predict from."""
 
@@ -157,12 +238,23 @@ class DataConfig(StrictModel):
             return "images" if self.source.dataset == "digits" else "table"
         return "text"
 
+    @property
+    def source_of_text(self) -> LanguageSource:
+        assert not isinstance(self.source, SklearnSource | TableSource)
+        return self.source
+
     @model_validator(mode="after")
     def _options_fit_the_source(self) -> DataConfig:
         if self.kind != "text" and self.text != TextConfig():
             raise ValueError("'text' applies to text sources, and this one holds arrays")
         if self.kind != "text" and self.splits.by != "row":
             raise ValueError("arrays can only be split by row")
+        if self.source.kind == "chat" and self.splits.by != "row":
+            raise ValueError("conversations can only be split by row")
+        if self.source.kind == "chat" and self.text.tokenizer.kind != "existing":
+            raise ValueError(
+                "conversations need text.tokenizer of kind 'existing', with a chat template"
+            )
         if self.kind != "table" and self.table != TableConfig():
             raise ValueError(f"'table' applies to tables, and this source holds {self.kind}")
         return self

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +26,10 @@ from cluster.errors import InputError, NotFoundError
 from jobs.data.config import DataConfig
 from jobs.data.rows import Rows
 from jobs.data.table_info import TableInfo
+from jobs.data.tokenizer_files import TOKENIZER_FILE as TOKENIZER_FILE
 
 DATASET_FILE = "dataset.json"
 TOKENIZER_DIR = "tokenizer"
-TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 2
 
 TOKENS, DOCUMENT_STARTS, LOSS_MASK = "tokens", "document_starts", "loss_mask"
@@ -50,7 +51,7 @@ class ColumnInfo(StrictModel):
 class TextInfo(StrictModel):
     """What is particular to tokenised text."""
 
-    tokenizer: Literal["bpe"] = "bpe"
+    tokenizer: Literal["bpe", "characters", "existing"]
     vocab_size: int
     end_id: int
     """Token that ends a document."""
@@ -59,12 +60,34 @@ class TextInfo(StrictModel):
     chat_template_sha256: str = ""
     sequence_length: int
     has_loss_mask: bool = False
+    num_read: int
+    """Documents of the source."""
+    left_out: dict[str, int]
+    """Documents that are in no split, by reason: duplicate, too_short, too_long (in characters),
+    too_many_tokens, no_answer (nothing to learn from)."""
+    num_cut: int = 0
+    """Conversations of which only the beginning is kept."""
     num_documents: dict[str, int]
     """Documents of each split; cut by position, a document counts in each that it has a part of."""
     num_tokens: dict[str, int]
     """Tokens of each split, before packing."""
     unigram_entropy: float
-    """Nats per token of the validation split under the train split's token frequencies."""
+    """Nats per predicted token of the validation split under the train split's frequencies."""
+
+    def lines(self) -> Iterator[str]:
+        """What a user must know of what became of the documents."""
+        kept = ", ".join(f"{split} {count:,}" for split, count in self.num_documents.items())
+        yield f"documents {self.num_read:,} read: {kept}"
+        names = {"duplicate": "duplicates", "no_answer": "without an answer"}
+        if self.left_out:
+            reasons = (
+                f"{count:,} {names.get(reason, reason.replace('_', ' '))}"
+                for reason, count in self.left_out.items()
+            )
+            yield f"left out: {', '.join(reasons)}"
+        if self.num_cut:
+            yield f"cut to {self.sequence_length + 1} tokens: {self.num_cut:,} conversations"
+        yield "tokens: " + ", ".join(f"{s} {count:,}" for s, count in self.num_tokens.items())
 
 
 class DatasetInfo(StrictModel):

@@ -4,14 +4,17 @@ A row is found by its number without reading those before it, so a step can ask 
 knows nothing about what the columns mean.
 
     write_rows(path, {"tokens": array})          # array[row, ...]
+    with RowWriter.open(path, columns) as writer:
+        writer.add({"tokens": array})            # any number of rows at a time
     rows = Rows.open(path)
     rows.read(np.array([7, 3]))["tokens"]        # shape (2, ...)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +27,9 @@ import pyarrow as pa
 Array = npt.NDArray[Any]
 
 _SHAPES = b"shapes"
-ROWS_PER_BATCH = 1024
+_BATCH_ROWS = b"rows_per_batch"
+_MAX_BATCH_ROWS = 1024
+_MAX_BATCH_BYTES = 32 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -37,28 +42,74 @@ class Column:
 
 def write_rows(path: Path, columns: dict[str, Array]) -> int:
     """Write columns of equal length; returns the number of rows."""
-    (num_rows,) = {len(array) for array in columns.values()}
-    starts = range(0, num_rows, ROWS_PER_BATCH)
-    batches = (
-        {name: array[start : start + ROWS_PER_BATCH] for name, array in columns.items()}
-        for start in starts
-    )
     specs = {
         name: Column(str(array.dtype), tuple(array.shape[1:])) for name, array in columns.items()
     }
-    write_batches(path, specs, batches)
-    return num_rows
+    with RowWriter.open(path, specs) as writer:
+        writer.add(columns)
+    return writer.num_rows
 
 
-def write_batches(
-    path: Path, columns: dict[str, Column], batches: Iterable[dict[str, Array]]
-) -> None:
-    """Write batch after batch; all but the last must have `ROWS_PER_BATCH` rows."""
-    schema = _schema(columns)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch in batches:
-            arrays = [_to_arrow(batch[name], schema.field(name).type) for name in columns]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
+class RowWriter:
+    """Writes rows as they come, holding a batch at most; open it with `RowWriter.open`."""
+
+    def __init__(self, writer: Any, columns: dict[str, Column]) -> None:
+        self._writer = writer
+        self._columns = columns
+        self._batch_rows = rows_per_batch(columns)
+        self._held: list[dict[str, Array]] = []
+        self._num_held = 0
+        self.num_rows = 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path, columns: dict[str, Column]) -> Iterator[RowWriter]:
+        """The file is whole once the block has ended well."""
+        with (
+            pa.OSFile(str(path), "wb") as sink,
+            pa.ipc.new_file(sink, _schema(columns)) as arrow_writer,
+        ):
+            writer = cls(arrow_writer, columns)
+            yield writer
+            writer._write_held()
+
+    def add(self, columns: dict[str, Array]) -> None:
+        """Rows in the order given."""
+        (count,) = {len(array) for array in columns.values()}
+        start = 0
+        while count - start + self._num_held >= self._batch_rows:
+            end = start + self._batch_rows - self._num_held
+            self._hold(columns, start, end)
+            self._write_held()
+            start = end
+        if start < count:
+            self._hold(columns, start, count)
+
+    def _hold(self, columns: dict[str, Array], start: int, end: int) -> None:
+        # Copied: a slice would keep the whole of what was given.
+        self._held.append({name: columns[name][start:end].copy() for name in self._columns})
+        self._num_held += end - start
+        self.num_rows += end - start
+
+    def _write_held(self) -> None:
+        if not self._num_held:
+            return
+        schema = _schema(self._columns)
+        arrays = [
+            _to_arrow(np.concatenate([part[name] for part in self._held]), schema.field(name).type)
+            for name in self._columns
+        ]
+        self._writer.write_batch(pa.record_batch(arrays, schema=schema))
+        self._held, self._num_held = [], 0
+
+
+def rows_per_batch(columns: dict[str, Column]) -> int:
+    """Rows in all but the last batch of a file with these columns."""
+    row_bytes = sum(
+        np.dtype(column.dtype).itemsize * int(np.prod(column.shape, dtype=np.int64))
+        for column in columns.values()
+    )
+    return max(1, min(_MAX_BATCH_ROWS, _MAX_BATCH_BYTES // max(1, row_bytes)))
 
 
 def _schema(columns: dict[str, Column]) -> Any:
@@ -73,7 +124,11 @@ def _schema(columns: dict[str, Column]) -> Any:
         for name, column in columns.items()
     ]
     shapes = {name: list(column.shape) for name, column in columns.items()}
-    return pa.schema(fields, metadata={_SHAPES: json.dumps(shapes).encode()})
+    metadata = {
+        _SHAPES: json.dumps(shapes).encode(),
+        _BATCH_ROWS: str(rows_per_batch(columns)).encode(),
+    }
+    return pa.schema(fields, metadata=metadata)
 
 
 def _to_arrow(array: Array, arrow_type: Any) -> Any:
@@ -88,6 +143,7 @@ class Rows:
         self.path = path
         self._reader = reader
         shapes = json.loads(reader.schema.metadata[_SHAPES])
+        self._batch_rows = int(reader.schema.metadata[_BATCH_ROWS])
         self.columns = {
             field.name: Column(
                 str(np.dtype(field.type.value_type.to_pandas_dtype())),
@@ -105,7 +161,7 @@ class Rows:
 
     def read(self, ids: npt.NDArray[np.int64]) -> dict[str, Array]:
         """Copy the rows `ids`, in that order, one array per column."""
-        batch_ids, offsets = np.divmod(ids, ROWS_PER_BATCH)
+        batch_ids, offsets = np.divmod(ids, self._batch_rows)
         out = {
             name: np.empty((len(ids), *column.shape), dtype=column.dtype)
             for name, column in self.columns.items()

@@ -1,14 +1,12 @@
-"""Sources: where documents, tables and arrays come from, with a digest of what was read.
+"""Sources of tables and arrays, with a digest of what was read.
 
-It knows nothing about splits, tokens or storage.
+It knows nothing about splits or storage.
 
-    read_documents(PythonTopicsSource(kind="python_topics"))   # → Documents(texts, digest)
     read_arrays(SklearnSource(kind="sklearn", dataset="digits"))
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,24 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.errors import InputError
-from jobs.data.config import (
-    PythonTopicsSource,
-    SklearnSource,
-    TableConfig,
-    TableSource,
-    TextSource,
-)
+from jobs.data.config import SklearnSource, TableConfig, TableSource
 from jobs.data.table_files import CellTable, read_cells
 from jobs.data.tables import Table, make_table
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Texts in a fixed order, and a digest of their bytes."""
-
-    texts: tuple[str, ...]
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -45,62 +28,6 @@ class Arrays:
     columns: dict[str, npt.NDArray[Any]]
     class_names: tuple[str, ...]
     digest: str
-
-
-def read_documents(source: PythonTopicsSource | TextSource) -> Documents:
-    """Raises InputError for files that are missing, empty or not UTF-8."""
-    if isinstance(source, PythonTopicsSource):
-        return _documents(_python_topics())
-    return _documents(_read_text(path) for path in _text_files(source))
-
-
-def _documents(texts: Iterable[str]) -> Documents:
-    kept = tuple(texts)
-    return Documents(kept, _digest(text.encode("utf-8") for text in kept))
-
-
-def _python_topics() -> list[str]:
-    from pydoc_data.topics import topics
-
-    return [topics[name] for name in sorted(topics)]
-
-
-def _text_files(source: TextSource) -> list[Path]:
-    found: list[Path] = []
-    for pattern in source.paths:
-        matches = sorted(
-            Path(match)
-            for match in glob.glob(pattern, recursive=True)  # noqa: PTH207 - may be absolute
-            if Path(match).is_file()
-        )
-        if not matches:
-            raise InputError(
-                f"data file '{pattern}' does not exist (looked in {Path.cwd()})",
-                hint="correct data.source.paths",
-                param="data.source.paths",
-            )
-        found.extend(matches)
-    return list(dict.fromkeys(found))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"data file '{path}' is not UTF-8 text (byte {error.start})",
-            hint="convert it to UTF-8, e.g. with iconv",
-            param="data.source.paths",
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"data file '{path}' cannot be read: {error.strerror}",
-            hint="check its permissions",
-            param="data.source.paths",
-        ) from None
-    if not text.strip():
-        raise InputError(f"data file '{path}' is empty", hint="remove it from data.source.paths")
-    return text
 
 
 def read_table_file(source: TableSource, config: TableConfig) -> Table:

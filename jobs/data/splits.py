@@ -7,8 +7,6 @@ Pure functions of sizes and a seed. They know nothing about what a row is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -21,14 +19,15 @@ Ids = npt.NDArray[np.int64]
 
 def split_rows(num_rows: int, config: SplitConfig) -> dict[str, Ids]:
     """Row ids of each split, ascending; every row is in exactly one."""
-    return split_weighted([1] * num_rows, config)
+    return split_weighted(np.ones(num_rows, dtype=np.int64), config)
 
 
-def split_weighted(weights: Sequence[int], config: SplitConfig) -> dict[str, Ids]:
+def split_weighted(weights: npt.ArrayLike, config: SplitConfig) -> dict[str, Ids]:
     """As `split_rows`, where shares are of the total weight (say, characters of documents)."""
-    order = np.random.Generator(np.random.Philox(key=config.seed)).permutation(len(weights))
-    ends = np.cumsum(np.asarray(weights, dtype=np.int64)[order]) if len(weights) else np.zeros(0)
-    total = float(ends[-1]) if len(weights) else 0.0
+    sizes = np.asarray(weights, dtype=np.int64)
+    order = np.random.Generator(np.random.Philox(key=config.seed)).permutation(len(sizes))
+    ends = np.cumsum(sizes[order])
+    total = float(ends[-1]) if len(sizes) else 0.0
     num_test = int(np.searchsorted(ends, config.test * total, side="right"))
     num_held_out = int(
         np.searchsorted(ends, (config.test + config.validation) * total, side="right")
@@ -38,15 +37,6 @@ def split_weighted(weights: Sequence[int], config: SplitConfig) -> dict[str, Ids
         "validation": np.sort(order[num_test:num_held_out]),
         "test": np.sort(order[:num_test]),
     }
-
-
-def split_documents(texts: Sequence[str], config: SplitConfig) -> dict[str, list[str]]:
-    """The texts of each split, by whole documents or by position inside each."""
-    if config.by == "position":
-        pieces = [cut_by_position(text, config) for text in texts]
-        return {split: [piece[split] for piece in pieces if piece[split]] for split in SPLITS}
-    ids = split_weighted([len(text) for text in texts], config)
-    return {split: [texts[i] for i in ids[split]] for split in SPLITS}
 
 
 def cut_by_position(text: str, config: SplitConfig) -> dict[str, str]:

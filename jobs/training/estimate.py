@@ -14,10 +14,11 @@ import torch
 
 from jobs.data.cleaning import clean
 from jobs.data.config import DataConfig
+from jobs.data.corpus import plan_corpus
 from jobs.data.dataset import ColumnInfo
-from jobs.data.packing import token_dtype
-from jobs.data.preparation import read_source
-from jobs.data.sources import Arrays
+from jobs.data.inspection import expected_vocab_size
+from jobs.data.packing import token_columns, token_dtype
+from jobs.data.preparation import read_numbers
 from jobs.data.tables import Table
 from jobs.models.families import make_family
 from jobs.models.family import DataShape
@@ -98,8 +99,11 @@ def estimate(config: TrainConfig, world_size: int) -> Estimate:
 
 
 def expected_shape(config: DataConfig) -> DataShape:
-    """The shape that a dataset will have once it is prepared; reads the source."""
-    content = read_source(config)
+    """The shape that a dataset will have once it is prepared; reads no more of a text source than
+    its beginning."""
+    if config.kind == "text":
+        return _expected_text(config)
+    content = read_numbers(config)
     if isinstance(content, Table):
         cleaned = clean(content, config)
         columns = {
@@ -107,17 +111,21 @@ def expected_shape(config: DataConfig) -> DataShape:
             for name, array in cleaned.rows["train"].items()
         }
         return DataShape(columns, class_names=content.class_names, table=cleaned.info)
-    if isinstance(content, Arrays):
-        columns = {
-            name: ColumnInfo(dtype=str(array.dtype), shape=tuple(array.shape[1:]))
-            for name, array in content.columns.items()
-        }
-        return DataShape(columns, class_names=content.class_names)
-    text = config.text
-    vocab_size = text.tokenizer.vocab_size
-    dtype = token_dtype(vocab_size).__name__
-    columns = {"tokens": ColumnInfo(dtype=dtype, shape=(text.sequence_length + 1,))}
-    return DataShape(columns, vocab_size=vocab_size, sequence_length=text.sequence_length)
+    columns = {
+        name: ColumnInfo(dtype=str(array.dtype), shape=tuple(array.shape[1:]))
+        for name, array in content.columns.items()
+    }
+    return DataShape(columns, class_names=content.class_names)
+
+
+def _expected_text(config: DataConfig) -> DataShape:
+    plan_corpus(config)
+    vocab_size = expected_vocab_size(config)
+    length = config.text.sequence_length
+    is_chat = config.source.kind == "chat"
+    found = token_columns(length, token_dtype(vocab_size), has_loss_mask=is_chat)
+    columns = {name: ColumnInfo(dtype=c.dtype, shape=c.shape) for name, c in found.items()}
+    return DataShape(columns, vocab_size=vocab_size, sequence_length=length)
 
 
 def _num_held(model: torch.nn.Module, layout: Layout) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs.data.rows import ROWS_PER_BATCH, Rows, write_rows
+from jobs.data.rows import Column, Rows, RowWriter, rows_per_batch, write_rows
+
+COLUMNS = {"image": Column("float32", (2, 3)), "label": Column("int64", ())}
+ROWS_PER_BATCH = rows_per_batch(COLUMNS)
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +54,19 @@ def test_an_empty_split_can_be_written_and_read(tmp_path: Path) -> None:
     rows = Rows.open(tmp_path / "test.arrow")
     assert len(rows) == 0
     assert rows.read(np.zeros(0, np.int64))["tokens"].shape == (0, 9)
+
+
+def test_rows_may_be_written_in_pieces_of_any_size(
+    written: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    path, columns = written
+    pieces = tmp_path / "pieces.arrow"
+    with RowWriter.open(pieces, COLUMNS) as writer:
+        for start, end in itertools.pairwise([0, 1, 1, 700, 2000, len(columns["label"])]):
+            writer.add({name: values[start:end] for name, values in columns.items()})
+    assert writer.num_rows == len(columns["label"])
+    assert pieces.read_bytes() == path.read_bytes()
+
+
+def test_batches_of_long_rows_stay_small() -> None:
+    assert rows_per_batch({"tokens": Column("uint32", (131_073,))}) == 63

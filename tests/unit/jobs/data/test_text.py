@@ -8,40 +8,72 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from cluster.errors import InputError
 from jobs.data.config import SplitConfig
 from jobs.data.packing import pack
 from jobs.data.splits import SPLITS, cut_by_position, split_rows, split_weighted
+from jobs.data.tokenizer_files import TokenizerFiles
 from jobs.data.tokenizing import (
     END_OF_TEXT,
-    encode_documents,
-    train_tokenizer,
+    character_tokenizer,
+    make_encoder,
+    train_bpe,
     unigram_cross_entropy,
 )
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(["the cat sat on the mat\n" * 50], vocab_size=300)
+def files() -> TokenizerFiles:
+    return train_bpe(["the cat sat on the mat\n" * 50], vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(files: TokenizerFiles) -> Tokenizer:
+    return files.load()
 
 
 @given(text=st.text(max_size=200))
-def test_any_text_survives_encoding(tokenizer: Tokenizer, text: str) -> None:
-    (ids,) = encode_documents(tokenizer, [text])
+def test_any_text_survives_encoding(files: TokenizerFiles, tokenizer: Tokenizer, text: str) -> None:
+    (ids,) = make_encoder(files).encode([text])
     assert tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
 
 
-def test_chinese_has_no_unknown_tokens(tokenizer: Tokenizer) -> None:
+def test_chinese_has_no_unknown_tokens(files: TokenizerFiles, tokenizer: Tokenizer) -> None:
     text = "定日镜随太阳转动,把光线始终投向同一目标。"
-    (ids,) = encode_documents(tokenizer, [text])
+    (ids,) = make_encoder(files).encode([text])
     assert tokenizer.decode(ids[:-1].tolist()) == text
     assert None not in [tokenizer.id_to_token(i) for i in ids]
 
 
-def test_the_name_of_a_special_token_in_a_document_is_plain_text(tokenizer: Tokenizer) -> None:
-    (ids,) = encode_documents(tokenizer, [f"a{END_OF_TEXT}b"])
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    assert ids.tolist().count(end) == 1
-    assert ids[-1] == end
+def test_the_name_of_a_special_token_in_a_document_is_plain_text(files: TokenizerFiles) -> None:
+    (ids,) = make_encoder(files).encode([f"a{END_OF_TEXT}b"])
+    assert ids.tolist().count(files.end_id) == 1
+    assert ids[-1] == files.end_id
+
+
+@given(text=st.text(alphabet="ab 阳\n", max_size=60))
+def test_characters_are_encoded_alike_here_and_by_the_tokenizer(text: str) -> None:
+    files = character_tokenizer("阳 ab\n")
+    (ids,) = make_encoder(files, by_character=True).encode([text])
+    tokenizer = files.load()
+    assert ids[:-1].tolist() == tokenizer.encode(text).ids
+    assert tokenizer.decode(ids[:-1].tolist()) == text
+    assert files.vocab_size == 6
+
+
+def test_an_unknown_character_is_refused_by_name() -> None:
+    files = character_tokenizer("ab")
+    with pytest.raises(InputError, match=r"character '阳' is held out.*tokenizer\.more"):
+        make_encoder(files, by_character=True).encode(["ab", "a阳"])
+
+
+def test_a_long_text_is_encoded_in_pieces_and_loses_nothing(
+    files: TokenizerFiles, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.data.tokenizing._PIECE_CHARACTERS", 100)
+    text = "the cat\n\n  sat on 定日镜 the mat\n" * 50 + "x" * 250
+    (ids,) = make_encoder(files).encode([text])
+    assert tokenizer.decode(ids[:-1].tolist()) == text
 
 
 @given(num_tokens=st.integers(0, 500), length=st.integers(1, 40))
@@ -55,8 +87,8 @@ def test_packing_predicts_every_token_once(num_tokens: int, length: int) -> None
 
 
 def test_unigram_entropy_of_even_tokens_is_the_logarithm_of_their_number() -> None:
-    ids = np.arange(64, dtype=np.int64)
-    assert unigram_cross_entropy(ids, ids, 64) == pytest.approx(np.log(64))
+    counts = np.ones(64, dtype=np.int64)
+    assert unigram_cross_entropy(counts, counts) == pytest.approx(np.log(64))
 
 
 @given(
