@@ -28,6 +28,7 @@
     │   └── MissingToolError
     ├── NotRunningError              the local cluster is not up
     ├── StartError                   a part of the cluster did not start
+    ├── StoppedError                 it was asked to stop, did so in order, and can go on later
     └── JobFailedError               a submitted job ended badly
 
 The classes carry an HTTP status and a CLI exit code, so both faces map errors in one place.
@@ -207,6 +208,13 @@ class NotRunningError(HeliostatError):
 
 class StartError(HeliostatError):
     code = "start_failed"
+
+
+class StoppedError(HeliostatError):
+    """Its exit code is what a shell says of a process that SIGTERM ended."""
+
+    code = "stopped"
+    exit_code = 143
 
 
 class JobFailedError(HeliostatError):

@@ -30,6 +30,7 @@ from jobs.models.families import make_family
 from jobs.models.family import DataShape
 from jobs.prepare import describe, open_catalog
 from jobs.training.batching import BatchPlan
+from jobs.training.checkpoint_location import forget, open_store
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.estimate import estimate
@@ -41,7 +42,8 @@ from jobs.training.publishing import publish
 from jobs.training.ray_trainer import RayLauncher
 from jobs.training.reporter import Reporter, say
 from jobs.training.run_directory import RunDirectory, RunState
-from jobs.training.toolchain import require_compiler
+from jobs.training.starting_point import Start, check_tokenizer, find_start
+from jobs.training.toolchain import require_compiler, require_torch_compiler
 from jobs.training.worker import Outcome, WorkerJob
 
 _VERSIONS_OF = ("torch", "deepspeed", "ray", "transformers", "numpy", "pyarrow", "mlflow")
@@ -72,24 +74,32 @@ def train_and_register(
     launcher = make_launcher(config, settings)
     deepspeed_config = check_config(config, launcher.world_size)
     facts = launcher.check()
+    start = find_start(config, settings)
+    config = start.config
     with RunDirectory.of(config, settings.home).locked() as run:
-        state = run.begin(config.resume)
+        dataset, _ = open_catalog(settings).ensure(start.local.data)
+        say(describe(dataset.info))
+        state = begin(run, config, dataset)
         if state.result is not None and is_registered(state.result, settings):
             say(f"already trained: {state.result['name']}/{state.result['version']}")
             return state.result
-        dataset, _ = open_catalog(settings).ensure(config.data)
-        say(describe(dataset.info))
-        check_family(config, dataset)
+        check_family(start, dataset)
         facts = {
             **facts,
             "git_commit": find_commit(settings),
             "dataset_digest": dataset.info.digest,
         }
         with tracked(config, settings, deepspeed_config, launcher, facts, state, sweep) as tracker:
-            run.write(RunState(tracking_run_id=tracker.run_id))
+            state = state.model_copy(update={"tracking_run_id": tracker.run_id})
+            run.write(state)
             log_dataset(dataset, tracker)
             outcome = launcher.run(
-                WorkerJob(config, dataset.directory, run.path),
+                WorkerJob(
+                    start.local,
+                    dataset.directory,
+                    run.path,
+                    compiled_dir=settings.home / "cache" / "compiled",
+                ),
                 make_reporter(config, dataset, tracker),
             )
             version = publish(
@@ -101,18 +111,25 @@ def train_and_register(
                 job_id=facts.get("submission_id", facts.get("ray_job_id", "")),
                 git_commit=facts["git_commit"],
                 sweep_run_id=sweep.run_id if sweep else "",
+                base=start.base,
             )
             tracker.set_tags({"model_version": f"{version.name}/{version.version}"})
             result = make_result(outcome, version, dataset, tracker)
-            run.write(RunState(tracking_run_id=tracker.run_id, result=result))
+            run.write(state.model_copy(update={"result": result}))
         return result
+
+
+def begin(run: RunDirectory, config: TrainConfig, dataset: Dataset) -> RunState:
+    """What a run on this data goes on from."""
+    store = open_store(config.checkpoint, run.path, dataset.info.digest)
+    return run.begin(config.resume, dataset.info.digest, notify=say, forget=lambda: forget(store))
 
 
 def check(config: TrainConfig, settings: Settings) -> None:
     """Validate and estimate; the cluster is not touched."""
     world_size = make_launcher(config, settings).world_size
     check_config(config, world_size)
-    for line in estimate(config, world_size).lines():
+    for line in estimate(find_start(config, settings).local, world_size).lines():
         print(line)
 
 
@@ -131,12 +148,16 @@ def check_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     )
     deepspeed_config = make_deepspeed_config(config, plan)
     require_compiler(deepspeed_config)
+    if config.compile:
+        require_torch_compiler()
     return deepspeed_config
 
 
-def check_family(config: TrainConfig, dataset: Dataset) -> None:
+def check_family(start: Start, dataset: Dataset) -> None:
     """Raises before workers are placed if the data does not suit the model."""
-    check_metrics(config, make_family(config.model, DataShape.of(dataset.info)))
+    if start.base is not None and dataset.info.text is not None:
+        check_tokenizer(dataset, start.base)
+    check_metrics(start.local, make_family(start.local.model, DataShape.of(dataset.info)))
 
 
 def log_dataset(dataset: Dataset, tracker: RunTracker) -> None:
@@ -180,6 +201,7 @@ def make_reporter(config: TrainConfig, dataset: Dataset, tracker: RunTracker) ->
         steps=config.steps,
         units_per_step=config.batch_size * units_per_row,
         log_metrics=tracker.log_metrics,
+        log_dict=tracker.log_dict,
     )
 
 

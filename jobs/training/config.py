@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from cluster.config import StrictModel
 from jobs.data.config import DataConfig, Name
@@ -21,24 +21,29 @@ from jobs.models.config import Metric, ModelConfig
 def _default_weight_decay(values: dict[str, Any]) -> float:
     # As L2 in the gradient, 0.1 keeps adam and adagrad from learning: measured on digits with
     # adagrad, 150 steps, accuracy of chance.
-    return 0.1 if values.get("name") == "adamw" else 0.0
+    return 0.1 if values.get("name") in ("adamw", "muon") else 0.0
+
+
+def _default_momentum(values: dict[str, Any]) -> float:
+    return 0.95 if values.get("name") == "muon" else 0.9
 
 
 class OptimizerConfig(StrictModel):
     """How gradients change weights."""
 
-    name: Literal["adamw", "adam", "adagrad", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "adagrad", "sgd", "muon"] = "adamw"
+    """muon: the inner matrices' momentum is orthogonalised, all else is adamw's; ZeRO stage 0."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak value; the schedule scales it."""
     weight_decay: float = Field(default_factory=_default_weight_decay, ge=0)
-    """Decoupled for adamw (default 0.1), L2, added to the gradient, for the others (default 0);
-    matrices only, never biases or norms."""
+    """Decoupled for adamw and muon (default 0.1), L2, added to the gradient, for the others
+    (default 0); matrices only, never biases or norms."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """adamw and adam only."""
+    """adamw, adam, and muon's part that is adamw's."""
     epsilon: float = Field(1e-8, gt=0)
     """All but sgd."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """sgd only."""
+    momentum: float = Field(default_factory=_default_momentum, ge=0, lt=1)
+    """sgd (default 0.9) and muon (default 0.95)."""
 
 
 class ConstantSchedule(StrictModel):
@@ -112,7 +117,50 @@ class CheckpointConfig(StrictModel):
     every_steps: int = Field(100, ge=1)
     """The last step is always saved."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints kept; older ones are deleted after a newer one is safe."""
+    """Newest checkpoints kept, beside the best; others are deleted after a newer one is safe."""
+    location: str = ""
+    """Where they lie: a folder that all workers share, s3://bucket/prefix or gs://bucket/prefix;
+    empty means the run's own directory. A run whose home is lost goes on from there."""
+    blocking: bool = False
+    """Wait until a checkpoint is written, instead of writing it while training goes on."""
+
+    @field_validator("location")
+    @classmethod
+    def _no_secrets(cls, value: str) -> str:
+        if "@" in value.partition("://")[2].partition("?")[0].split("/")[0]:
+            raise ValueError(
+                "it holds credentials, and a config is stored with its run: give them in the "
+                "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            )
+        return value
+
+
+class RecoveryConfig(StrictModel):
+    """What counts as a step gone wrong, and how often a run goes back to its last checkpoint to
+    mask the rows at fault; `jobs.training.recovery` gives the reasons for the defaults."""
+
+    max_rollbacks: int = Field(3, ge=0)
+    """Of the same step; 0 ends the run at the first loss that is no number."""
+    max_quarantined_share: float = Field(0.01, ge=0, le=1)
+    """Of the training rows; but always as many as one batch."""
+    first_steps: int = Field(32, ge=4)
+    """No step counts as a spike before so many have been committed."""
+    window_steps: int = Field(64, ge=4)
+    """Committed steps that a spike is measured against."""
+    spike_factor: float = Field(1.5, ge=1)
+    """A spike is above this many times the median, and"""
+    spike_deviations: float = Field(10.0, ge=0)
+    """above the median by so many robust standard deviations, and"""
+    spike_rise: float = Field(1.0, ge=0)
+    """above the median by so much."""
+
+    @model_validator(mode="after")
+    def _window_holds_the_first(self) -> RecoveryConfig:
+        if self.first_steps > self.window_steps:
+            raise ValueError(
+                f"first_steps {self.first_steps} exceeds window_steps {self.window_steps}"
+            )
+        return self
 
 
 class ParallelismConfig(StrictModel):
@@ -149,6 +197,11 @@ class TrainConfig(StrictModel):
     """Rows per worker at a time; None means a worker's whole share at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16 (autocast), weights and optimizer in float32."""
+    compile: bool = False
+    """torch.compile, layer by layer; what was compiled is kept in the home for later runs."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each layer, and compute the rest again in the backward pass: less
+    memory, about a third more computing. causal_lm only."""
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 leaves gradients alone."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -171,6 +224,13 @@ class TrainConfig(StrictModel):
     of its finished run instead of training again. never: start anew."""
     max_failures: int = Field(3, ge=0)
     """How often Ray Train replaces lost workers, from the last checkpoint, before giving up."""
+    min_workers: int | None = Field(None, ge=1)
+    """Go on with so few of `num_workers` where no more can be placed, and with more when they can
+    be; None means never with less. A copy of the model stays whole."""
+    hang_timeout_s: float = Field(600.0, gt=0)
+    """A worker that shows no sign of life (a step, a batch of an evaluation) for so long has hung:
+    it and its peers are replaced. Longer than the slowest step, its compilation included."""
+    recovery: RecoveryConfig = RecoveryConfig()
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
     """An ordinary ds_config, passed on to DeepSpeed; only keys that other fields here decide are
     refused when they differ."""
@@ -196,8 +256,39 @@ class TrainConfig(StrictModel):
     def identity(self) -> str:
         """Hexadecimal digest of all that decides the result; the same identity is the same run."""
         values = self.model_dump(mode="json", exclude=set(_NO_PART_OF_IDENTITY))
+        values["deepspeed"] = {
+            key: value for key, value in self.deepspeed.items() if key not in _NO_PART_IN_DEEPSPEED
+        }
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-_NO_PART_OF_IDENTITY = ("launcher", "resume", "max_failures", "device", "log_every_steps")
+_NO_PART_OF_IDENTITY = (
+    "launcher",
+    "resume",
+    "max_failures",
+    "min_workers",
+    "hang_timeout_s",
+    "recovery",
+    "device",
+    "log_every_steps",
+    "num_workers",
+    "parallelism",
+    "threads_per_worker",
+    "micro_batch_size",
+    "checkpoint",
+    "compile",
+    "activation_checkpointing",
+)
+# How the same mathematics is divided among workers, and what is printed about it.
+_NO_PART_IN_DEEPSPEED = (
+    "zero_optimization",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing",
+    "tensor_parallel",
+)

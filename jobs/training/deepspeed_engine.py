@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,12 @@ from pydantic import ValidationError
 from cluster.errors import ConfigError
 from jobs.models.family import Batch
 from jobs.training.config import TrainConfig
+from jobs.training.deepspeed_state import common_of, set_common, state_of
 from jobs.training.engine import LossFunction, MeasureFunction
 from jobs.training.optimizers import make_optimizer
 from jobs.training.process_group import ProcessGroup
+from jobs.training.sharded_state import ShardedState
 
-_TAG = "deepspeed"
 # Raw keys under which DeepSpeed builds its own optimizer or sets the learning rate itself.
 _THEIR_OPTIMIZER, _THEIR_SCHEDULER = "optimizer", "scheduler"
 
@@ -79,7 +79,6 @@ def initialize(
             hint="correct the deepspeed section",
             param="deepspeed",
         ) from error
-    engine.checkpoint_engine = _guarded(engine.checkpoint_engine)
     return engine
 
 
@@ -145,6 +144,13 @@ class DeepSpeedEngine:
     def learning_rate(self) -> float:
         return self._learning_rate
 
+    def gradient_norm(self) -> float | None:
+        norm = self._engine.get_global_grad_norm()
+        if norm is None or self._engine.fp16_enabled():
+            # With fp16 an overflow is part of finding the loss scale.
+            return None
+        return float(norm)
+
     def measure(self, measure: MeasureFunction, batch: Batch) -> torch.Tensor:
         with torch.no_grad(), self._precision():
             return measure(self._engine, batch)
@@ -163,32 +169,11 @@ class DeepSpeedEngine:
         with deepspeed.zero.GatheredParameters(list(module.parameters())):
             yield module
 
-    def save(self, directory: Path) -> None:
-        writer: Any = self._engine.checkpoint_engine
-        writer.failure = None
-        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
-        if writer.failure is not None:
-            raise OSError(str(writer.failure)) from writer.failure
+    def state(self) -> ShardedState:
+        return state_of(self._engine)
 
-    def load(self, directory: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
-        assert path is not None, "a verified checkpoint holds what save wrote"
+    def common(self) -> dict[str, Any]:
+        return common_of(self._engine)
 
-
-def _guarded(writer: Any) -> Any:
-    """DeepSpeed's own writer, remembering a failure instead of raising it.
-
-    Raising would leave the other workers in the barrier that ends a save.
-    """
-    save = writer.save
-
-    def remember(state_dict: Any, path: str) -> None:
-        try:
-            save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError.
-            writer.failure = error
-
-    writer.save = remember
-    writer.failure = None
-    return writer
+    def set_common(self, values: dict[str, Any]) -> None:
+        set_common(self._engine, values)

@@ -1,4 +1,4 @@
-"""The seam between the loop and what computes: one optimizer step, and its state on disk.
+"""The seam between the loop and what computes: one optimizer step, and its state.
 
 The loop knows this Protocol only; `deepspeed_setup` provides it.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from jobs.models.family import Batch
+from jobs.training.sharded_state import ShardedState
 
 LossFunction = Callable[[torch.nn.Module, Batch], torch.Tensor]
 MeasureFunction = Callable[[torch.nn.Module, Batch], torch.Tensor]
@@ -35,6 +35,10 @@ class Engine(Protocol):
     def learning_rate(self) -> float:
         """The rate that the last step used."""
 
+    def gradient_norm(self) -> float | None:
+        """Norm of the last step's whole gradient, before clipping: infinite if it was no number,
+        None if it is not known."""
+
     def measure(self, measure: MeasureFunction, batch: Batch) -> torch.Tensor:
         """`measure` of the model and a batch, in the run's precision and without gradients; the
         same at all workers that share a copy of the model, which call it together."""
@@ -43,9 +47,11 @@ class Engine(Protocol):
         """Context that gives the first worker the model with all its weights; all enter together,
         and what the others get is of no use."""
 
-    def save(self, directory: Path) -> None:
-        """Write this worker's state; raises OSError if it cannot be written, after every worker
-        has tried, so that no worker waits for another."""
+    def state(self) -> ShardedState:
+        """This worker's share of weights and optimizer state, to save or to load into."""
 
-    def load(self, directory: Path) -> None:
-        """Read back what `save` wrote, with the same number of workers."""
+    def common(self) -> dict[str, Any]:
+        """What else the next step depends on, as plain JSON; the same at all workers."""
+
+    def set_common(self, values: dict[str, Any]) -> None:
+        """Take over what `common` gave, after the state has been loaded."""

@@ -70,6 +70,9 @@ class Saved:
     step: int
     size_bytes: int
     seconds: float
+    """From when the state was copied until the checkpoint was whole."""
+    blocked_s: float = 0.0
+    """Of these, how long training waited."""
 
 
 @dataclass(frozen=True)
@@ -90,5 +93,16 @@ class Fault:
     """What happened and what was done about it: one line."""
 
 
-Event = Started | Progress | Evaluated | Decided | Saved | Notice | Fault
+@dataclass(frozen=True)
+class Quarantined:
+    """Rows of the train split count no more."""
+
+    step: int
+    """The step that they made go wrong."""
+    rows: tuple[int, ...]
+    """All that are quarantined by now, sorted."""
+    reason: str
+
+
+Event = Started | Progress | Evaluated | Decided | Saved | Notice | Fault | Quarantined
 Sink = Callable[[Event], None]

@@ -38,6 +38,10 @@ class Step:
     loss: float
     """Mean over all that the step predicts, the same at every worker."""
     learning_rate: float
+    gradient_norm: float | None
+    """Over the whole model, before clipping; None if it was not computed."""
+    asked_to_stop: bool
+    """Some worker has been, so all end here."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,31 @@ class Feed:
         """The copy of the model that this worker belongs to."""
         return self.layout.copy_of(self.group.rank)
 
-    def micro_batches(self, step: int) -> list[Batch]:
-        ids = global_batch(
+    def ids(self, step: int) -> Ids:
+        """Of the whole step, over all workers."""
+        return global_batch(
             num_rows=len(self.rows), batch_size=self.plan.batch_size, seed=self.seed, step=step
         )
-        mine = ids_for_rank(ids, rank=self.copy, world_size=self.layout.num_copies)
-        parts = np.split(mine, self.plan.accumulation_steps)
-        return [to_batch(self.rows.read(part), self.group.device) for part in parts]
+
+    def micro_batches(self, step: int, masked: frozenset[int] = frozenset()) -> list[Batch]:
+        """Rows in `masked` keep their places, with a weight of 0."""
+        ids = self.ids(step)
+        # All workers must agree on whether there are weights: see `count_units`.
+        is_masked = np.isin(ids, list(masked)) if masked else np.zeros(len(ids), bool)
+        masks = is_masked if is_masked.any() else None
+        return [
+            self._batch(part, None if masks is None else np.isin(part, list(masked)))
+            for part in np.split(self._share(ids), self.plan.accumulation_steps)
+        ]
+
+    def _share(self, ids: Ids) -> Ids:
+        return ids_for_rank(ids, rank=self.copy, world_size=self.layout.num_copies)
+
+    def _batch(self, ids: Ids, is_masked: Array | None) -> Batch:
+        columns = self.rows.read(ids)
+        if is_masked is not None:
+            columns = mask_rows(columns, is_masked)
+        return to_batch(columns, self.group.device)
 
 
 def train_steps(
@@ -72,21 +94,35 @@ def train_steps(
     *,
     first_step: int,
     rate_scale: Callable[[], float] = lambda: 1.0,
+    masked: Callable[[int], frozenset[int]] = lambda _step: frozenset(),
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
-    """Take the steps from `first_step` (steps already done) to the last; `rate_scale` is asked
-    before each one for what past evaluations have made of the learning rate."""
+    """Take the steps from `first_step` (steps already done) to the last.
+
+    Args:
+        rate_scale: what past evaluations have made of the learning rate, asked before each step.
+        masked: the rows that do not count, asked before each step with the steps already done.
+        is_stopping: whether this worker has been asked to stop, asked after each step.
+    """
     for step in range(first_step, config.steps):
+        batches = feed.micro_batches(step, masked(step))
         engine.model.train()
         seed_everything(config.seed, step, feed.copy)
         rate = learning_rate(
             config.schedule, peak=config.optimizer.learning_rate, step=step, steps=config.steps
         )
-        batches = feed.micro_batches(step)
         loss = _share_of_mean(family, feed, count_units(family, batches, feed))
         mine = engine.train_step(loss, batches, rate * rate_scale())
-        # The mean of what workers have is the mean over the global batch: see `_share_of_mean`.
-        mean = float(feed.group.sum(mine)) / feed.group.world_size
-        yield Step(step + 1, mean, engine.learning_rate())
+        told = torch.stack([mine.cpu(), torch.tensor(float(is_stopping()))])
+        total, num_stopping = feed.group.sum(told).tolist()
+        yield Step(
+            number=step + 1,
+            # The mean of what workers have is that over the global batch: see `_share_of_mean`.
+            loss=total / feed.group.world_size,
+            learning_rate=engine.learning_rate(),
+            gradient_norm=engine.gradient_norm(),
+            asked_to_stop=num_stopping > 0,
+        )
 
 
 def count_units(family: Family, batches: Sequence[Batch], feed: Feed) -> float:
@@ -104,12 +140,28 @@ def _share_of_mean(family: Family, feed: Feed, num_units: float) -> LossFunction
     Engines take both means of gradients as of losses. So it is right however many units each
     micro-batch holds; a mean of the micro-batches' own means is not.
     """
-    scale = feed.plan.accumulation_steps * feed.plan.world_size / max(num_units, 1.0)
+    # Where nothing counts, the sum is 0 and so is the mean.
+    scale = feed.plan.accumulation_steps * feed.plan.world_size / (num_units or 1.0)
 
     def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return family.loss(model, batch) * scale
 
     return loss
+
+
+@torch.no_grad()
+def measure_rows(
+    engine: Engine, family: Family, feed: Feed, step: int, masked: frozenset[int]
+) -> list[float]:
+    """The loss of each row of a step, in the order of its ids, at every worker; nothing is learnt
+    from them, and those masked have a loss of no meaning."""
+    engine.model.eval()
+    batches = feed.micro_batches(step, masked)
+    mine = torch.cat([engine.measure(family.row_losses, batch).cpu() for batch in batches])
+    losses = torch.zeros(feed.plan.batch_size, dtype=torch.float64)
+    if feed.layout.part_of(feed.group.rank) == 0:
+        losses[feed.copy * len(mine) : (feed.copy + 1) * len(mine)] = mine.double()
+    return list(feed.group.sum(losses).tolist())
 
 
 @torch.no_grad()
@@ -121,8 +173,10 @@ def evaluate(
     batch_size: int,
     group: ProcessGroup,
     layout: Layout,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Metrics over all rows, shared among the workers; every worker gets them."""
+    """Metrics over all rows, shared among the workers; every worker gets them, and calls `beat`
+    after each batch."""
     engine.model.eval()
     total: torch.Tensor | None = None
     copy, speaks = layout.copy_of(group.rank), layout.part_of(group.rank) == 0
@@ -130,6 +184,7 @@ def evaluate(
         sums = engine.measure(family.measure, to_batch(rows.read(ids), group.device))
         sums = sums if counts and speaks else torch.zeros_like(sums)
         total = sums if total is None else total + sums
+        beat()
     assert total is not None, "a split that is evaluated has rows"
     return family.metrics(group.sum(total))
 
@@ -148,6 +203,17 @@ def _evaluation_ids(
         first = start + copy * batch_size
         ids = np.arange(first, min(first + batch_size, num_rows), dtype=np.int64)
         yield (ids, True) if len(ids) else (np.zeros(1, np.int64), False)
+
+
+def mask_rows(columns: dict[str, Array], is_masked: Array) -> dict[str, Array]:
+    """Give rows a weight of 0, and zeros for content: what made a loss infinite would otherwise
+    make 0 times infinity of it."""
+    found = {}
+    for name, array in columns.items():
+        found[name] = array.copy()
+        found[name][is_masked] = 0
+    weights = found.get(ROW_WEIGHT, np.ones(len(is_masked), np.float32))
+    return {**found, ROW_WEIGHT: np.where(is_masked, 0, weights).astype(np.float32)}
 
 
 def to_batch(columns: dict[str, Array], device: torch.device) -> Batch:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from cluster.config import StrictModel
 from jobs.training.monitor import MonitorState
+from jobs.training.recovery import RecoveryState
 
 
 class RunMemory(StrictModel):
@@ -18,5 +19,7 @@ class RunMemory(StrictModel):
 
     monitor: MonitorState = MonitorState()
     """What past evaluations have decided."""
+    recovery: RecoveryState = RecoveryState()
+    """What past losses say of the next."""
     quarantine: tuple[int, ...] = ()
     """Rows that are masked wherever they come up, sorted."""

@@ -11,9 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jobs.training.events import Decided, Evaluated, Event, Fault, Notice, Progress, Saved, Started
+from jobs.training.events import (
+    Decided,
+    Evaluated,
+    Event,
+    Fault,
+    Notice,
+    Progress,
+    Quarantined,
+    Saved,
+    Started,
+)
 
 LogMetrics = Callable[[dict[str, float], int], None]
+LogDict = Callable[[dict[str, Any], str], None]
 
 
 def say(text: str) -> None:
@@ -30,11 +41,13 @@ class Reporter:
         steps: int,
         units_per_step: int,
         log_metrics: LogMetrics,
+        log_dict: LogDict = lambda _values, _name: None,
         say: Callable[[str], None] = say,
     ) -> None:
         self._steps = steps
         self._units_per_step = units_per_step
         self._log_metrics = log_metrics
+        self._log_dict = log_dict
         self._say = say
         self._unit = "units"
 
@@ -86,6 +99,10 @@ class Reporter:
     def _notice(self, event: Notice) -> None:
         self._say(f"warning: {event.text}")
 
+    def _quarantined(self, event: Quarantined) -> None:
+        values = {"step": event.step, "rows": list(event.rows), "reason": event.reason}
+        self._log_dict(values, "quarantine.json")
+
     def _fault(self, event: Fault) -> None:
         self._say(f"{event.kind} at step {event.step}: {event.text}")
 
@@ -97,6 +114,7 @@ class Reporter:
         Saved: _saved,
         Notice: _notice,
         Fault: _fault,
+        Quarantined: _quarantined,
     }
 
 

@@ -8,35 +8,41 @@ It knows nothing of Ray, tracking or packages: it tells a sink, and returns what
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cluster.errors import JobFailedError
+from cluster.errors import StoppedError
 from jobs.data.dataset import Dataset
 from jobs.models.families import make_family
 from jobs.models.family import DataShape, Exported, Family
 from jobs.training.batching import BatchPlan
-from jobs.training.checkpointing import CheckpointStore
+from jobs.training.checkpoint_location import open_store
+from jobs.training.compiling import keep_compiled
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.deepspeed_setup import start_deepspeed
 from jobs.training.engine import Engine
-from jobs.training.events import Decided, Evaluated, Notice, Progress, Sink, Started
-from jobs.training.loop import Feed, Step, evaluate, train_steps
+from jobs.training.events import Decided, Evaluated, Fault, Notice, Progress, Sink, Started
+from jobs.training.healing import Healer, Masked
+from jobs.training.loop import Feed, Step, evaluate, measure_rows, train_steps
 from jobs.training.memory import RunMemory
 from jobs.training.monitor import check_metrics, explain, observe
 from jobs.training.parallelism import Layout
 from jobs.training.process_group import ProcessGroup, start_process_group
+from jobs.training.recovery import RecoveryPolicy
 from jobs.training.saving import Saver
 from jobs.training.speed import SpeedMeter
+from jobs.training.step_log import STEP_LOG_FILE, StepLog, StepRecord, digest_ids
+from jobs.training.stopping import IsStopping
+from jobs.training.watchdog import Watchdog
 
-CHECKPOINTS_DIR = "checkpoints"
 EXPORT_DIR = "export"
+_FETCHED_DIR = "fetched"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class WorkerJob:
     config: TrainConfig
     dataset_dir: Path
     run_dir: Path
+    compiled_dir: Path | None = None
+    """Where compiled code is kept for other workers and runs; None leaves that to torch."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +68,34 @@ class Outcome:
     """Time spent in steps, evaluations and checkpoints since the (last) start."""
 
 
-def run_worker(job: WorkerJob, sink: Sink) -> Outcome:
+def run_worker(job: WorkerJob, sink: Sink, is_stopping: IsStopping = lambda: False) -> Outcome:
     """Train from the newest checkpoint to the last step, then export.
 
     Raises:
-        JobFailedError: the loss is no longer a number.
-        ConflictError: the newest checkpoint was written by another number of workers.
+        JobFailedError: the loss is no longer a number, and going back does not help.
+        StoppedError: some worker's `is_stopping` said so; there is a checkpoint to resume from.
+        ConflictError: the newest checkpoint is of a model that is divided in another way.
     """
     torch.set_num_threads(job.config.threads_per_worker)
+    if job.compiled_dir is not None:
+        keep_compiled(job.compiled_dir)
     group = start_process_group()
     tell: Sink = sink if group.is_first else _tell_nobody
-    return _Worker(job, group, tell).run()
+
+    def report_hang(seconds: float) -> None:
+        # The second speaks where the first is the one that hangs.
+        if group.rank <= 1:
+            sink(Fault(0, "worker_hung", _hang_text(group.rank, seconds)))
+
+    with Watchdog(job.config.hang_timeout_s, report_hang) as watchdog:
+        return _Worker(job, group, tell, is_stopping, watchdog).run()
+
+
+def _hang_text(rank: int, seconds: float) -> str:
+    return (
+        f"worker {rank} has waited {seconds:.0f} s for the others (hang_timeout_s); it ends, so "
+        "that all are replaced"
+    )
 
 
 def _tell_nobody(_event: object) -> None:
@@ -78,8 +103,16 @@ def _tell_nobody(_event: object) -> None:
 
 
 class _Worker:
-    def __init__(self, job: WorkerJob, group: ProcessGroup, tell: Sink) -> None:
+    def __init__(
+        self,
+        job: WorkerJob,
+        group: ProcessGroup,
+        tell: Sink,
+        is_stopping: IsStopping,
+        watchdog: Watchdog,
+    ) -> None:
         config = job.config
+        self.is_stopping, self.watchdog = is_stopping, watchdog
         self.job, self.config, self.group, self.tell = job, config, group, tell
         self.dataset = Dataset.open(job.dataset_dir, verify=group.is_first)
         self.layout = Layout.of(config, group.world_size)
@@ -90,15 +123,43 @@ class _Worker:
         )
         self.family: Family = make_family(config.model, DataShape.of(self.dataset.info))
         check_metrics(config, self.family)
+        self.store = open_store(config.checkpoint, job.run_dir, self.dataset.info.digest)
+        rows = self.dataset.rows("train")
+        self.feed = Feed(rows, self.plan, config.seed, group, self.layout)
+        max_quarantined = round(config.recovery.max_quarantined_share * len(rows))
+        self.healer = Healer(
+            RecoveryPolicy(config.recovery),
+            self,
+            tell,
+            micro_batch_size=self.plan.micro_batch_size,
+            max_quarantined=max(max_quarantined, config.batch_size),
+        )
+        self._begin()
+
+    def _begin(self) -> None:
+        """A model as it is before the first step."""
+        config = self.config
         torch.manual_seed(config.seed)
         model = self.family.build()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine: Engine = start_deepspeed(
-            model, self.family, config, make_deepspeed_config(config, self.plan), group, self.layout
+            model,
+            self.family,
+            config,
+            make_deepspeed_config(config, self.plan),
+            self.group,
+            self.layout,
         )
         self.memory = RunMemory()
-        store = CheckpointStore(job.run_dir / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
-        self.saver = Saver(self.engine, store, group, tell)
+        self.saver = Saver(
+            self.engine,
+            self.store,
+            self.group,
+            self.layout,
+            self.tell,
+            scratch=self.job.run_dir / _FETCHED_DIR,
+            blocking=config.checkpoint.blocking,
+        )
 
     def run(self) -> Outcome:
         first_step = self._resume()
@@ -120,28 +181,53 @@ class _Worker:
     def _resume(self) -> int:
         """Steps already done."""
         restored = self.saver.restore()
-        if restored is None:
-            return 0
-        self.memory = restored.memory
-        return restored.step
+        if restored is not None:
+            self.memory = restored.memory
+        step = 0 if restored is None else restored.step
+        self.healer.recall(self.memory)
+        if self.group.is_first:
+            self.step_log = StepLog.resume(self.job.run_dir / STEP_LOG_FILE, step=step)
+        return step
+
+    def go_back(self) -> int:
+        self.watchdog.rest()
+        step = self._resume()
+        if step == 0:
+            # Nothing has been saved yet: the seed gives the same beginning again.
+            del self.engine, self.saver
+            self._begin()
+            self.healer.recall(self.memory)
+        self.watchdog.beat()
+        return step
+
+    def take_steps(self, first_step: int, masked: Masked) -> Iterator[Step]:
+        return train_steps(
+            self.engine,
+            self.family,
+            self.feed,
+            self.config,
+            first_step=first_step,
+            rate_scale=lambda: self.memory.monitor.rate_scale,
+            masked=masked,
+            is_stopping=self.is_stopping,
+        )
+
+    def look_into(self, step: int, masked: frozenset[int]) -> tuple[list[int], list[float]]:
+        losses = measure_rows(self.engine, self.family, self.feed, step, masked)
+        return self.feed.ids(step).tolist(), losses
 
     def _train(self, first_step: int) -> int:
         """The step it ends at: the last, or the one that early stopping chose."""
         if self.memory.monitor.stopped:
             return first_step
         config = self.config
-        feed = Feed(self.dataset.rows("train"), self.plan, config.seed, self.group, self.layout)
         meter = SpeedMeter(self.plan.batch_size * self.family.units_per_row)
-        for step in train_steps(
-            self.engine,
-            self.family,
-            feed,
-            config,
-            first_step=first_step,
-            rate_scale=lambda: self.memory.monitor.rate_scale,
-        ):
+        self.watchdog.beat()
+        for step in self.healer.steps(first_step):
+            self.watchdog.beat()
             meter.count()
             self.saver.poll()
+            self._log_for_audit(step)
             last = step.number == config.steps
             if last or step.number % config.log_every_steps == 0:
                 self._log(step, meter)
@@ -153,13 +239,45 @@ class _Worker:
                     self._observe(self._evaluate("validation", step.number), step.number)
             last = last or self.memory.monitor.stopped
             is_best = self.memory.monitor.best_step == step.number
+            last = last or step.asked_to_stop
             if last or is_best or step.number % config.checkpoint.every_steps == 0:
                 with meter.paused():
-                    self.saver.start(step.number, self.memory)
+                    self._save(step.number)
             if last:
+                self.watchdog.rest()
                 self.saver.wait()
+                self._end_if_asked(step)
                 return step.number
         return first_step
+
+    def _save(self, step: int) -> None:
+        self.memory = self.healer.remember(self.memory)
+        if self.group.is_first:
+            self.step_log.flush()
+        self.saver.start(step, self.memory)
+
+    def _end_if_asked(self, step: Step) -> None:
+        """A run that is at its end anyway goes on to it."""
+        is_over = step.number == self.config.steps or self.memory.monitor.stopped
+        if step.asked_to_stop and not is_over:
+            text = f"asked to stop at step {step.number} of {self.config.steps}"
+            self.tell(Fault(step.number, "stopped", text))
+            raise StoppedError(f"stopped at step {step.number}", hint="run it again to resume")
+
+    def _log_for_audit(self, step: Step) -> None:
+        if not self.group.is_first:
+            return
+        ids = self.feed.ids(step.number - 1)
+        self.step_log.add(
+            StepRecord(
+                step=step.number,
+                rows=digest_ids(ids),
+                loss=step.loss,
+                learning_rate=step.learning_rate,
+                world_size=self.group.world_size,
+                num_masked=sum(int(id_) in self.healer.quarantine for id_ in ids),
+            )
+        )
 
     def _observe(self, metrics: dict[str, float], step: int) -> None:
         # The first worker's decision is everybody's, whatever the last bit of their sums.
@@ -186,11 +304,6 @@ class _Worker:
         return best_step
 
     def _log(self, step: Step, meter: SpeedMeter) -> None:
-        if not math.isfinite(step.loss):
-            raise JobFailedError(
-                f"the loss is {step.loss} at step {step.number}",
-                hint="lower optimizer.learning_rate or lengthen schedule.warmup_steps",
-            )
         self.tell(Progress(step.number, step.loss, step.learning_rate, meter.units_per_s()))
 
     def _evaluate(self, split: str, step: int) -> dict[str, float]:
@@ -201,6 +314,7 @@ class _Worker:
             batch_size=self.plan.micro_batch_size,
             group=self.group,
             layout=self.layout,
+            beat=self.watchdog.beat,
         )
         self.tell(Evaluated(step, split, metrics))
         return metrics
@@ -214,6 +328,7 @@ class _Worker:
         }
 
     def _export(self) -> Exported:
+        self.watchdog.rest()
         directory = self.job.run_dir / EXPORT_DIR
         with self.engine.whole_model() as module:
             exported = None
