@@ -1,4 +1,4 @@
-"""What tests of every kind share: an environment without leftovers, and the local stack.
+"""What tests of every kind share: an environment without leftovers, an S3 server, the local stack.
 
 A test that asks for `stack` gets the one stack of the session, started by the real command on its
 own home and ports, so that a developer's own stack may run beside it.
@@ -7,7 +7,9 @@ own home and ports, so that a developer's own stack may run beside it.
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
+import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from cluster.settings import Settings
+from tests.servers import free_port, start_server, stop_server
 from tests.stack import Stack, new_stack
 from tests.tiny_models import save_llama
 
@@ -61,6 +64,26 @@ def stack(short_dir: Path) -> Iterator[Stack]:
     finally:
         down = started.run_cli("down")
         assert down.returncode == 0, down.stderr
+
+
+@pytest.fixture(scope="session")
+def s3_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Root of a bucket on a local S3 server, as `Storage.open` takes it."""
+    port = free_port()
+    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    log = tmp_path_factory.mktemp("s3") / "server.log"
+    process = start_server(command, f"http://127.0.0.1:{port}/moto-api/", log)
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
+    request.add_header(
+        "Authorization", "AWS4-HMAC-SHA256 Credential=test/20200101/us-east-1/s3/aws4_request"
+    )
+    with urllib.request.urlopen(request, timeout=10):
+        pass
+    yield (
+        f"s3://test:test@bucket/root?region=us-east-1&scheme=http"
+        f"&endpoint_override=127.0.0.1%3A{port}"
+    )
+    stop_server(process)
 
 
 @pytest.fixture(scope="session")

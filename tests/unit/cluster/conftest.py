@@ -1,80 +1,19 @@
-"""Real parts shared by the unit tests of the ground floor: an S3 server and an MLflow server."""
+"""Real parts shared by the unit tests of the ground floor."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.settings import Settings
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def start_server(
-    command: list[str], url: str, log: Path, **environment: str
-) -> subprocess.Popen[bytes]:
-    """Start a child in its own process group and wait until it answers at `url`."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return process
-        except OSError:
-            if process.poll() is not None:
-                break
-            time.sleep(0.1)
-    stop_server(process)
-    raise RuntimeError(f"{command[0]} did not start: {log.read_text()[-2000:]}")
-
-
-def stop_server(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, 15)
-        process.wait(10)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        process.kill()
-
-
-@pytest.fixture(scope="session")
-def s3_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Root of a bucket on a local S3 server, as `Storage.open` takes it."""
-    port = free_port()
-    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
-    log = tmp_path_factory.mktemp("s3") / "server.log"
-    process = start_server(command, f"http://127.0.0.1:{port}/moto-api/", log)
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
-    request.add_header(
-        "Authorization", "AWS4-HMAC-SHA256 Credential=test/20200101/us-east-1/s3/aws4_request"
-    )
-    with urllib.request.urlopen(request, timeout=10):
-        pass
-    yield (
-        f"s3://test:test@bucket/root?region=us-east-1&scheme=http"
-        f"&endpoint_override=127.0.0.1%3A{port}"
-    )
-    stop_server(process)
+from tests.servers import free_port, start_server, stop_server
 
 
 @pytest.fixture(scope="session")
