@@ -47,6 +47,12 @@ class ProcessGroup:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's value, by rank, at every worker."""
+        found: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(found, value)
+        return found
+
     def barrier(self) -> None:
         distributed.barrier()
 

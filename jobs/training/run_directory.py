@@ -8,7 +8,7 @@
 It knows nothing of training.
 
     with RunDirectory.of(config, settings.home).locked() as run:
-        run.begin(config.resume)
+        state = run.begin(config.resume, dataset.info.digest, notify=say)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -32,10 +32,20 @@ _STATE_FILE = "run.json"
 _LOCK_FILE = "lock"
 
 
+def _ignore(_text: str) -> None:
+    """Whoever begins a run without data is not told about data."""
+
+
+def _nothing() -> None:
+    """Nothing of the run is kept elsewhere."""
+
+
 class RunState(StrictModel):
     """What outlives a driver."""
 
     tracking_run_id: str = ""
+    dataset_digest: str = ""
+    """The data that it is trained on: other data makes another run of the same config."""
     result: dict[str, JsonValue] | None = None
     """Set once the model is registered: the run is finished."""
 
@@ -69,17 +79,37 @@ class RunDirectory:
                 ) from None
             yield self
 
-    def begin(self, resume: Literal["auto", "reuse", "never"]) -> RunState:
+    def begin(
+        self,
+        resume: Literal["auto", "reuse", "never"],
+        dataset_digest: str = "",
+        *,
+        notify: Callable[[str], None] = _ignore,
+        forget: Callable[[], None] = _nothing,
+    ) -> RunState:
         """What to go on from: the state of an interrupted run, or of a finished one to reuse.
 
-        Anything else is cleared away, and an empty state returned.
+        Anything else is cleared away, and a fresh state returned.
+
+        Args:
+            dataset_digest: of the data to train on; empty where it does not matter.
+            notify: told in one line if the data is no longer what the run began with.
+            forget: removes what is kept of the run elsewhere, when it starts anew.
         """
         state = self._read()
         finished = state.result is not None
-        if resume == "never" or (finished and resume == "auto"):
+        known = {state.dataset_digest, dataset_digest} - {""}
+        has_other_data = len(known) == 2
+        if has_other_data and resume != "never":
+            notify(
+                f"the data has changed since this run began ({state.dataset_digest}, now "
+                f"{dataset_digest}): it starts anew"
+            )
+        if resume == "never" or (finished and resume == "auto") or has_other_data:
             self._clear()
-            return RunState()
-        return state
+            forget()
+            state = RunState()
+        return state.model_copy(update={"dataset_digest": dataset_digest or state.dataset_digest})
 
     def write(self, state: RunState) -> None:
         write_json(self.path / _STATE_FILE, state.model_dump(mode="json"))

@@ -1,129 +1,209 @@
-"""Saving and restoring by all workers together: every one has its share, the first commits.
+"""Saving and restoring by all workers together, while training goes on.
 
-saver = Saver(engine, store, group, tell)
-restored = saver.restore()               # None: nothing to go on from
-saver.start(step, memory)
-saver.poll()                             # at every step
-saver.wait()                             # before the end
+`start` copies the state to host memory, which is all that training waits for. A thread of every
+worker then writes its file; at a later step boundary the workers agree that all have written, and a
+thread of the first worker commits. A save that is due before the last one is written waits for it,
+so that no checkpoint that was asked for is left out.
+
+    saver = Saver(engine, store, group, layout, tell, scratch=run_dir / "fetched")
+    restored = saver.restore()               # None: nothing to go on from
+    saver.start(step, memory)
+    saver.poll()                             # at every step
+    saver.wait()                             # before the end
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
-from cluster.errors import ConflictError
-from jobs.training.checkpointing import STATE_DIR, Checkpoint, CheckpointStore
+from jobs.training.checkpointing import CheckpointStore, Chunk, name_of
 from jobs.training.engine import Engine
-from jobs.training.events import Notice, Saved, Sink
+from jobs.training.events import Fault, Saved, Sink
+from jobs.training.fragments import HostBuffer, Image
+from jobs.training.manifest import FileRecord, Manifest, Range
 from jobs.training.memory import RunMemory
+from jobs.training.parallelism import Layout
 from jobs.training.process_group import ProcessGroup
+from jobs.training.restoring import Restored, Restorer
 
-Value = TypeVar("Value")
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Pending:
+    """A save that this worker has not yet been told is written everywhere."""
+
+    name: str
+    manifest: Manifest
+    """Its files still to come."""
+    best_step: int
+    began_at: float
+    writing: Future[_Written]
+    blocked_s: float = 0.0
 
 
 @dataclass(frozen=True)
-class Restored:
-    """Where training goes on from."""
+class _Written:
+    """What a worker has written, or why it could not."""
 
-    step: int
-    """Steps done."""
-    memory: RunMemory
+    file: str
+    record: FileRecord | None
+    problem: str = ""
 
 
 class Saver:
-    """The checkpoints of one run at one worker; every worker makes the same calls."""
+    """The checkpoints of one run at one worker; every worker makes the same calls.
+
+    Args:
+        scratch: where files of an object store may be copied to while they are read.
+        blocking: `start` returns when the checkpoint is whole.
+    """
 
     def __init__(
-        self, engine: Engine, store: CheckpointStore, group: ProcessGroup, tell: Sink
+        self,
+        engine: Engine,
+        store: CheckpointStore,
+        group: ProcessGroup,
+        layout: Layout,
+        tell: Sink,
+        *,
+        scratch: Path,
+        blocking: bool = False,
     ) -> None:
         self._engine, self._store, self._group, self._tell = engine, store, group, tell
+        self._layout, self._blocking = layout, blocking
+        self._copy, self._part = layout.copy_of(group.rank), layout.part_of(group.rank)
+        self._restorer = Restorer(engine, store, group, layout, tell, scratch=scratch)
+        # Attempts sort by time, and nobody else's has the same name.
+        self._session = group.from_first(f"{int(time.time()):010x}{uuid.uuid4().hex[:6]}")
+        self._num_saves = 0
+        self._buffer = HostBuffer(pin=group.device.type == "cuda")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._committing: Future[Saved | Fault] | None = None
 
     def start(self, step: int, memory: RunMemory) -> None:
         """Save the state as it is now.
 
         Failing to, on a full disk say, costs the checkpoint and not the training.
         """
-        started_at = time.monotonic()
-        try:
-            saved = self._save(step, memory)
-        except OSError as error:
-            self._tell(Notice(f"checkpoint at step {step} was not saved: {error}"))
-            return
-        if saved is not None:
-            self._tell(Saved(step, saved.size_bytes, time.monotonic() - started_at))
+        began_at = time.monotonic()
+        self._settle()
+        self._num_saves += 1
+        name = name_of(step, f"{self._session}{self._num_saves:06d}")
+        tensors, ranges = self._engine.state().share(self._copy, self._layout.num_copies)
+        image = self._buffer.fill(tensors)
+        manifest = Manifest(
+            step=step,
+            world_size=self._group.world_size,
+            tensor=self._layout.tensor,
+            pipeline=self._layout.pipeline,
+            memory=memory.model_dump(mode="json"),
+            engine=self._engine.common(),
+        )
+        writing = self._thread.submit(self._write, name, image, ranges)
+        self._pending = _Pending(name, manifest, memory.monitor.best_step, began_at, writing)
+        self._pending.blocked_s = time.monotonic() - began_at
+        if self._blocking:
+            self.wait()
 
     def poll(self) -> None:
         """Commit what all workers have written by now, if anything is being saved."""
+        if self._pending is not None:
+            is_done = torch.tensor([float(self._pending.writing.done())])
+            if int(self._group.sum(is_done)) == self._group.world_size:
+                self._settle()
+        if self._committing is not None and self._committing.done():
+            self._report()
 
     def wait(self) -> None:
         """Return once nothing is being saved."""
+        self._settle()
+        if self._committing is not None:
+            self._report()
 
     def restore(self, *, at: int | None = None, at_most: int | None = None) -> Restored | None:
-        """Load the newest checkpoint, at every worker; None if there is none.
+        """Load the newest checkpoint that is what was written, at every worker; None if there is
+        none. Those that are corrupt are set aside, each with a `Fault`.
 
         Args:
             at: the checkpoint of this step and no other.
-            at_most: the newest of this step or an earlier one.
+            at_most: the newest of this step or an earlier one; later ones are deleted, since the
+                run goes another way from there.
+
+        Raises:
+            ConflictError: the checkpoint is of a model that is divided in another way.
+            HeliostatError, OSError: the store cannot be used.
         """
         self.wait()
-        found: Checkpoint | None = None
+        return self._restorer.restore(at=at, at_most=at_most)
+
+    def _settle(self) -> None:
+        """Wait until every worker has written, and let the first one commit."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        waited_from = time.monotonic()
+        written: list[_Written] = self._group.gather(pending.writing.result())
+        pending.blocked_s += time.monotonic() - waited_from
         if self._group.is_first:
-            found = self._find(at, at_most)
-        found = self._group.from_first(found)
-        if found is None:
-            return None
-        if found.world_size != self._group.world_size:
-            raise ConflictError(
-                f"checkpoint {found.path.name} was written by {found.world_size} workers, and this "
-                f"run has {self._group.world_size}",
-                hint=f"run with {found.world_size} workers, or --set resume=never to start anew",
-            )
-        self._engine.load(found.state_dir)
-        return Restored(found.step, RunMemory.model_validate(found.memory))
+            self._report()
+            self._committing = self._thread.submit(self._finish, pending, written)
 
-    def _find(self, at: int | None, at_most: int | None) -> Checkpoint | None:
-        def notify(text: str) -> None:
-            self._tell(Notice(text))
+    def _report(self) -> None:
+        """Tell what became of a commit; at the first worker."""
+        committing, self._committing = self._committing, None
+        if committing is not None:
+            self._tell(committing.result())
 
-        if at is not None:
-            return self._store.at(at, notify=notify)
-        return self._store.newest(notify=notify, at_most=at_most)
-
-    def _save(self, step: int, memory: RunMemory) -> Checkpoint | None:
-        """One checkpoint by all workers; the first commits it and returns it."""
-        store, group = self._store, self._group
-        partial: Path | None
-        partial, problem = _attempt(lambda: store.begin(step)) if group.is_first else (None, "")
-        partial, problem = group.from_first((partial, problem))
-        if partial is None:
-            raise OSError(problem)
-        state_dir = partial / STATE_DIR
-        _, problem = _attempt(lambda: self._engine.save(state_dir))
-        num_failed = int(group.sum(torch.tensor([float(bool(problem))])))
-        if num_failed:
-            if group.is_first:
-                store.abandon(partial)
-            raise OSError(problem or f"{num_failed} worker(s) could not write")
-        if not group.is_first:
-            return None
-        return store.commit(
-            partial,
-            step,
-            world_size=group.world_size,
-            memory=memory.model_dump(mode="json"),
-            best_step=memory.monitor.best_step,
+    def _write(self, name: str, image: Image, ranges: dict[str, Range]) -> _Written:
+        """In a thread: write this worker's file."""
+        file, digest = f"rank-{self._group.rank:05d}.safetensors", hashlib.sha256()
+        try:
+            self._store.write(name, file, _digested(image.chunks(), digest))
+        except Exception as error:
+            _log.info("checkpoint %s: %s not written", name, file, exc_info=True)
+            return _Written(file, None, str(error) or type(error).__name__)
+        record = FileRecord(
+            size_bytes=image.size_bytes, sha256=digest.hexdigest(), part=self._part, ranges=ranges
         )
+        return _Written(file, record)
+
+    def _finish(self, pending: _Pending, written: list[_Written]) -> Saved | Fault:
+        """In a thread of the first worker: commit what all have written, or remove it."""
+        step = pending.manifest.step
+        try:
+            files = {one.file: one.record for one in written if one.record is not None}
+            if len(files) < len(written):
+                self._store.abandon(pending.name)
+                raise OSError(_why([one.problem for one in written if one.problem]))
+            manifest = pending.manifest.model_copy(update={"files": files})
+            self._store.commit(pending.name, manifest, best_step=pending.best_step)
+        except Exception as error:
+            _log.info("checkpoint %s not committed", pending.name, exc_info=True)
+            text = f"checkpoint at step {step} was not saved: {error or type(error).__name__}"
+            return Fault(step, "checkpoint_failed", text)
+        seconds = time.monotonic() - pending.began_at
+        blocked_s = seconds if self._blocking else pending.blocked_s
+        return Saved(step, manifest.size_bytes, seconds, blocked_s)
 
 
-def _attempt(action: Callable[[], Value]) -> tuple[Value | None, str]:
-    """The action's value and no problem, or no value and the problem in words."""
-    try:
-        return action(), ""
-    except OSError as error:
-        return None, str(error) or type(error).__name__
+def _digested(chunks: Iterable[Chunk], digest: Any) -> Iterator[Chunk]:
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+
+
+def _why(problems: list[str]) -> str:
+    workers = f"{len(problems)} worker(s) could not write"
+    return f"{workers}: {problems[0]}"

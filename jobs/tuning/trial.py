@@ -19,10 +19,10 @@ from typing import Any
 from cluster.errors import ConflictError, HeliostatError, JobFailedError
 from cluster.settings import Settings
 from jobs.prepare import open_catalog
-from jobs.train import SweepLink, check_config, log_dataset, make_reporter, tracked
+from jobs.train import SweepLink, begin, check_config, log_dataset, make_reporter, tracked
 from jobs.training.events import Evaluated, Event, Sink
 from jobs.training.ray_trainer import RayLauncher
-from jobs.training.run_directory import RunDirectory, RunState
+from jobs.training.run_directory import RunDirectory
 from jobs.training.worker import WorkerJob
 from jobs.tuning.plan import Plan, Trial
 
@@ -85,8 +85,8 @@ def train_trial(trial: Trial, sweep: Sweep) -> dict[str, float]:
     launcher.check()
     deepspeed_config = check_config(train_config, launcher.world_size)
     with held(RunDirectory.of(train_config, settings.home)) as run:
-        state = run.begin("auto")
         dataset, _ = open_catalog(settings).ensure(train_config.data)
+        state = begin(run, train_config, dataset)
         with tracked(
             train_config,
             settings,
@@ -96,7 +96,7 @@ def train_trial(trial: Trial, sweep: Sweep) -> dict[str, float]:
             state,
             sweep.link(trial),
         ) as tracker:
-            run.write(RunState(tracking_run_id=tracker.run_id))
+            run.write(state.model_copy(update={"tracking_run_id": tracker.run_id}))
             log_dataset(dataset, tracker)
             watch = _Watch(sweep.plan.metric, train_config.steps)
             report = make_reporter(train_config, dataset, tracker)

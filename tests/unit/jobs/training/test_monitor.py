@@ -24,7 +24,7 @@ OVERSHOOTING: dict[str, Any] = {
     "gradient_clipping": 0,
     "steps": 12,
     "evaluate_every_steps": 1,
-    "checkpoint": {"every_steps": 4, "keep": 1},
+    "checkpoint": {"every_steps": 4, "keep": 1, "blocking": True},
     "early_stopping": {"patience": 3},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,10 +51,61 @@ def test_one_driver_at_a_time(run: RunDirectory) -> None:
         pass
 
 
-def test_only_what_decides_the_result_makes_another_run(
-    make_config: MakeConfig, tmp_path: Path
+def test_other_data_under_the_same_config_makes_another_run(run: RunDirectory) -> None:
+    told: list[str] = []
+    forgotten: list[str] = []
+
+    def begin(digest: str) -> RunState:
+        return run.begin(
+            "reuse", digest, notify=told.append, forget=lambda: forgotten.append(digest)
+        )
+
+    state = begin("sha256:one").model_copy(update={"tracking_run_id": "abc"})
+    run.write(state)
+    assert begin("sha256:one") == state
+    assert (told, forgotten) == ([], [])
+    assert begin("sha256:two") == RunState(dataset_digest="sha256:two")
+    assert not (run.path / "checkpoints").exists()
+    assert forgotten == ["sha256:two"]
+    (line,) = told
+    assert "the data has changed since this run began (sha256:one, now sha256:two)" in line
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"launcher": "local", "max_failures": 0, "device": "cpu"},
+        {"num_workers": 1, "threads_per_worker": 2, "micro_batch_size": 1},
+        {"checkpoint": {"every_steps": 7, "keep": 3, "location": "s3://bucket/prefix"}},
+        {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}},
+    ],
+    ids=lambda values: ", ".join(values),
+)
+def test_what_does_not_decide_the_result_finds_the_same_run(
+    make_config: MakeConfig, tmp_path: Path, values: dict[str, Any]
 ) -> None:
     first = RunDirectory.of(make_config(), tmp_path).path
-    assert RunDirectory.of(make_config(launcher="local", max_failures=0), tmp_path).path == first
-    assert RunDirectory.of(make_config(seed=1), tmp_path).path != first
+    assert RunDirectory.of(make_config(**values), tmp_path).path == first
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": 1},
+        {"precision": "bf16"},
+        {"batch_size": 8},
+        {"deepspeed": {"bf16": {"enabled": True}}},
+    ],
+    ids=lambda values: ", ".join(values),
+)
+def test_what_decides_the_result_makes_another_run(
+    make_config: MakeConfig, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    first = RunDirectory.of(make_config(), tmp_path).path
+    assert RunDirectory.of(make_config(**values), tmp_path).path != first
     assert RunDirectory.of(make_config(run_name="other"), tmp_path).path.name.startswith("other-")
+
+
+def test_a_location_holds_no_credentials(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match="it holds credentials"):
+        make_config(checkpoint={"location": "s3://key:secret@bucket/prefix"})

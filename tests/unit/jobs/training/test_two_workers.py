@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from jobs.data.dataset import Dataset
+from jobs.training.checkpointing import FolderStore
 from jobs.training.config import TrainConfig
-from jobs.training.events import Event, Notice, Progress, Saved
+from jobs.training.events import Event, Fault, Progress, Saved
 from jobs.training.process_group import start_process_group
-from jobs.training.saving import Saver
 from jobs.training.worker import Outcome, WorkerJob, run_worker
 from tests.unit.jobs.training.conftest import MakeConfig
 from tests.unit.jobs.training.ranks import run_ranks
@@ -36,15 +36,15 @@ def train_on_a_full_disk(job: WorkerJob) -> list[Event]:
     def tell(event: Event) -> None:
         events.append(event)
 
-    save = Saver.start
+    write = FolderStore.write
 
-    def save_then_free_space(*arguments: Any) -> None:
+    def write_then_free_space(*arguments: Any) -> None:
         try:
-            save(*arguments)
+            write(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
 
-    Saver.start = save_then_free_space  # type: ignore[method-assign]
+    FolderStore.write = write_then_free_space  # type: ignore[method-assign]
     run_worker(job, tell)
     group.barrier()
     return events
@@ -78,8 +78,10 @@ def test_a_worker_that_cannot_write_costs_the_checkpoint_and_nothing_else(
     config: TrainConfig, digits: Dataset, tmp_path: Path
 ) -> None:
     events, _ = run_ranks(train_on_a_full_disk, WorkerJob(config, digits.directory, tmp_path), 2)
-    notices = [event.text for event in events if isinstance(event, Notice)]
-    assert notices == ["checkpoint at step 4 was not saved: 1 worker(s) could not write"]
+    faults = [event.text for event in events if isinstance(event, Fault)]
+    assert faults == [
+        "checkpoint at step 4 was not saved: 1 worker(s) could not write: [Errno 27] File too large"
+    ]
     assert [event.step for event in events if isinstance(event, Saved)] == [8]
     assert sorted(losses(events)) == list(range(1, 9))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

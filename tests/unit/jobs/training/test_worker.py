@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cluster.errors import ConfigError, InputError, JobFailedError
 from cluster.storage import Storage
 from jobs.data.catalog import DatasetCatalog
 from jobs.data.dataset import Dataset
-from jobs.training.checkpointing import CheckpointStore
+from jobs.training.checkpointing import FolderStore
 from jobs.training.config import TrainConfig
-from jobs.training.events import Evaluated, Event, Notice, Progress, Saved, Started
+from jobs.training.events import Evaluated, Event, Fault, Progress, Saved, Started
 from jobs.training.worker import Outcome, WorkerJob, run_worker
 from tests.unit.jobs.training.conftest import MakeConfig
+
+# Blocking, so that what is there when a run is interrupted does not depend on the disk.
+EVERY_3 = {"every_steps": 3, "blocking": True}
 
 
 class InterruptedRunError(Exception):
@@ -55,7 +58,7 @@ def run(config: TrainConfig, dataset: Dataset, run_dir: Path, recorder: Recorder
 def test_a_resumed_run_has_the_losses_of_an_unbroken_one(
     make_config: MakeConfig, digits: Dataset, tmp_path: Path
 ) -> None:
-    config = make_config(checkpoint={"every_steps": 3}, batch_size=12, micro_batch_size=4)
+    config = make_config(checkpoint=EVERY_3, batch_size=12, micro_batch_size=4)
     unbroken, first, second = Recorder(), Recorder(stop_after=5), Recorder()
     whole = run(config, digits, tmp_path / "unbroken", unbroken)
     with pytest.raises(InterruptedRunError):
@@ -78,39 +81,51 @@ def test_a_finished_training_only_measures_again(
 def test_a_save_that_fails_does_not_stop_the_training(
     make_config: MakeConfig, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = torch.save
-    calls = []
+    write = FolderStore.write
+    failures = iter([OSError(28, "No space left on device")])
 
-    def fail_once(*arguments: Any, **options: Any) -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
-        save(*arguments, **options)
+    def fail_once(store: FolderStore, *arguments: Any) -> None:
+        write(store, *arguments)
+        for failure in failures:
+            raise failure
 
-    monkeypatch.setattr(torch, "save", fail_once)
+    monkeypatch.setattr(FolderStore, "write", fail_once)
     recorder = Recorder()
     run(make_config(checkpoint={"every_steps": 4}), digits, tmp_path, recorder)
-    (notice,) = recorder.of(Notice)
-    assert "checkpoint at step 4 was not saved" in notice.text
+    (fault,) = recorder.of(Fault)
+    assert (fault.step, fault.kind) == (4, "checkpoint_failed")
+    assert "checkpoint at step 4 was not saved" in fault.text
+    assert "No space left on device" in fault.text
     assert [event.step for event in recorder.of(Saved)] == [8]
     assert sorted(recorder.losses()) == list(range(1, 9))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["latest", "step-00000008"]
 
 
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
 def test_a_corrupt_newest_checkpoint_costs_one_warning(
-    make_config: MakeConfig, digits: Dataset, tmp_path: Path
+    make_config: MakeConfig, digits: Dataset, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
-    config = make_config(checkpoint={"every_steps": 3})
+    config = make_config(checkpoint=EVERY_3)
     with pytest.raises(InterruptedRunError):
         run(config, digits, tmp_path, Recorder(stop_after=7))
-    newest = CheckpointStore(tmp_path / "checkpoints", keep=2).newest(notify=print)
-    assert newest is not None
-    assert newest.step == 6
-    next(newest.state_dir.rglob("*optim_states.pt")).write_bytes(b"")
+    damage(tmp_path / "checkpoints/step-00000006/rank-00000.safetensors")
     recorder = Recorder()
     run(config, digits, tmp_path, recorder)
-    assert len(recorder.of(Notice)) == 1
+    (fault,) = recorder.of(Fault)
+    assert fault.kind == "checkpoint_corrupt"
+    assert "step-00000006 is corrupt (rank-00000.safetensors has" in fault.text
+    assert (tmp_path / "checkpoints/corrupt-step-00000006").is_dir()
     assert recorder.of(Started)[0].first_step == 3
 
 
