@@ -78,6 +78,13 @@ class ChatSource(StrictModel):
     messages_field: str = "messages"
 
 
+class PythonHelpSource(StrictModel):
+    """What Python's functions do, asked and answered from their help: conversations that ship with
+    Python, about 1,700 of one question each."""
+
+    kind: Literal["python_help"]
+
+
 class ColumnarSource(StrictModel):
     """Parquet files, or Arrow files (IPC file or stream format); each row is one document."""
 
@@ -120,7 +127,10 @@ class TableSource(StrictModel):
         return self
 
 
-LanguageSource = PythonTopicsSource | TextSource | JsonLinesSource | ChatSource | ColumnarSource
+ConversationSource = ChatSource | PythonHelpSource
+LanguageSource = (
+    PythonTopicsSource | TextSource | JsonLinesSource | ColumnarSource | ConversationSource
+)
 Source = Annotated[LanguageSource | SklearnSource | TableSource, Field(discriminator="kind")]
 
 
@@ -239,6 +249,11 @@ class DataConfig(StrictModel):
         return "text"
 
     @property
+    def is_chat(self) -> bool:
+        """Whether the source holds conversations, of which the answers are learnt."""
+        return isinstance(self.source, ConversationSource)
+
+    @property
     def source_of_text(self) -> LanguageSource:
         assert not isinstance(self.source, SklearnSource | TableSource)
         return self.source
@@ -249,9 +264,9 @@ class DataConfig(StrictModel):
             raise ValueError("'text' applies to text sources, and this one holds arrays")
         if self.kind != "text" and self.splits.by != "row":
             raise ValueError("arrays can only be split by row")
-        if self.source.kind == "chat" and self.splits.by != "row":
+        if self.is_chat and self.splits.by != "row":
             raise ValueError("conversations can only be split by row")
-        if self.source.kind == "chat" and self.text.tokenizer.kind != "existing":
+        if self.is_chat and self.text.tokenizer.kind != "existing":
             raise ValueError(
                 "conversations need text.tokenizer of kind 'existing', with a chat template"
             )

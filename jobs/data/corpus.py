@@ -88,7 +88,7 @@ class Corpus:
             sequence_length=text.sequence_length,
             vocab_size=files.vocab_size,
             pad_id=files.pad_id,
-            is_chat=self.config.source.kind == "chat",
+            is_chat=self.config.is_chat,
         ) as writer:
             for arrays in self.execute(functools.partial(encode_shard, job), tasks):
                 writer.add(arrays)
@@ -108,7 +108,7 @@ class Corpus:
             pad_id=files.pad_id,
             chat_template_sha256=hashlib.sha256(template.encode()).hexdigest() if template else "",
             sequence_length=self.config.text.sequence_length,
-            has_loss_mask=self.config.source.kind == "chat",
+            has_loss_mask=self.config.is_chat,
             num_read=len(self.index),
             left_out={
                 reason: count for reason, count in {**left_out, **written.left_out}.items() if count

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from cluster.errors import InputError
 from jobs.data.chat import make_chat_encoder
-from jobs.data.config import LanguageSource, SplitConfig
+from jobs.data.config import ConversationSource, LanguageSource, SplitConfig
 from jobs.data.documents import Document, batched, measure
 from jobs.data.execution import Arrays
 from jobs.data.index import IN_PARTS, LEFT_OUT, Fates, shard_digest
@@ -66,7 +66,7 @@ def encode_shard(job: EncodeJob, task: EncodeTask) -> Iterator[Arrays]:
     Raises:
         InputError: a document cannot be encoded, or is not what it was when it was indexed.
     """
-    encode = _encode_chats if job.source.kind == "chat" else _encode_texts
+    encode = _encode_chats if isinstance(job.source, ConversationSource) else _encode_texts
     for batch in batched(_pieces(job, task), lambda piece: piece.document.num_characters):
         yield encode(job, batch)
 

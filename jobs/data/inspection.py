@@ -67,7 +67,7 @@ def _num_tokens(config: DataConfig, documents: list[Document]) -> int:
     files = existing_tokenizer(config)
     if files is None:
         return 0
-    if config.source.kind != "chat":
+    if not config.is_chat:
         texts = [document.text for document in documents]
         return sum(len(ids) for ids in make_encoder(files).encode(texts))
     encoder = make_chat_encoder(files)

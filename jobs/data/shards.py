@@ -21,11 +21,13 @@ from jobs.data.config import (
     ColumnarSource,
     JsonLinesSource,
     LanguageSource,
+    PythonHelpSource,
     PythonTopicsSource,
 )
 from jobs.data.documents import Document
 from jobs.data.locations import SourceFile, list_files, opened
 from jobs.data.parts import Part
+from jobs.data.python_help import python_help
 
 _SHARD_BYTES = 32 * 1024**2
 # A document is held whole, a few times over while it is tokenised.
@@ -61,7 +63,7 @@ def plan_shards(source: LanguageSource, shard_bytes: int = _SHARD_BYTES) -> Plan
     Raises:
         InputError: a file is missing, or is not what the source says.
     """
-    if isinstance(source, PythonTopicsSource):
+    if isinstance(source, PythonTopicsSource | PythonHelpSource):
         return Plan((), (Shard(()),))
     files = list_files(source.paths)
     if isinstance(source, ColumnarSource):
@@ -83,6 +85,9 @@ def read_shard(source: LanguageSource, shard: Shard) -> Iterator[Document]:
     """
     if isinstance(source, PythonTopicsSource):
         yield from _python_topics()
+        return
+    if isinstance(source, PythonHelpSource):
+        yield from python_help()
         return
     for part in shard.parts:
         if isinstance(source, ColumnarSource):

@@ -30,7 +30,7 @@ from jobs.training.parallelism import Layout
 
 _FP32_BYTES = 4
 # Numbers that an optimizer keeps per parameter.
-_OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1}
+_OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1, "muon": 2}
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,7 @@ def _expected_text(config: DataConfig) -> DataShape:
     plan_corpus(config)
     vocab_size = expected_vocab_size(config)
     length = config.text.sequence_length
-    is_chat = config.source.kind == "chat"
-    found = token_columns(length, token_dtype(vocab_size), has_loss_mask=is_chat)
+    found = token_columns(length, token_dtype(vocab_size), has_loss_mask=config.is_chat)
     columns = {name: ColumnInfo(dtype=c.dtype, shape=c.shape) for name, c in found.items()}
     return DataShape(columns, vocab_size=vocab_size, sequence_length=length)
 
