@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cluster.errors import NotRunningError, StartError
+from cluster.errors import NotRunningError, StartError, StoppedError
 from cluster.observability.write_queue import WriteQueue
 from cluster.settings import Settings
 
@@ -204,7 +204,8 @@ class RunTracker:
         if kind is None:
             self.finish()
         else:
-            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
+            failed = issubclass(kind, Exception) and not issubclass(kind, StoppedError)
+            self.finish("FAILED" if failed else "KILLED")
 
     def _try(self, what: str, write: Callable[[], Any]) -> None:
         try:

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from cluster.config import ConfigType, load_config
-from cluster.errors import HeliostatError, UsageError, as_machine_error
+from cluster.errors import HeliostatError, StoppedError, UsageError, as_machine_error
 from cluster.settings import Settings, load_settings
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -38,7 +38,8 @@ def run_job(
     run: Callable[[ConfigType, Settings], None],
     check: Callable[[ConfigType, Settings], None],
 ) -> NoReturn:
-    """Parse the command line, do the job and exit: 0 done, 1 failed, 2 wrong usage."""
+    """Parse the command line, do the job and exit: 0 done, 1 failed, 2 wrong usage, 130 and 143
+    interrupted and stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -46,6 +47,9 @@ def run_job(
         config = load_config(arguments.config, config_type, arguments.overrides)
         action = check if arguments.check else run
         action(config, load_settings())
+    except StoppedError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     except HeliostatError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

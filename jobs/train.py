@@ -33,6 +33,7 @@ from jobs.training.batching import BatchPlan
 from jobs.training.checkpoint_location import forget, open_store
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
+from jobs.training.elastic import check_worker_counts
 from jobs.training.estimate import estimate
 from jobs.training.launchers import Launcher, LocalLauncher, follow
 from jobs.training.monitor import check_metrics
@@ -141,6 +142,8 @@ def make_launcher(config: TrainConfig, settings: Settings) -> Launcher:
 
 def check_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """The ds_config that workers will use; raises before anything is started."""
+    if config.launcher == "ray":
+        check_worker_counts(config)
     plan = BatchPlan.make(
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,

@@ -60,6 +60,8 @@ def ray_variables(settings: Settings) -> dict[str, str]:
         "RAY_START_HOOK": "cluster.session.ray_start_hook.close_doors",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        # A job that is stopped has so long to save a checkpoint; Ray's 3 s are too few.
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
         "RAY_TMPDIR": str(scratch_dir(settings.home)),
         "DASHBOARD_METRIC_PORT": str(settings.dashboard_metrics_port),
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",

@@ -22,6 +22,10 @@ FaultKind = Literal[
 ]
 
 
+UNKNOWN_STEP = -1
+"""Step of a fault that is noticed where steps are not known."""
+
+
 @dataclass(frozen=True)
 class Started:
     """A worker group is ready; sent again after each recovery."""

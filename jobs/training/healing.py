@@ -11,7 +11,7 @@ fault are quarantined, and the step is taken without them. It knows nothing of e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
 from cluster.errors import JobFailedError
@@ -76,7 +76,7 @@ class Healer:
         while position is not None:
             position = yield from self._until_a_fault(position)
 
-    def _until_a_fault(self, first_step: int) -> Iterator[Step]:
+    def _until_a_fault(self, first_step: int) -> Generator[Step, None, int | None]:
         """Yields the steps to keep; returns where to go on from, or None at the end."""
         for step in self._actions.take_steps(first_step, self._masked):
             seen = StepSeen(step.number, step.loss, step.gradient_norm)

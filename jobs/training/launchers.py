@@ -10,6 +10,7 @@ from typing import Protocol
 
 from jobs.training.events import Event, Sink
 from jobs.training.process_group import start_process_group
+from jobs.training.stopping import stop_on_sigterm
 from jobs.training.worker import Outcome, WorkerJob, run_worker
 
 
@@ -27,7 +28,11 @@ class Launcher(Protocol):
         """
 
     def run(self, job: WorkerJob, sink: Sink) -> Outcome:
-        """Train; `sink` is called in this process."""
+        """Train; `sink` is called in this process.
+
+        Raises:
+            StoppedError: SIGTERM asked for it; the run can go on later.
+        """
 
 
 class LocalLauncher:
@@ -45,13 +50,15 @@ class LocalLauncher:
 
     def run(self, job: WorkerJob, sink: Sink) -> Outcome:
         group = start_process_group()
-        return run_worker(group.from_first(job), sink)
+        with stop_on_sigterm() as request:
+            return run_worker(group.from_first(job), sink, request.is_set)
 
 
 def follow() -> None:
     """What torchrun's other workers do: wait for the first one's job, and work on it."""
     job: WorkerJob = start_process_group().from_first(None)
-    run_worker(job, _ignore)
+    with stop_on_sigterm() as request:
+        run_worker(job, _ignore, request.is_set)
 
 
 def _ignore(_event: Event) -> None:

@@ -10,7 +10,9 @@ since the controller forgets one that was reported just before a kill; so nothin
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -26,12 +28,15 @@ from typing import Any
 from cluster.errors import HeliostatError, JobFailedError, MachineError, NotRunningError
 from cluster.settings import Settings
 from jobs.training.config import TrainConfig
-from jobs.training.events import Sink
+from jobs.training.events import UNKNOWN_STEP, Event, Fault, Progress, Sink
+from jobs.training.stopping import StopRequest, stop_on_sigterm
 from jobs.training.worker import Outcome, WorkerJob, run_worker
 
 # Set by Ray for the process that a submitted job starts.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _CONNECT_TIMEOUT_S = 5
+_RESIZE_INTERVAL_S = 30.0
+_ELASTIC_START_TIMEOUT_S = 20.0
 
 
 class RayLauncher:
@@ -64,27 +69,26 @@ class RayLauncher:
 
     def run(self, job: WorkerJob, sink: Sink) -> Outcome:
         """Raises JobFailedError if workers fail more than `max_failures` times."""
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        from jobs.training.ray_callbacks import GiveUpOnOurErrors
+        from jobs.training.ray_callbacks import OnLostWorkers
 
         scratch = self._settings.home / "ray_train"
         name = f"{job.run_dir.name}-{uuid.uuid4().hex[:8]}"
-        with _forwarded(sink) as queue:
+        os.environ.update(_watching(self._config))
+        with _forwarded(sink) as queue, _stop_carried() as stop:
             trainer = TorchTrainer(
                 _work,
-                train_loop_config={"job": job, "queue": queue},
+                train_loop_config={"job": job, "queue": queue, "stop": stop},
                 torch_config=TorchConfig(backend="nccl" if self._use_gpu else "gloo"),
-                scaling_config=ScalingConfig(
-                    num_workers=self._config.num_workers, use_gpu=self._use_gpu
-                ),
+                scaling_config=self._scaling(),
                 run_config=RunConfig(
                     # A name of its own: Train would otherwise take up its own record of the run.
                     name=name,
                     storage_path=str(scratch),
                     failure_config=FailureConfig(max_failures=self._config.max_failures),
-                    callbacks=[GiveUpOnOurErrors()],
+                    callbacks=[OnLostWorkers(queue.put)],
                 ),
             )
             try:
@@ -96,10 +100,32 @@ class RayLauncher:
         outcome: Outcome = result.return_value
         return outcome
 
+    def _scaling(self) -> Any:
+        from ray.train import ScalingConfig
+
+        most = self._config.num_workers
+        least = self._config.min_workers or most
+        return ScalingConfig(
+            num_workers=most if least == most else (least, most),
+            use_gpu=self._use_gpu,
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
+        )
+
 
 def _work(arguments: dict[str, Any]) -> Outcome:
     """A worker's whole life, in its own process."""
-    return run_worker(arguments["job"], arguments["queue"].put)
+    request = StopRequest()
+    threading.Thread(target=_listen, args=(arguments["stop"], request), daemon=True).start()
+    return run_worker(arguments["job"], arguments["queue"].put, request.is_set)
+
+
+def _watching(config: TrainConfig) -> dict[str, str]:
+    """How soon Ray Train gives a worker up; its controller is told by these variables."""
+    values = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(config.hang_timeout_s)}
+    if config.min_workers is not None:
+        # It waits so long for a lost node before it makes do with those that are left.
+        values["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_ELASTIC_START_TIMEOUT_S)
+    return values
 
 
 def connected(settings: Settings) -> Any:
@@ -183,8 +209,67 @@ def _forwarded(sink: Sink) -> Iterator[Any]:
 
 
 def _forward(queue: Any, sink: Sink) -> None:
+    tell = _with_steps(sink)
     while (event := queue.get()) is not None:
+        tell(event)
+
+
+def _with_steps(sink: Sink) -> Sink:
+    """Ray's controller knows of faults but not of steps: the last one seen is put in."""
+    last_step = 0
+
+    def tell(event: Event) -> None:
+        nonlocal last_step
+        if isinstance(event, Progress):
+            last_step = event.step
+        elif isinstance(event, Fault) and event.step == UNKNOWN_STEP:
+            event = dataclasses.replace(event, step=last_step)
         sink(event)
+
+    return tell
+
+
+class _StopSignal:
+    """An actor that workers wait at, since signals reach the driver alone."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    async def make(self) -> None:
+        self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+@contextlib.contextmanager
+def _stop_carried() -> Iterator[Any]:
+    """A stop signal that SIGTERM at this process makes."""
+    import ray
+
+    signal_actor: Any = ray.remote(num_cpus=0)(_StopSignal)
+    actor = signal_actor.remote()
+    with stop_on_sigterm() as request:
+        threading.Thread(target=_carry, args=(request, actor), daemon=True).start()
+        try:
+            yield actor
+        finally:
+            ray.kill(actor)
+
+
+def _carry(request: StopRequest, actor: Any) -> None:
+    # Not in the signal's handler, which may interrupt Ray anywhere.
+    request.wait()
+    actor.make.remote()
+
+
+def _listen(actor: Any, request: StopRequest) -> None:
+    """Wait at the driver's signal; where the driver is gone there is nothing to wait for."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(actor.wait.remote())
+        request.make()
 
 
 def _in_our_words(error: Exception) -> HeliostatError:

@@ -40,10 +40,14 @@ class StepRecord:
 
 
 class StepLog:
-    """Appends in memory until flushed."""
+    """Appends in memory until flushed.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        last_world_size: of the last step on the disk; None if there is none.
+    """
+
+    def __init__(self, path: Path, last_world_size: int | None) -> None:
+        self._path, self.last_world_size = path, last_world_size
         self._lines: list[str] = []
 
     @classmethod
@@ -51,8 +55,9 @@ class StepLog:
         """Go on after `step`; what was logged of later steps is undone."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        os.truncate(path, _size_up_to(path, step))
-        return cls(path)
+        size, last = _up_to(path, step)
+        os.truncate(path, size)
+        return cls(path, last.world_size if last is not None else None)
 
     def add(self, record: StepRecord) -> None:
         self._lines.append(json.dumps(asdict(record)))
@@ -90,14 +95,15 @@ def read_steps(path: Path) -> Iterator[StepRecord]:
         yield record
 
 
-def _size_up_to(path: Path, step: int) -> int:
-    size = 0
+def _up_to(path: Path, step: int) -> tuple[int, StepRecord | None]:
+    """Bytes of the records of no later step, and the last of them."""
+    size, last = 0, None
     for line in path.read_bytes().splitlines(keepends=True):
         record = _parse(line) if line.endswith(b"\n") else None
         if record is None or record.step > step:
             break
-        size += len(line)
-    return size
+        size, last = size + len(line), record
+    return size, last
 
 
 def _parse(line: bytes) -> StepRecord | None:

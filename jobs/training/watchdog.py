@@ -34,7 +34,7 @@ class Watchdog:
     def __init__(
         self,
         timeout_s: float,
-        on_hang: Callable[[float], None],
+        on_hang: Callable[[float], object],
         end: Callable[[int], object] = os._exit,
     ) -> None:
         self._timeout_s, self._on_hang, self._end = timeout_s, on_hang, end

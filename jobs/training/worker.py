@@ -27,7 +27,16 @@ from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.deepspeed_setup import start_deepspeed
 from jobs.training.engine import Engine
-from jobs.training.events import Decided, Evaluated, Fault, Notice, Progress, Sink, Started
+from jobs.training.events import (
+    UNKNOWN_STEP,
+    Decided,
+    Evaluated,
+    Fault,
+    Notice,
+    Progress,
+    Sink,
+    Started,
+)
 from jobs.training.healing import Healer, Masked
 from jobs.training.loop import Feed, Step, evaluate, measure_rows, train_steps
 from jobs.training.memory import RunMemory
@@ -85,7 +94,7 @@ def run_worker(job: WorkerJob, sink: Sink, is_stopping: IsStopping = lambda: Fal
     def report_hang(seconds: float) -> None:
         # The second speaks where the first is the one that hangs.
         if group.rank <= 1:
-            sink(Fault(0, "worker_hung", _hang_text(group.rank, seconds)))
+            sink(Fault(UNKNOWN_STEP, "worker_hung", _hang_text(group.rank, seconds)))
 
     with Watchdog(job.config.hang_timeout_s, report_hang) as watchdog:
         return _Worker(job, group, tell, is_stopping, watchdog).run()
@@ -187,6 +196,10 @@ class _Worker:
         self.healer.recall(self.memory)
         if self.group.is_first:
             self.step_log = StepLog.resume(self.job.run_dir / STEP_LOG_FILE, step=step)
+            before, now = self.step_log.last_world_size, self.group.world_size
+            if before not in (None, now):
+                text = f"going on with {now} worker(s) instead of {before}"
+                self.tell(Fault(step, "resized", text))
         return step
 
     def go_back(self) -> int:
