@@ -10,6 +10,7 @@ text that asks for it. It knows nothing about files or rows.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from cluster.errors import InputError
 from cluster.processing.text import SpecialTokenGuard
 from jobs.data.documents import Conversation, Locate
 from jobs.data.tokenizer_files import TokenizerFiles
-from jobs.data.tokenizing import Ids
+from jobs.data.tokenizing import Ids, may_cut
 
 ASSISTANT = "assistant"
 Mask = npt.NDArray[np.bool_]
@@ -51,6 +52,7 @@ class ChatEncoder:
         # As `TextProcessor` does when it serves: what a user wrote stays plain text.
         self._plain, self._marked = files.load(), files.load()
         self._plain.encode_special_tokens = True
+        self._may_cut = may_cut(self._marked)
         added = self._marked.get_added_tokens_decoder().values()
         self._special = [token.content for token in added if token.special]
 
@@ -65,9 +67,12 @@ class ChatEncoder:
         rendered, spans = self._render(messages, locate)
         ids: list[int] = []
         starts: list[int] = []
-        for start, token_ids, offsets in self._tokens(guard, rendered):
-            ids += token_ids
-            starts += [start + offset for offset in offsets]
+        # What is served ends where an answer begins, so no token may reach across.
+        cuts = [first for first, _ in spans] if self._may_cut else []
+        for first, end in itertools.pairwise(sorted({0, *cuts, len(rendered)})):
+            for start, token_ids, offsets in self._tokens(guard, rendered[first:end]):
+                ids += token_ids
+                starts += [first + start + offset for offset in offsets]
         mask = np.zeros(len(ids), dtype=bool)
         for first, end in spans:
             mask |= (np.asarray(starts) >= first) & (np.asarray(starts) < end)

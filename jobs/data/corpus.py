@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import InputError
+from jobs.data.chat import make_chat_encoder
 from jobs.data.config import DataConfig, ExistingTokenizer
 from jobs.data.dataset import TOKENIZER_DIR, TextInfo
 from jobs.data.encoding import EncodeJob, EncodeTask, encode_shard
@@ -130,6 +131,8 @@ def read_corpus(config: DataConfig, plan: Plan, execute: Executor, say: Say) -> 
         InputError: the source or the tokenizer cannot be read.
     """
     tokenizer = existing_tokenizer(config)
+    if config.source.kind == "chat" and tokenizer is not None:
+        make_chat_encoder(tokenizer)
     progress = Progress("reading", total_bytes=plan.size_bytes, say=say)
     index = make_index(config.source_of_text, plan.shards, execute, progress)
     return Corpus(config, plan, index, tokenizer, execute, say)
@@ -138,7 +141,11 @@ def read_corpus(config: DataConfig, plan: Plan, execute: Executor, say: Say) -> 
 def existing_tokenizer(config: DataConfig) -> TokenizerFiles | None:
     """None where it is to be learnt."""
     tokenizer = config.text.tokenizer
-    return read_tokenizer(tokenizer) if isinstance(tokenizer, ExistingTokenizer) else None
+    if not isinstance(tokenizer, ExistingTokenizer):
+        return None
+    files = read_tokenizer(tokenizer)
+    files.check_end()
+    return files
 
 
 def plan_corpus(config: DataConfig) -> Plan:

@@ -117,6 +117,10 @@ class TokenizerFiles:
             template = named.get("default")
         return template if isinstance(template, str) else ""
 
+    def check_end(self) -> None:
+        """Raises InputError if the tokenizer names no end of text."""
+        self._id_of("eos_token")
+
     def check_no_code(self) -> None:
         """Raises InputError if the tokenizer would have code of its own run."""
         if "auto_map" in self._json(CONFIG_FILE):

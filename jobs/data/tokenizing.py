@@ -76,7 +76,7 @@ class TokenizerEncoder:
         self._tokenizer = files.load()
         self._tokenizer.encode_special_tokens = True
         self._end_id = files.end_id
-        self._may_cut = self._is_indifferent_to_cuts()
+        self._may_cut = may_cut(self._tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         if self._may_cut and any(len(text) > _PIECE_CHARACTERS for text in texts):
@@ -93,13 +93,6 @@ class TokenizerEncoder:
     def _ended(self, ids: list[int]) -> Ids:
         ends = [] if ids and ids[-1] == self._end_id else [self._end_id]
         return np.asarray([*ids, *ends], dtype=np.int64)
-
-    def _is_indifferent_to_cuts(self) -> bool:
-        """Whether a cut at the end of a line adds nothing, such as a blank or an end token."""
-        first, second = _PROBE
-        whole = self._tokenizer.encode(first + second).ids
-        parts = self._tokenizer.encode(first).ids
-        return bool(whole == parts + self._tokenizer.encode(second, add_special_tokens=False).ids)
 
 
 class CharacterEncoder:
@@ -130,6 +123,13 @@ class CharacterEncoder:
                 param="data.text.tokenizer.more",
             )
         return np.append(ids, self._end_id)
+
+
+def may_cut(tokenizer: Tokenizer) -> bool:
+    """Whether texts may be encoded in pieces: some tokenizers add a blank or an end to each."""
+    first, second = _PROBE
+    pieces = tokenizer.encode(first).ids + tokenizer.encode(second, add_special_tokens=False).ids
+    return bool(tokenizer.encode(first + second).ids == pieces)
 
 
 def code_points(text: str) -> npt.NDArray[np.uint32]:
