@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from cluster.errors import InputError
 from jobs.data.dataset import Dataset
 from jobs.models.config import CausalLmConfig, LanguageModelConfig, Metric
+from jobs.models.decoder import losses_by_token, prepare_decoder, summed_loss
+from jobs.models.documents import DOCUMENT_STARTS, document_positions
 from jobs.models.family import Batch, DataShape, Exported
 from jobs.models.text_export import copy_tokenizer, generation_config, golden_prompts
-from jobs.models.weighting import ROW_WEIGHT, token_weights
+from jobs.models.weighting import ROW_WEIGHT, token_weights, unpack_bits
 
 
 class LanguageModel:
@@ -35,12 +36,20 @@ class LanguageModel:
                 hint="choose a text source, or model.family=cnn",
                 param="model.family",
             )
+        if config.mask_documents and DOCUMENT_STARTS not in shape.columns:
+            raise InputError(
+                "model.mask_documents needs to know where documents begin, and this dataset does "
+                "not say",
+                hint="delete it and run jobs.prepare again, or set model.mask_documents=false",
+                param="model.mask_documents",
+            )
         self._config = config
         self._shape = shape
         self.units_per_row = shape.sequence_length
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return _summed_losses(*_predict(model, batch), _weights(batch))
+        inputs_BT, labels_BT = _split(batch)
+        return summed_loss(model, inputs_BT, labels_BT, _weights(batch), **self._positions(batch))
 
     def num_units(self, batch: Batch) -> torch.Tensor:
         weights_BT = _weights(batch)
@@ -49,8 +58,7 @@ class LanguageModel:
         return weights_BT.double().sum()
 
     def row_losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        logits_BTV, labels_BT = _predict(model, batch)
-        losses_BT = functional.cross_entropy(logits_BTV.mT, labels_BT, reduction="none")
+        losses_BT, _ = self._by_token(model, batch)
         unweighted = {name: column for name, column in batch.items() if name != ROW_WEIGHT}
         weights_BT = _weights(unweighted)
         if weights_BT is None:
@@ -59,13 +67,22 @@ class LanguageModel:
         return (losses_BT * weights_BT).sum(1) / weights_BT.sum(1).clamp(min=1)
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        logits_BTV, labels_BT = _predict(model, batch)
+        losses_BT, correct_BT = (part.double() for part in self._by_token(model, batch))
         weights_BT = _weights(batch)
-        correct_BT = (logits_BTV.argmax(-1) == labels_BT).double()
-        num_correct = correct_BT if weights_BT is None else correct_BT * weights_BT
-        loss = _summed_losses(logits_BTV, labels_BT, weights_BT)
-        values = [loss, num_correct.sum(), self.num_units(batch)]
+        if weights_BT is not None:
+            losses_BT, correct_BT = losses_BT * weights_BT, correct_BT * weights_BT
+        values = [losses_BT.sum(), correct_BT.sum(), self.num_units(batch)]
         return torch.stack([value.double().cpu() for value in values])
+
+    def _by_token(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return losses_by_token(model, *_split(batch), **self._positions(batch))
+
+    def _positions(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What keeps the documents of a row apart, if they are to be."""
+        if not self._config.mask_documents:
+            return {}
+        starts_BT = unpack_bits(batch[DOCUMENT_STARTS], batch["tokens"].shape[1])[:, :-1]
+        return {"position_ids": document_positions(starts_BT)}
 
     def metrics(self, sums: torch.Tensor) -> dict[str, float]:
         loss, num_correct, num_tokens = sums.tolist()
@@ -83,6 +100,7 @@ class CausalLm(LanguageModel):
         from transformers import LlamaForCausalLM
 
         model: torch.nn.Module = LlamaForCausalLM(self._llama_config())
+        prepare_decoder(model, chunk_tokens=self._config.loss_chunk_tokens)
         return model
 
     def _llama_config(self) -> Any:
@@ -116,23 +134,14 @@ class CausalLm(LanguageModel):
         return Exported("language_model", directory, golden_prompts(dataset))
 
 
-def _predict(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def _split(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model reads, and what it is to predict."""
     tokens = batch["tokens"].long()
-    logits: torch.Tensor = model(input_ids=tokens[:, :-1]).logits
-    return logits.float(), tokens[:, 1:]
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def _weights(batch: Batch) -> torch.Tensor | None:
     return token_weights(batch, batch["tokens"].shape[1] - 1)
-
-
-def _summed_losses(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
-) -> torch.Tensor:
-    logits, labels = logits.flatten(0, 1), labels.flatten()
-    if weights is None:
-        return functional.cross_entropy(logits, labels, reduction="sum")
-    return (functional.cross_entropy(logits, labels, reduction="none") * weights.flatten()).sum()
 
 
 def language_metrics(loss: float, num_correct: float, num_tokens: float) -> dict[str, float]:

@@ -30,6 +30,10 @@ class LanguageModelConfig(StrictModel):
     """What holds for every language model, whether its weights are fresh or given."""
 
     family: Literal["causal_lm"]
+    mask_documents: bool = False
+    """Each document of a packed row sees itself alone, and its positions begin at 0."""
+    loss_chunk_tokens: int = Field(512, ge=0)
+    """Tokens whose logits exist at a time, in training and evaluation; 0 makes all at once."""
 
 
 class CausalLmConfig(LanguageModelConfig):

@@ -19,6 +19,7 @@ from cluster.model_package.language_model import load_weights, one_line
 from jobs.data.dataset import Dataset
 from jobs.models.causal_lm import LanguageModel
 from jobs.models.config import PretrainedLmConfig
+from jobs.models.decoder import prepare_decoder
 from jobs.models.family import DataShape, Exported
 from jobs.models.lora import add_lora, save_adapter
 from jobs.models.text_export import copy_tokenizer, generation_config, golden_prompts
@@ -41,6 +42,7 @@ class PretrainedLm(LanguageModel):
         model.config.use_cache = False
         if self._lora is not None:
             add_lora(model, self._lora)
+        prepare_decoder(model, chunk_tokens=self._config.loss_chunk_tokens)
         trained: torch.nn.Module = model
         return trained
 
