@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.parallelism import settle_parallelism
+from jobs.training.speed_options import check_speed_options
 
 _AUTO = "auto"
 _DEFAULT_ZERO_STAGE = 1
@@ -27,7 +28,9 @@ def make_deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any
     _settle_optimizer(raw, config)
     _settle_scheduler(raw, config)
     _drop_auto(raw)
-    zero = raw.setdefault("zero_optimization", {"stage": _DEFAULT_ZERO_STAGE})
+    # Muon's matrices must stay whole.
+    stage = 0 if config.optimizer.name == "muon" else _DEFAULT_ZERO_STAGE
+    zero = raw.setdefault("zero_optimization", {"stage": stage})
     if isinstance(zero, dict) and "offload_optimizer" in zero:
         # Our optimizers are torch's; DeepSpeed's own would have to be compiled.
         raw.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -35,6 +38,7 @@ def make_deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any
     raw.setdefault("zero_allow_untested_optimizer", True)
     raw.setdefault("steps_per_print", 2**31)
     settle_parallelism(raw, config)
+    check_speed_options(raw, config)
     return raw
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from jobs.models.family import Family
+from jobs.training.compiling import compile_layers
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_engine import DeepSpeedEngine, initialize
 from jobs.training.engine import Engine
@@ -32,9 +33,14 @@ def start_deepspeed(
     Raises:
         ConfigError: DeepSpeed refuses the configuration, in its own words.
     """
+    if config.activation_checkpointing:
+        # Models of transformers have it; `check_speed_options` has refused others.
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if layout.pipeline > 1:
         return start_pipeline(model, family, config, deepspeed_config, group, layout)
     if layout.tensor > 1:
         return start_tensor_parallel(model, family, config, deepspeed_config, group, layout)
+    if config.compile:
+        compile_layers(model)
     engine = initialize(model, config, deepspeed_config)
     return DeepSpeedEngine(engine, config, deepspeed_config, group)

@@ -1,4 +1,4 @@
-"""The table of optimizers.
+"""The table of optimizers; those of torch are its fused ones, where it has them.
 
 make_optimizer(OptimizerConfig(name="adamw"), model)
 """
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from jobs.training.config import OptimizerConfig
+from jobs.training.muon import Muon
 
 
 class Adagrad(torch.optim.Optimizer):
@@ -41,6 +42,8 @@ class Adagrad(torch.optim.Optimizer):
 
 
 def make_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    if config.name == "muon":
+        return make_muon(config, model)
     return _OPTIMIZERS[config.name](config, _groups(config, model))
 
 
@@ -54,6 +57,33 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> list[dict[str, A
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def make_muon(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Muon for the matrices between a model's first and last; embeddings and heads are tables of
+    vectors, one per token or class, and go with the vectors."""
+    matrices = inner_matrices(model)
+    groups = [
+        {**group, "params": part, "muon": is_muon}
+        for group in _groups(config, model)
+        for is_muon in (True, False)
+        if (part := [p for p in group["params"] if (id(p) in matrices) is is_muon])
+    ]
+    return Muon(
+        groups,
+        learning_rate=config.learning_rate,
+        momentum=config.momentum,
+        betas=config.betas,
+        epsilon=config.epsilon,
+    )
+
+
+def inner_matrices(model: torch.nn.Module) -> set[int]:
+    """Ids of the parameters of linear layers, but for the last one, which predicts."""
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    outer = {id(module.weight) for module in (*tables, *linear[-1:])}
+    return {id(module.weight) for module in linear} - outer
 
 
 def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
-"""What the machine must have before DeepSpeed compiles an operator.
+"""What the machine must have before DeepSpeed compiles an operator, or torch a model.
 
 require_compiler({"optimizer": {"type": "Adam", "params": {"torch_adam": False}}})
+require_torch_compiler()
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ def require_compiler(
             f"{reason} is compiled on first use, and there is no {' and no '.join(missing)} here",
             hint=f"run: apt-get install -y {packages}",
             param=reason,
+        )
+
+
+def require_torch_compiler(*, which: Callable[[str], str | None] = shutil.which) -> None:
+    """Raises MissingToolError if torch.compile would find no C++ compiler."""
+    if which("g++") is None and which("clang++") is None:
+        raise MissingToolError(
+            "compile is true, torch.compile needs a C++ compiler, and there is no g++ here",
+            hint="run: apt-get install -y g++, or set compile=false",
+            param="compile",
         )
 
 

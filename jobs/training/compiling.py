@@ -1,0 +1,42 @@
+"""torch.compile, stack by stack: like layers share one compiled graph.
+
+A whole decoder takes torch several times longer to compile than one of its layers, and inside a
+whole graph transformers cannot see that a row holds a single document, and makes a mask of
+tokens * tokens for it.
+
+    keep_compiled(settings.home / "cache" / "inductor")
+    compile_layers(model)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+def keep_compiled(directory: Path) -> None:
+    """Keep what is compiled in a folder that all workers and later runs share."""
+    # torch reads both when it first compiles. Its helper processes cost seconds to start, and the
+    # workers already have the cores.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compile on first use; the model's parameters keep their names."""
+    for part in parts_to_compile(model):
+        part.compile()
+
+
+def parts_to_compile(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+    """The longest list of modules of one class, or else the model as a whole."""
+    stacks = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len({type(one) for one in module}) == 1
+    ]
+    longest = max(stacks, key=len, default=[])
+    return longest if len(longest) > 1 else [model]
