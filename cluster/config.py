@@ -11,8 +11,9 @@ A config is a frozen model that knows every key it accepts; a YAML file states o
 from __future__ import annotations
 
 import difflib
+import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cluster.errors import ConfigError
+from cluster.yaml_files import parse_yaml
 
 
 class StrictModel(BaseModel):
@@ -49,9 +51,10 @@ def refuse_truth_for_numbers(model_type: type[BaseModel], values: Any) -> Any:
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
-# PyYAML raises ValueError on 2001-99-99 and on numbers of thousands of digits.
+# PyYAML raises ValueError on numbers of thousands of digits.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 _MAX_SHOWN = 200
+_MAX_FILE_BYTES = 4 * 1024**2
 
 
 def load_config(
@@ -78,31 +81,50 @@ def parse_config(
 ) -> ConfigType:
     """Validate plain values as `config_type`; `source` names them in errors."""
     try:
-        return config_type.model_validate(values)
+        config = config_type.model_validate(values)
     except ValidationError as error:
         raise ConfigError(
             f"{source}: {_describe(error, values, config_type)}",
             hint=hint,
         ) from None
+    # Pydantic takes the text 1e999 for a number.
+    for key, value in _numbers(config.model_dump(mode="python"), ""):
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"{source}: key '{key}' is {value}, expected a finite number", hint=hint
+            )
+    return config
+
+
+def _numbers(values: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(values, float):
+        yield key, values
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield from _numbers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list | tuple):
+        for number, value in enumerate(values):
+            yield from _numbers(value, f"{key}.{number}")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds, not validated; an empty file is an empty mapping."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
     except FileNotFoundError:
         raise ConfigError(
             f"config file '{path}' does not exist", hint=_nearby_configs(path)
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"config file '{path}' cannot be read: {error}", hint="expected a YAML text file"
         ) from None
     try:
-        values = yaml.safe_load(text)
+        values = parse_yaml(text)
     except _YAML_ERRORS as error:
         where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where is not None else _why(error)
+        line = f" at line {where.line + 1}" if where is not None else ""
+        line += _why(error)
         raise ConfigError(
             f"config file '{path}' is not valid YAML{line}",
             hint="check its indentation and quotes",
@@ -122,9 +144,22 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
+def _read_text(path: Path) -> str:
+    """A plain file's text: reading a pipe would wait for ever."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError("it is no plain file")
+    with path.open("rb") as file:
+        data = file.read(_MAX_FILE_BYTES + 1)
+    if len(data) > _MAX_FILE_BYTES:
+        raise ValueError(f"it has more than {_MAX_FILE_BYTES:,} bytes")
+    return data.decode("utf-8")
+
+
 def _why(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return ": it is nested too deeply"
+    if isinstance(error, yaml.constructor.ConstructorError) and error.problem:
+        return f": {error.problem}"
     return f": {error}" if isinstance(error, ValueError) else ""
 
 
@@ -152,16 +187,17 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             )
         node = child
     try:
-        node[parts[-1]] = yaml.safe_load(text)
-    except _YAML_ERRORS:
+        node[parts[-1]] = parse_yaml(text)
+    except _YAML_ERRORS as error:
         raise ConfigError(
-            f"--set '{_short(override)}': the value is not valid YAML", hint="quote it"
+            f"--set '{_short(override)}': the value is not valid YAML{_why(error)}", hint="quote it"
         ) from None
 
 
 def _describe(error: ValidationError, values: Any, config_type: type[BaseModel]) -> str:
     first = error.errors(include_url=False)[0]
-    location = tuple(part for part in first["loc"])
+    # Pydantic also puts the kinds of a union there, some of them as internals.
+    location = tuple(part for part in first["loc"] if "[" not in str(part))
     name = ".".join(str(part) for part in location) or "the config"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

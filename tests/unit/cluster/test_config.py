@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,42 @@ def test_a_malformed_override_is_one_line(write, override: str) -> None:
 )
 def test_yaml_that_its_parser_chokes_on_is_one_line(write, text: str) -> None:
     assert len(failure(write(text))) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("steps: 1\nsteps: 2", "at line 2: the key 'steps' is given twice"),
+        ("optimizer: {learning_rate: .inf}", "'optimizer.learning_rate' is inf"),
+        ("optimizer: {learning_rate: '1e999'}", "'optimizer.learning_rate' is inf"),
+        ("steps: 123456789012345678901234567890", "more than 64 bits"),
+        ('files: ["a\\0b"]', "no text"),
+        ('files: ["\\ud800"]', "no text"),
+        ("files: [!!binary aGk=]", "binary"),
+        ("a: &a [*a]", "nested too deeply"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+            + "\n".join(
+                f"{n}: &{n} [{','.join(['*' + p] * 10)}]"
+                for p, n in zip("abcdef", "bcdefg", strict=True)
+            ),
+            "more than 100,000 values",
+        ),
+    ],
+)
+def test_what_no_config_has_a_use_for_is_refused_with_its_reason(
+    write, text: str, reason: str
+) -> None:
+    assert reason in failure(write(text))
+
+
+def test_a_date_is_text(write) -> None:
+    assert load_config(write("files: [2001-12-14]"), Config).files == ("2001-12-14",)
+
+
+def test_a_pipe_is_no_config(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "no plain file" in failure(tmp_path / "pipe.yaml")
 
 
 def test_an_override_that_the_parser_chokes_on_is_one_short_line(write) -> None:
