@@ -156,6 +156,10 @@ class RunTracker:
         for name, value in metrics.items():
             self._metrics.put(Metric(name, float(value), now_ms, step))
 
+    def flush(self) -> None:
+        """Wait until the queued metrics are written: before this process may be ended."""
+        self._metrics.flush()
+
     def log_text(self, text: str, artifact_file: str) -> None:
         """Keep a text with the run."""
         self._try(artifact_file, lambda: self._client.log_text(self.run_id, text, artifact_file))

@@ -71,6 +71,7 @@ def check(config: TuneConfig, settings: Settings) -> None:
     print(
         f"trials      {len(plan.trials)}, {num_concurrent(plan, capacity)} at a time on "
         f"{capacity.num_cpus} CPUs; {steps:,} steps at most; the best by {plan.metric}"
+        f"{plan.shortage}"
     )
     print("the first of them:")
     first = plan.trials[0].config
@@ -110,7 +111,7 @@ def tracked_sweep(
         tags={"job": "tune", "model": plan.trials[0].config.name, **facts},
         run_id=ledger.state.tracking_run_id or None,
     ) as tracker:
-        say(f"sweep {tracker.url}")
+        say(f"sweep {tracker.url}: {len(plan.trials)} trials{plan.shortage}")
         ledger.write(ledger.state.model_copy(update={"tracking_run_id": tracker.run_id}))
         tracker.log_dict(values, "config.json")
         yield tracker

@@ -54,6 +54,11 @@ class WriteQueue(Generic[Item]):
         except queue.Full:
             self._lose(1, "they come faster than they are taken")
 
+    def flush(self, timeout_s: float = 15.0) -> None:
+        """Wait until what is queued has been written or lost, for at most `timeout_s`."""
+        with self._queue.all_tasks_done:
+            self._queue.all_tasks_done.wait_for(lambda: not self._queue.unfinished_tasks, timeout_s)
+
     def close(self, timeout_s: float = 15.0) -> None:
         """Write what is queued, for at most `timeout_s`, and end the thread."""
         self._closing.set()
@@ -72,6 +77,8 @@ class WriteQueue(Generic[Item]):
             # Whatever the writer's client raises: these records are not worth stopping for.
             except Exception as error:
                 self._lose(len(batch), (str(error) or type(error).__name__).splitlines()[0])
+            for _ in batch:
+                self._queue.task_done()
 
     def _take(self) -> list[Item]:
         batch: list[Item] = []

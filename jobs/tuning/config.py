@@ -37,6 +37,11 @@ class Dimension(StrictModel):
         if not isinstance(values, dict) or len(values) != 1 or not {*values} < {*kinds.split(", ")}:
             found = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)
             raise ValueError(f"expected exactly one of {kinds}; found {found or 'nothing'}")
+        (kind,) = values
+        if kind in ("uniform", "loguniform", "int") and any(
+            isinstance(bound, bool) for bound in _listed(values[kind])
+        ):
+            raise ValueError(f"{kind} has a truth value for a bound, expected numbers")
         return values
 
     @model_validator(mode="after")
@@ -50,6 +55,10 @@ class Dimension(StrictModel):
         if self.loguniform is not None and self.loguniform[0] <= 0:
             raise ValueError(f"low {self.loguniform[0]:g} has no logarithm: give one above 0")
         return self
+
+
+def _listed(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, list | tuple) else []
 
 
 class NoScheduler(StrictModel):
@@ -77,7 +86,7 @@ class TuneConfig(StrictModel):
 
     name: Name
     """Name of the sweep; its trials are called NAME-001, NAME-002, …"""
-    experiment: str = "tune"
+    experiment: str = Field("tune", min_length=1)
     """MLflow experiment."""
     train: str | dict[str, JsonValue]
     """What a trial trains: a training config's path, relative to where the job runs, or its keys

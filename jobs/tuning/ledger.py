@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError, field_validator
 
 from cluster.config import StrictModel
-from cluster.errors import ConflictError
+from cluster.errors import ConflictError, InputError
 from jobs.training.run_directory import lock_file, write_json
 from jobs.tuning.plan import Plan
 
@@ -48,6 +48,13 @@ class SweepState(StrictModel):
     """Ended trials by their identity."""
     result: dict[str, JsonValue] | None = None
     """Set once the best trial is registered: the sweep is finished."""
+
+    @field_validator("result")
+    @classmethod
+    def _names_a_version(cls, value: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
+        if value is not None and not {"name", "version", "digest"} <= value.keys():
+            raise ValueError("its result names no version")
+        return value
 
 
 class Ledger:
@@ -76,12 +83,24 @@ class Ledger:
             yield self
 
     def begin(self, resume: Literal["auto", "never"]) -> SweepState:
-        """What to go on from."""
-        with contextlib.suppress(FileNotFoundError, ValidationError):
-            data = (self.path / _STATE_FILE).read_bytes()
-            self.state = SweepState.model_validate_json(data)
+        """What to go on from.
+
+        Raises:
+            InputError: the ledger is damaged; beginning anew would repeat trials that have ended.
+        """
         if resume == "never":
             self.write(SweepState())
+            return self.state
+        file = self.path / _STATE_FILE
+        try:
+            self.state = SweepState.model_validate_json(file.read_bytes())
+        except FileNotFoundError:
+            return self.state
+        except ValidationError as error:
+            raise InputError(
+                f"the sweep's ledger {file} is damaged: {error.errors()[0]['msg']}",
+                hint="bring it back from a backup, or begin anew with --set resume=never",
+            ) from None
         return self.state
 
     def record(self, identity: str, record: TrialRecord) -> None:
@@ -100,6 +119,8 @@ def find_best(plan: Plan, state: SweepState) -> int | None:
     finished = [
         (sign * record.metrics[plan.metric], -index)
         for index, trial in enumerate(plan.trials)
-        if (record := state.trials.get(trial.identity)) is not None and record.status == "finished"
+        if (record := state.trials.get(trial.identity)) is not None
+        and record.status == "finished"
+        and plan.metric in record.metrics
     ]
     return -max(finished)[1] if finished else None

@@ -10,6 +10,7 @@ that is listed, the ends of every range, and every point that was drawn. Knows n
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from jobs.models.families import make_family
 from jobs.models.family import DataShape
 from jobs.train import check_config
 from jobs.training.config import TrainConfig
-from jobs.training.estimate import expected_shape
+from jobs.training.expected_shape import expected_shape
 from jobs.training.monitor import check_metrics
 from jobs.tuning.config import AshaScheduler, TuneConfig
 from jobs.tuning.space import Point, candidates, draw_points, show, with_values
@@ -60,6 +61,14 @@ class Plan:
         return f"validation/{self.config.metric}"
 
     @property
+    def shortage(self) -> str:
+        """What to say where the space has fewer points than were asked for."""
+        wanted = self.config.num_trials or 0
+        if len(self.trials) >= wanted:
+            return ""
+        return f" (num_trials is {wanted}, and the space has no more different points)"
+
+    @property
     def identity(self) -> str:
         """Hexadecimal digest of all that decides the result."""
         decisive = self.config.model_dump(
@@ -74,9 +83,7 @@ def make_plan(config: TuneConfig) -> Plan:
     source, base = _base(config)
     _refuse_fields(config)
     shape = expected_shape(base.data)
-    values = base.model_dump(mode="json")
-    if "weight_decay" not in base.optimizer.model_fields_set:
-        del values["optimizer"]["weight_decay"]  # its default depends on the trial's optimizer
+    values = _as_written(base, config)
     points = draw_points(config)
     for point, changed in _to_validate(config, points):
         _validate(values, point, changed, config, shape, source)
@@ -111,7 +118,28 @@ def _base(config: TuneConfig) -> tuple[str, TrainConfig]:
     return source, base
 
 
+def _as_written(base: TrainConfig, config: TuneConfig) -> dict[str, Any]:
+    """What the training config states, so that all else keeps a trial's own defaults.
+
+    A section that it leaves out, and the space reaches into, keeps its kind.
+    """
+    values = base.model_dump(mode="json", exclude_unset=True)
+    for field in config.space:
+        section, _, inner = field.partition(".")
+        kind = getattr(getattr(base, section, None), "kind", None)
+        if inner and section not in values and kind is not None:
+            values[section] = {"kind": kind}
+    return values
+
+
 def _refuse_fields(config: TuneConfig) -> None:
+    for field, other in itertools.permutations(config.space, 2):
+        if field.startswith(f"{other}."):
+            raise ConfigError(
+                f"space.{field} lies inside space.{other}, which would replace it",
+                hint="keep one of the two",
+                param=f"space.{field}",
+            )
     for field in config.space:
         if field.split(".")[0] in _NOT_TUNED:
             raise ConfigError(

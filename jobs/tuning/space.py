@@ -36,9 +36,9 @@ def draw_points(config: TuneConfig) -> list[Point]:
     Raises:
         ConfigError: the grid has more points than a sweep may have trials.
     """
-    listed = {name: _listed(dimension, config) for name, dimension in config.space.items()}
-    grids = {name: values for name, values in listed.items() if values is not None}
-    num_combinations = math.prod(map(len, grids.values()))
+    num_combinations = math.prod(
+        _num_listed(dimension, config) for dimension in config.space.values()
+    )
     if num_combinations * (config.num_trials or 1) > MAX_TRIALS:
         raise ConfigError(
             f"the space's grid has {num_combinations:,} combinations"
@@ -47,6 +47,8 @@ def draw_points(config: TuneConfig) -> list[Point]:
             hint="list fewer values, or use choice with search random",
             param="space",
         )
+    listed = {name: _listed(dimension, config) for name, dimension in config.space.items()}
+    grids = {name: values for name, values in listed.items() if values is not None}
     combinations = [
         dict(zip(grids, values, strict=True)) for values in itertools.product(*grids.values())
     ]
@@ -115,6 +117,14 @@ def _listed(dimension: Dimension, config: TuneConfig) -> Sequence[JsonValue] | N
         low, high = dimension.integers
         return range(low, high + 1)
     return dimension.grid or (dimension.choice if config.search == "grid" else None)
+
+
+def _num_listed(dimension: Dimension, config: TuneConfig) -> int:
+    """How many `_listed` has, 1 for none; a range may have more than can be counted by `len`."""
+    if config.search == "grid" and dimension.integers is not None:
+        low, high = dimension.integers
+        return high - low + 1
+    return len(_listed(dimension, config) or (None,))
 
 
 def _draws(config: TuneConfig, fields: set[str]) -> Iterable[Point]:

@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ def train_trial(trial: Trial, sweep: Sweep) -> dict[str, float]:
         ) as tracker:
             run.write(state.model_copy(update={"tracking_run_id": tracker.run_id}))
             log_dataset(dataset, tracker)
-            watch = _Watch(sweep.plan.metric, train_config.steps)
+            watch = _Watch(sweep.plan.metric, train_config.steps, tracker.flush)
             report = make_reporter(train_config, dataset, tracker)
             outcome = launcher.run(
                 WorkerJob(train_config, dataset.directory, run.path), _both(report, watch)
@@ -115,9 +115,10 @@ class _Watch:
     Not the last: until its result a trial that has all its steps done would count as stopped.
     """
 
-    def __init__(self, metric: str, steps: int) -> None:
+    def __init__(self, metric: str, steps: int, flush: Callable[[], None]) -> None:
         self._metric = metric
         self._steps = steps
+        self._flush = flush
         self._last_step = 0
 
     def __call__(self, event: Event) -> None:
@@ -131,6 +132,8 @@ class _Watch:
         self._last_step = event.step
         metrics = {f"validation/{name}": value for name, value in event.metrics.items()}
         if math.isfinite(metrics[self._metric]):
+            # Its record must show what a stopped trial was judged by.
+            self._flush()
             tune.report({**metrics, "step": event.step})
 
 

@@ -20,6 +20,25 @@ def test_everything_is_written_in_order() -> None:
     assert queue.num_lost == 0
 
 
+def test_flushing_waits_for_what_is_queued_and_for_no_longer_than_told() -> None:
+    gate = threading.Event()
+    written: list[int] = []
+
+    def write(batch: list[int]) -> None:
+        gate.wait()
+        written.extend(batch)
+
+    queue = WriteQueue(write, name="numbers", max_batch=2)
+    for number in range(5):
+        queue.put(number)
+    queue.flush(timeout_s=0.05)
+    assert written == []
+    gate.set()
+    queue.flush()
+    assert written == list(range(5))
+    queue.close()
+
+
 def test_a_full_queue_loses_and_does_not_wait(caplog: pytest.LogCaptureFixture) -> None:
     gate = threading.Event()
     written: list[int] = []

@@ -26,6 +26,7 @@ from tests.unit.jobs.tuning.conftest import TRAIN, MakeSweep
         ({"choice": [1], "int": [1, 2]}, "found choice, int"),
         ({}, "found nothing"),
         ([1, 2], "expected exactly one of"),
+        ({"int": [True, 3]}, "truth value for a bound"),
     ],
 )
 def test_a_wrong_dimension_is_one_line_that_names_its_field(dimension: Any, message: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ConflictError
+from cluster.errors import ConflictError, InputError
 from jobs.tuning.ledger import Ledger, SweepState, TrialRecord, find_best
 from jobs.tuning.plan import Plan, make_plan
 from jobs.tuning.table import trial_table
@@ -41,11 +41,19 @@ def test_ended_trials_are_there_for_the_next_driver(plan: Plan, tmp_path: Path) 
     assert Ledger.of(plan, tmp_path).begin("never") == SweepState()
 
 
-def test_a_damaged_ledger_is_an_empty_one(plan: Plan, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["", "{", '{"result": {}}', '{"from_a_newer_release": 1}'])
+def test_a_damaged_ledger_is_not_begun_anew_unless_told(
+    plan: Plan, tmp_path: Path, damage: str
+) -> None:
     ledger = Ledger.of(plan, tmp_path)
     ledger.path.mkdir(parents=True)
-    (ledger.path / "sweep.json").write_text("{")
-    assert ledger.begin("auto") == SweepState()
+    file = ledger.path / "sweep.json"
+    file.write_text(damage)
+    with pytest.raises(InputError, match=r"sweep\.json is damaged.*resume=never") as caught:
+        ledger.begin("auto")
+    assert "\n" not in str(caught.value)
+    assert file.read_text() == damage
+    assert ledger.begin("never") == SweepState()
 
 
 def test_two_drivers_exclude_each_other(plan: Plan, tmp_path: Path) -> None:

@@ -38,6 +38,32 @@ def test_an_optimizer_brings_its_own_default_decay(make_sweep: MakeSweep) -> Non
     assert [trial.config.optimizer.weight_decay for trial in plan.trials] == [0.1, 0.0]
 
 
+def test_what_a_training_config_leaves_out_is_each_trials_own(make_sweep: MakeSweep) -> None:
+    """A choice of kinds, and a ds_config that our defaults do not contradict."""
+    kinds = ["constant", "wsd"]
+    raw = {"gradient_clipping": 0.5, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    plan = make_plan(
+        make_sweep(
+            space={"schedule.kind": {"grid": kinds}}, search="grid", overrides={"deepspeed": raw}
+        )
+    )
+    assert [trial.config.schedule.kind for trial in plan.trials] == kinds
+    assert plan.trials[0].config.deepspeed == raw
+
+
+def test_it_says_so_where_the_space_has_fewer_points_than_asked_for(make_sweep: MakeSweep) -> None:
+    plan = make_plan(make_sweep(space={"seed": {"choice": [1, 2]}}, num_trials=5))
+    assert len(plan.trials) == 2
+    assert "num_trials is 5" in plan.shortage
+    assert make_plan(make_sweep()).shortage == ""
+
+
+def test_a_section_that_is_left_out_keeps_its_kind(make_sweep: MakeSweep) -> None:
+    plan = make_plan(make_sweep(space={"schedule.warmup_steps": {"grid": [1, 2]}}, search="grid"))
+    schedules = [trial.config.schedule for trial in plan.trials]
+    assert [(each.kind, each.warmup_steps) for each in schedules] == [("cosine", 1), ("cosine", 2)]
+
+
 def test_the_same_sweep_has_the_same_identity(make_sweep: MakeSweep) -> None:
     identity = make_plan(make_sweep()).identity
     assert make_plan(make_sweep(max_concurrent=1, resume="never")).identity == identity
@@ -51,6 +77,15 @@ def test_the_same_sweep_has_the_same_identity(make_sweep: MakeSweep) -> None:
         (
             {"space": {"optimizer.learning_rat": {"uniform": [0, 1]}}},
             "mean 'learning_rate'",
+        ),
+        (
+            {
+                "space": {
+                    "schedule": {"choice": [{"kind": "cosine"}]},
+                    "schedule.kind": {"grid": [1]},
+                }
+            },
+            "space.schedule.kind lies inside space.schedule",
         ),
         ({"space": {"stepz": {"int": [5, 9]}}}, "unknown key 'stepz'; did you mean 'steps'"),
         ({"space": {"steps.many": {"int": [5, 9]}}}, "'steps' is a single value"),
