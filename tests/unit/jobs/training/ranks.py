@@ -13,7 +13,7 @@ from typing import Any
 
 Task = Callable[[Any], Any]
 
-_PRELOADED = [
+PRELOADED = [
     "torch",
     "deepspeed",
     "transformers.models.llama.modeling_llama",
@@ -24,7 +24,7 @@ _PRELOADED = [
 def run_ranks(task: Task, argument: Any, world_size: int) -> list[Any]:
     """What `task(argument)` returns in each of `world_size` fresh processes, by rank."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

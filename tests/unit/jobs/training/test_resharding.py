@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from cluster.errors import ConflictError
+from cluster.storage import Storage
+from jobs.data.catalog import DatasetCatalog
 from jobs.data.dataset import Dataset
 from jobs.models.families import make_family
 from jobs.models.family import DataShape
@@ -19,12 +22,12 @@ from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.deepspeed_setup import start_deepspeed
 from jobs.training.engine import Engine
-from jobs.training.events import Event
+from jobs.training.events import Event, Progress, Started
 from jobs.training.manifest import MANIFEST_FILE, Manifest
 from jobs.training.parallelism import Layout
 from jobs.training.process_group import start_process_group
 from jobs.training.saving import Saver
-from jobs.training.worker import WorkerJob, run_worker
+from jobs.training.worker import WorkerJob, _Worker, run_worker
 from tests.unit.jobs.training.conftest import MakeConfig
 from tests.unit.jobs.training.ranks import run_ranks
 
@@ -102,10 +105,16 @@ def ignore(_event: Event) -> None:
 
 
 def train_all(jobs: dict[str, WorkerJob]) -> dict[str, list[Event]]:
+    """One training after the other in the same processes; what is exported is tested elsewhere."""
+    _Worker._export = lambda self: None  # type: ignore[assignment, method-assign, return-value]
     events: dict[str, list[Event]] = {name: [] for name in jobs}
     for name, job in jobs.items():
         run_worker(job, events[name].append)
     return events
+
+
+def losses(events: list[Event]) -> dict[int, float]:
+    return {event.step: event.loss for event in events if isinstance(event, Progress)}
 
 
 def whole_state(checkpoints: Path) -> dict[str, torch.Tensor]:
@@ -137,13 +146,141 @@ def test_every_layout_loads_and_saves_the_same_state_bit_by_bit(
         )
         for name, zero in LAYOUTS.items()
     }
-    first = WorkerJob(configs["1"], digits.directory, tmp_path)
-    run_ranks(train_all, {"first": first}, 2)
+    run_ranks(train_all, {"": WorkerJob(configs["1"], digits.directory, tmp_path)}, 2)
     source = tmp_path / "checkpoints"
-    expected = whole_state(source)
-    assert {name.split("/")[0] for name in expected} == {"master", "exp_avg", "exp_avg_sq", "step"}
+    kinds = {name.split("/")[0] for name in whole_state(source)}
+    assert kinds == {"master", "exp_avg", "exp_avg_sq", "step"}
     for world_size in (1, 2):
-        target = tmp_path / str(world_size)
-        passing = Passing(configs, digits.directory, source, target)
+        passing = Passing(configs, digits.directory, source, tmp_path / str(world_size))
         differing = run_ranks(load_and_save_again, passing, world_size)[0]
         assert differing == {name: [] for name in configs}, world_size
+
+
+def test_a_run_goes_on_at_other_sizes_and_stages_as_if_unbroken(
+    make_config: MakeConfig, digits: Dataset, tmp_path: Path
+) -> None:
+    def job(steps: int, stage: int, run: str, **values: Any) -> WorkerJob:
+        config = make_config(
+            model=MODEL,
+            steps=steps,
+            schedule={"kind": "constant"},
+            checkpoint={"every_steps": 100},
+            deepspeed={"zero_optimization": {"stage": stage, **values}},
+            # So that one worker accumulates over four micro-batches, and two over two.
+            micro_batch_size=4,
+        )
+        return WorkerJob(config, digits.directory, tmp_path / run)
+
+    unbroken = train_alone(job(8, 1, "unbroken"))
+    parts = [
+        run_ranks(train_all, {"": job(2, 1, "moved")}, 2)[0][""],
+        train_alone(job(4, 3, "moved")),
+        *run_ranks(
+            train_all,
+            {
+                "2": job(6, 2, "moved", offload_optimizer=OFFLOAD),
+                "0": job(8, 0, "moved"),
+            },
+            2,
+        )[0].values(),
+    ]
+    starts = [event.first_step for part in parts for event in part if isinstance(event, Started)]
+    assert starts == [0, 2, 4, 6]
+    # Sums over workers are taken in another order; nothing else differs.
+    moved = {step: loss for part in parts for step, loss in losses(part).items()}
+    assert moved == pytest.approx(losses(unbroken), rel=1e-5)
+
+
+def train_alone(job: WorkerJob) -> list[Event]:
+    found: dict[str, list[Event]] = run_ranks(train_all, {"": job}, 1)[0]
+    return found[""]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"deepspeed": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}},
+        {"precision": "bf16", "deepspeed": {"zero_optimization": {"stage": 3}}},
+    ],
+    ids=["bf16 section", "autocast"],
+)
+def test_resuming_at_the_same_size_is_exact(
+    make_config: MakeConfig, digits: Dataset, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    jobs = {
+        name: WorkerJob(
+            make_config(steps=steps, schedule={"kind": "constant"}, **values),
+            digits.directory,
+            tmp_path / run,
+        )
+        for name, run, steps in (
+            ("unbroken", "unbroken", 6),
+            ("first half", "broken", 3),
+            ("second half", "broken", 6),
+        )
+    }
+    unbroken, first, second = run_ranks(train_all, jobs, 2)[0].values()
+    assert losses(first) | losses(second) == losses(unbroken)
+
+
+def test_their_schedule_goes_on_where_it_was(
+    make_config: MakeConfig, digits: Dataset, tmp_path: Path
+) -> None:
+    warmup = {"warmup_min_lr": 0, "warmup_max_lr": 2e-3, "warmup_num_steps": 6}
+    raw = {"scheduler": {"type": "WarmupLR", "params": {**warmup, "warmup_type": "linear"}}}
+    jobs = {
+        name: WorkerJob(make_config(steps=steps, deepspeed=raw), digits.directory, tmp_path / run)
+        for name, run, steps in (("all", "one", 6), ("first", "two", 3), ("second", "two", 6))
+    }
+    whole, first, second = (
+        [event.learning_rate for event in events if isinstance(event, Progress)]
+        for events in run_ranks(train_all, jobs, 1)[0].values()
+    )
+    assert first + second == whole
+    assert whole[-1] > whole[2]
+
+
+def test_a_divided_model_goes_on_in_any_number_of_copies_and_no_other_division(
+    make_config: MakeConfig, text_data: dict[str, Any], tmp_path: Path
+) -> None:
+    catalog = DatasetCatalog(Storage.open(str(tmp_path / "storage")), tmp_path / "cache")
+
+    def config(steps: int, stage: int, **values: Any) -> TrainConfig:
+        return make_config(
+            data=text_data,
+            model={"family": "causal_lm", "hidden_size": 16, "num_layers": 2, "num_heads": 2},
+            schedule={"kind": "constant"},
+            steps=steps,
+            deepspeed={"zero_optimization": {"stage": stage}},
+            **values,
+        )
+
+    dataset, _ = catalog.ensure(config(1, 1).data)
+    for kind, stages in (("tensor", (2, 1)), ("pipeline", (1, 0))):
+        divided = {"parallelism": {kind: 2}}
+        runs = [
+            (4, config(2, stages[0], **divided), kind),
+            (2, config(4, stages[1], **divided), kind),
+            (2, config(4, stages[1], **divided), f"{kind}, unbroken"),
+        ]
+        first, second, unbroken = (
+            run_ranks(train_all, {"": WorkerJob(one, dataset.directory, tmp_path / run)}, size)[0][
+                ""
+            ]
+            for size, one, run in runs
+        )
+        assert losses(first) | losses(second) == pytest.approx(losses(unbroken), rel=1e-4)
+    refused = WorkerJob(config(6, 1), dataset.directory, tmp_path / "pipeline")
+    (message,) = run_ranks(refusal, refused, 1)
+    assert (
+        "is of a model divided by parallelism.tensor 1 and pipeline 2, and this run has tensor 1 "
+        "and pipeline 1; set them back (num_workers may differ), or --set resume=never" in message
+    )
+
+
+def refusal(job: WorkerJob) -> str:
+    try:
+        train_all({"": job})
+    except ConflictError as error:
+        return str(error)
+    return ""
