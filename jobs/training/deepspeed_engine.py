@@ -7,6 +7,7 @@ DeepSpeedEngine(engine, config, deepspeed_config, group)
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -79,7 +80,19 @@ def initialize(
             hint="correct the deepspeed section",
             param="deepspeed",
         ) from error
+    engine.clip_fp32_gradients = functools.partial(_clip, engine)
     return engine
+
+
+def _clip(engine: Any) -> None:
+    """What DeepSpeed does without ZeRO, keeping the norm, which it would drop."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    engine._global_grad_norm = clip_grad_norm_(
+        parameters=list(engine.module.parameters()),
+        max_norm=engine.gradient_clipping(),
+        mpu=engine.mpu,
+    )
 
 
 def _reason(error: Exception) -> str:

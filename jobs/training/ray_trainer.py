@@ -56,14 +56,14 @@ class RayLauncher:
         ray = connected(self._settings)
         resources = ray.cluster_resources()
         self._use_gpu = wants_gpu(self._config, int(resources.get("GPU", 0)))
-        needed = self._config.num_workers
+        needed = self._config.min_workers or self._config.num_workers
+        name = "num_workers" if self._config.min_workers is None else "min_workers"
         kind = "GPU" if self._use_gpu else "CPU"
         if resources.get(kind, 0) < needed:
             raise MachineError(
-                f"num_workers is {needed}, and the cluster has {resources.get(kind, 0):g} {kind}s",
-                hint=f"set num_workers to {max(1, int(resources.get(kind, 0)))} or less, "
-                "or add nodes",
-                param="num_workers",
+                f"{name} is {needed}, and the cluster has {resources.get(kind, 0):g} {kind}s",
+                hint=f"set {name} to {max(1, int(resources.get(kind, 0)))} or less, or add nodes",
+                param=name,
             )
         return {"ray_job_id": ray.get_runtime_context().get_job_id(), **_submission()}
 

@@ -71,6 +71,7 @@ class Case:
 class Trained:
     losses: list[float]
     weights: Array
+    norms: list[float | None]
 
 
 def make_columns(kind: str) -> dict[str, Array]:
@@ -116,9 +117,13 @@ def train(case: Case) -> Trained:
         family.build(), family, config, make_deepspeed_config(config, plan), group, layout
     )
     feed = Feed(Rows.open(case.rows), plan, config.seed, group, layout)
-    losses = [step.loss for step in train_steps(engine, family, feed, config, first_step=0)]
+    steps = list(train_steps(engine, family, feed, config, first_step=0))
     with engine.whole_model() as model:
-        return Trained(losses, fingerprint(model))
+        return Trained(
+            [step.loss for step in steps],
+            fingerprint(model),
+            [step.gradient_norm for step in steps],
+        )
 
 
 def train_plainly(case: Case) -> Trained:
@@ -127,18 +132,20 @@ def train_plainly(case: Case) -> Trained:
     family = make_family(config.model, case.shape)
     torch.manual_seed(0)
     model = family.build()
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         ids = global_batch(num_rows=len(rows), batch_size=BATCH_SIZE, seed=config.seed, step=step)
         batch = to_batch(rows.read(ids), torch.device("cpu"))
         loss = family.loss(model, batch) / family.num_units(batch)
         model.zero_grad()
         loss.backward()
+        gradients = [weight.grad.flatten() for weight in model.parameters()]
+        norms.append(float(torch.cat(gradients).norm()))
         with torch.no_grad():
             for weight in model.parameters():
                 weight -= RATE * weight.grad
         losses.append(float(loss.detach()))
-    return Trained(losses, fingerprint(model))
+    return Trained(losses, fingerprint(model), [*norms])
 
 
 def fingerprint(model: torch.nn.Module) -> Array:
@@ -161,7 +168,8 @@ def make_case(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory)
             model=MODELS[kind],
             optimizer={"name": "sgd", "learning_rate": RATE, "momentum": 0.0},
             schedule={"kind": "constant"},
-            gradient_clipping=0,
+            # Without ZeRO the norm is computed only where it is needed.
+            gradient_clipping=1e6,
             steps=STEPS,
             batch_size=BATCH_SIZE,
             **values,
@@ -173,11 +181,12 @@ def make_case(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def cases(make_case: Any) -> dict[str, Case]:
-    zero_3 = {"zero_optimization": {"stage": 3}}
+    zero_0, zero_3 = ({"zero_optimization": {"stage": stage}} for stage in (0, 3))
     return {
         **{f"{kind}, whole shares": make_case(kind) for kind in MODELS},
         **{f"{kind}, micro-batches": make_case(kind, micro_batch_size=1) for kind in MODELS},
         **{f"{kind}, unweighted": make_case(kind, weighted=False) for kind in MODELS},
+        "text, ZeRO 0": make_case("text", micro_batch_size=2, deepspeed=zero_0),
         "text, ZeRO 3": make_case("text", micro_batch_size=2, deepspeed=zero_3),
         "text, tensor": make_case("text", micro_batch_size=2, parallelism={"tensor": 2}),
         "text, pipeline": make_case("text", micro_batch_size=2, parallelism={"pipeline": 2}),
@@ -199,5 +208,6 @@ def test_workers_and_micro_batches_of_unequal_weight_train_like_one_process(
         found = every_worker[0][name]
         assert found.losses == pytest.approx(expected.losses, rel=1e-5), name
         assert np.allclose(found.weights, expected.weights, atol=1e-5), name
+        assert found.norms == pytest.approx(expected.norms, rel=1e-3), name
         # The mean over all is known to all.
         assert all(worker[name].losses == found.losses for worker in every_worker), name
