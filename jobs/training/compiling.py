@@ -19,10 +19,11 @@ import torch
 
 def keep_compiled(directory: Path) -> None:
     """Keep what is compiled in a folder that all workers and later runs share."""
-    # torch reads both when it first compiles. Its helper processes cost seconds to start, and the
-    # workers already have the cores.
+    import torch._inductor.config
+
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # Helper processes cost seconds to start, and the workers already have the cores.
+    torch._inductor.config.compile_threads = 1
 
 
 def compile_layers(model: torch.nn.Module) -> None:

@@ -35,7 +35,7 @@ def start_deepspeed(
     """
     if config.activation_checkpointing:
         # Models of transformers have it; `check_speed_options` has refused others.
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if layout.pipeline > 1:
         return start_pipeline(model, family, config, deepspeed_config, group, layout)
     if layout.tensor > 1:
