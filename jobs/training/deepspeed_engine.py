@@ -165,7 +165,12 @@ class DeepSpeedEngine:
         return float(norm)
 
     def measure(self, measure: MeasureFunction, batch: Batch) -> torch.Tensor:
-        with torch.no_grad(), self._precision():
+        # Evaluations are seldom, and their last batch is smaller: neither is worth compiling for.
+        with (
+            torch.no_grad(),
+            self._precision(),
+            torch.compiler.set_stance("eager_on_recompile"),
+        ):
             return measure(self._engine, batch)
 
     def _precision(self) -> AbstractContextManager[None]:

@@ -86,7 +86,7 @@ def run_worker(job: WorkerJob, sink: Sink, is_stopping: IsStopping = lambda: Fal
         ConflictError: the newest checkpoint is of a model that is divided in another way.
     """
     torch.set_num_threads(job.config.threads_per_worker)
-    if job.compiled_dir is not None:
+    if job.config.compile and job.compiled_dir is not None:
         keep_compiled(job.compiled_dir)
     group = start_process_group()
     tell: Sink = sink if group.is_first else _tell_nobody
