@@ -39,6 +39,7 @@ def make_deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any
     raw.setdefault("steps_per_print", 2**31)
     settle_parallelism(raw, config)
     check_speed_options(raw, config)
+    _refuse_what_cannot_be_saved(raw)
     return raw
 
 
@@ -131,6 +132,23 @@ def _settle_scheduler(raw: dict[str, Any], config: TrainConfig) -> None:
     for key, value in values.items():
         if parameters.get(key) == _AUTO:
             parameters[key] = value
+
+
+def _refuse_what_cannot_be_saved(raw: dict[str, Any]) -> None:
+    """Checkpoints hold what lies in memory, and is stepped by one optimizer."""
+    zero = raw["zero_optimization"]
+    for part in ("offload_optimizer", "offload_param"):
+        section = zero.get(part) if isinstance(zero, dict) else None
+        if not isinstance(section, dict):
+            continue
+        for key, only in (("device", ("cpu", "none")), ("ratio", (1, 1.0))):
+            if section.get(key, only[0]) not in only:
+                name = f"deepspeed.zero_optimization.{part}.{key}"
+                raise ConfigError(
+                    f"{name} is {section[key]!r}, and such a state cannot be saved",
+                    hint=f"set it to {only[0]}",
+                    param=name,
+                )
 
 
 def _drop_auto(section: dict[str, Any]) -> None:

@@ -51,8 +51,4 @@ def compiled_part(deepspeed_config: dict[str, Any]) -> str | None:
         return "deepspeed.optimizer.params.torch_adam=false"
     if kind in _COMPILED_TYPES:
         return f"deepspeed.optimizer.type={optimizer['type']}"
-    zero = deepspeed_config.get("zero_optimization", {})
-    for part in ("offload_optimizer", "offload_param"):
-        if str(zero.get(part, {}).get("device", "")) == "nvme":
-            return f"deepspeed.zero_optimization.{part}.device=nvme"
     return None

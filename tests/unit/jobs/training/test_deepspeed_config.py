@@ -112,6 +112,21 @@ def test_a_contradiction_names_both_in_one_line(
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("part", "section", "message"),
+    [
+        ("offload_param", {"device": "nvme"}, "offload_param.device is 'nvme', .* set it to cpu"),
+        ("offload_optimizer", {"device": "cpu", "ratio": 0.5}, "ratio is 0.5, .* set it to 1"),
+    ],
+)
+def test_a_state_that_cannot_be_saved_is_refused(
+    make_config: MakeConfig, part: str, section: dict[str, Any], message: str
+) -> None:
+    raw = {"zero_optimization": {"stage": 3, part: section}}
+    with pytest.raises(ConfigError, match=message):
+        make_deepspeed_config(make_config(deepspeed=raw), PLAN)
+
+
 def test_our_config_is_not_changed(make_config: MakeConfig) -> None:
     config = make_config(deepspeed=WITH_AUTO)
     identity = config.identity
