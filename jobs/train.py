@@ -78,7 +78,8 @@ def train_and_register(
     start = find_start(config, settings)
     config = start.config
     with RunDirectory.of(config, settings.home).locked() as run:
-        dataset, _ = open_catalog(settings).ensure(start.local.data)
+        catalog = open_catalog(settings, may_use_cluster=config.launcher == "ray")
+        dataset, _ = catalog.ensure(start.local.data)
         say(describe(dataset.info))
         state = begin(run, config, dataset)
         if state.result is not None and is_registered(state.result, settings):

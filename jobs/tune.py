@@ -49,7 +49,8 @@ def tune(config: TuneConfig, settings: Settings) -> None:
             finish(plan, ledger, state.result)
             return
         # Before the trials, which would otherwise prepare it at the same time.
-        dataset, _ = open_catalog(settings).ensure(plan.trials[0].config.data)
+        catalog = open_catalog(settings, may_use_cluster=True)
+        dataset, _ = catalog.ensure(plan.trials[0].config.data)
         say(describe_dataset(dataset.info))
         if not state.tracking_run_id:
             clear_runs(plan, settings)

@@ -56,7 +56,7 @@ def clean(table: Table, config: DataConfig) -> Cleaned:
         num_outlier_rows=int(beyond.any(1).sum()),
     )
     target: dict[str, Array] = (
-        {TARGET: table.target.astype(np.float32)}
+        {TARGET: table.target}
         if is_regression
         else {LABEL: np.nan_to_num(table.target).astype(np.int64)}
     )
@@ -139,11 +139,11 @@ def _check_variety(table: Table, features: Array, target: Array) -> None:
             hint="leave it out with data.table.exclude",
             param="data.table.exclude",
         )
-    if not table.class_names and np.ptp(target) == 0:
+    if not table.class_names and target.std() == 0:
         raise InputError(
             f"'{table.source.name}', target '{table.target_name}' is {target[0]:g} in every "
-            "training row",
-            hint="choose another data.source.target",
+            "training row, or varies by less than numbers can tell",
+            hint="choose another data.source.target, or another unit for it",
             param="data.source.target",
         )
     absent = [name for i, name in enumerate(table.class_names) if not (target == i).any()]

@@ -7,10 +7,9 @@ All knowledge of Ray in preparing data is here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
-
-import numpy as np
 
 from cluster.errors import HeliostatError, JobFailedError
 from jobs.data.execution import Arrays, TaskType
@@ -25,6 +24,8 @@ class RayExecutor:
         """Raises what a task raises, and JobFailedError if Ray itself fails."""
         from ray import cloudpickle, data
 
+        # Its plans and progress bars are no news to who asked for a dataset.
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
@@ -38,8 +39,9 @@ class RayExecutor:
             runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
         )
         try:
-            for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield from _arrays(table)
+            yield from _results(results.iter_batches(batch_size=None, batch_format="pyarrow"))
+        except HeliostatError:
+            raise
         except Exception as error:
             raise _in_our_words(error) from error
 
@@ -48,36 +50,36 @@ def _run(batch: Any, function: Callable[[Any], Iterator[Arrays]]) -> Iterator[An
     import pyarrow as pa
     from ray import cloudpickle
 
+    def row(result: Arrays | HeliostatError) -> Any:
+        # One of any size: a list of arrays that differ in length is none of Arrow's types.
+        return pa.table({"result": pa.array([cloudpickle.dumps(result)], pa.large_binary())})
+
     (task,) = batch.column("task").to_pylist()
-    for arrays in function(cloudpickle.loads(task)):
-        # One row of lists, since the arrays differ in length.
-        yield pa.table(
-            {
-                name: pa.LargeListArray.from_arrays([0, len(values)], pa.array(values))
-                for name, values in arrays.items()
-            }
-        )
+    try:
+        for arrays in function(cloudpickle.loads(task)):
+            yield row(arrays)
+    except HeliostatError as error:
+        # As a result, not as a failure: Ray would print its stack.
+        yield row(error)
 
 
-def _arrays(table: Any) -> Iterator[Arrays]:
-    for row in range(table.num_rows):
-        yield {
-            name: np.asarray(table.column(name)[row].values.to_numpy(zero_copy_only=False))
-            for name in table.column_names
-        }
+def _results(tables: Iterable[Any]) -> Iterator[Arrays]:
+    from ray import cloudpickle
+
+    for table in tables:
+        for pickled in table.column("result"):
+            result = cloudpickle.loads(pickled.as_buffer())
+            if isinstance(result, HeliostatError):
+                raise result
+            yield result
 
 
-def _in_our_words(error: Exception) -> HeliostatError:
-    """Ours if a task raised it: Ray wraps it, and keeps it as a cause."""
-    causes: list[BaseException] = [error]
-    for found in causes:
-        inner = (getattr(found, "cause", None), found.__cause__, found.__context__)
-        causes += [one for one in inner if isinstance(one, BaseException) and one not in causes]
-    for cause in causes:
-        if isinstance(cause, HeliostatError):
-            return cause
-    first = str(causes[-1]).strip().splitlines() or [""]
+def _in_our_words(error: Exception) -> JobFailedError:
+    cause: BaseException = error
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
+        cause = inner
+    first = str(cause).strip().splitlines() or [""]
     return JobFailedError(
-        f"a task of the preparation failed: {type(causes[-1]).__name__}: {first[0]}",
+        f"a task of the preparation failed: {type(cause).__name__}: {first[0]}",
         hint="its log is in the Ray dashboard; run the same command again",
     )

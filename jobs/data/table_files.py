@@ -8,10 +8,11 @@ It knows nothing of targets, features or splits.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ def read_cells(path: Path, delimiter: str = ",") -> CellTable:
             param=_PARAM,
         )
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(
+                f"data file '{path}' is no plain file", hint="copy it to one", param=_PARAM
+            )
         data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(
@@ -73,11 +78,15 @@ def read_cells(path: Path, delimiter: str = ",") -> CellTable:
             param=_PARAM,
         ) from None
     table = read(str(path), data, delimiter)
-    repeated = sorted({name for name in table.names if table.names.count(name) > 1})
-    if repeated or "" in table.names:
-        problem = f"two columns named '{repeated[0]}'" if repeated else "a column without a name"
-        raise InputError(f"data file '{path}' has {problem}", hint="rename it", param=_PARAM)
+    _check_names(str(path), table.names)
     return table
+
+
+def _check_names(file: str, names: Sequence[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or "" in names:
+        problem = f"two columns named '{repeated[0]}'" if repeated else "a column without a name"
+        raise InputError(f"data file '{file}' has {problem}", hint="rename it", param=_PARAM)
 
 
 def is_number(cell: str) -> bool:
@@ -139,6 +148,8 @@ def _read_parquet(name: str, data: bytes, _delimiter: str) -> CellTable:
     import pyarrow.parquet
 
     try:
+        names = pyarrow.parquet.read_schema(pa.BufferReader(data)).names
+        _check_names(name, names)
         table = pyarrow.parquet.read_table(pa.BufferReader(data))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
@@ -157,14 +168,22 @@ def _read_parquet(name: str, data: bytes, _delimiter: str) -> CellTable:
 
 
 def _parquet_cells(column: Any) -> Cells:
-    """Numbers as numbers; anything else as text, to be refused by name if it is a feature."""
+    """Numbers as numbers; anything else as text, to be refused by name if it is a feature.
+
+    Whole numbers of more than 53 bits are text too: labels must not be rounded into each other.
+    """
     import pyarrow as pa
 
     kind = column.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        values: npt.NDArray[np.float64] = column.cast(pa.float64()).to_numpy()
-        return values
-    return ["" if value is None else str(value).strip() for value in column.to_pylist()]
+        with contextlib.suppress(pa.ArrowInvalid):
+            values: npt.NDArray[np.float64] = column.cast(pa.float64()).to_numpy()
+            return values
+    try:
+        texts = column.cast(pa.string()).to_pylist()
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        texts = [str(kind)] * len(column)
+    return ["" if text is None else text.strip() for text in texts]
 
 
 def _decode(name: str, data: bytes) -> str:

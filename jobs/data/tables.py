@@ -9,8 +9,10 @@ splits, or of what to do with missing values: they become NaN.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,7 @@ from jobs.data.table_files import MISSING, Cells, CellTable, is_number
 
 Numbers = npt.NDArray[np.float64]
 
+_WHOLE = re.compile(r"[0-9]+", re.ASCII)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -62,6 +65,7 @@ def make_table(
             hint="remove it from data.table.features",
             param="data.table.features",
         )
+    _refuse_ambiguous(cells, wanted, excluded)
     ids = [i for i in wanted or range(len(cells.names)) if i not in excluded]
     if not ids:
         raise InputError(
@@ -80,6 +84,19 @@ def make_table(
         target=values,
         class_names=class_names,
     )
+
+
+def _refuse_ambiguous(cells: CellTable, wanted: Sequence[int], excluded: set[int]) -> None:
+    for place, column in enumerate(wanted):
+        problem = "twice" if column in wanted[:place] else ""
+        problem = "in data.table.exclude too" if column in excluded else problem
+        if problem:
+            raise InputError(
+                f"data.table.features names column '{cells.names[column]}', which stands there "
+                f"{problem}",
+                hint="name each column once",
+                param="data.table.features",
+            )
 
 
 def _find(cells: CellTable, column: Column, param: str) -> int:
@@ -137,17 +154,18 @@ def _classes(
 
 
 def _labels(cells: CellTable, column: int) -> list[str]:
-    """Labels as text, empty where missing; whole numbers lose their decimal point."""
+    """Labels as they are written, empty where missing; numbers that are whole but written as
+    fractions (1.0) lose their decimal point."""
     found: Cells = cells.columns[column]
     labels: list[str] = []
     for row, cell in enumerate(found):
         text = str(cell)
         if text.lower() in MISSING:
             labels.append("")
-        elif not is_number(text):
+        elif not is_number(text) or _WHOLE.fullmatch(text):
             labels.append(text)
-        elif float(text).is_integer():
-            labels.append(str(int(float(text))))
+        elif (whole := Decimal(text)).is_finite() and whole == whole.to_integral_value():
+            labels.append(f"{whole:.0f}")
         else:
             raise _bad_cell(
                 cells, column, row, "is no class but a fraction", hint="is it task: regression?"
