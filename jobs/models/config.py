@@ -40,12 +40,12 @@ class CausalLmConfig(LanguageModelConfig):
     """A Llama-shaped decoder with fresh weights; vocabulary and row length come from the
     dataset."""
 
-    hidden_size: int = Field(256, ge=8)
-    num_layers: int = Field(6, ge=1)
-    num_heads: int = Field(8, ge=1)
+    hidden_size: int = Field(256, ge=8, le=2**18)
+    num_layers: int = Field(6, ge=1, le=1000)
+    num_heads: int = Field(8, ge=1, le=2**12)
     num_key_value_heads: int | None = Field(None, ge=1)
     """Fewer than `num_heads` shares keys and values among heads; None means as many."""
-    intermediate_size: int | None = Field(None, ge=8)
+    intermediate_size: int | None = Field(None, ge=8, le=2**20)
     """Width of the feed-forward layers; None means 8/3 of `hidden_size`, rounded up to 32."""
     tie_embeddings: bool = True
     """One matrix for reading and for predicting tokens."""
@@ -125,7 +125,7 @@ class CnnConfig(StrictModel):
     """A small convolutional classifier of single-channel images."""
 
     family: Literal["cnn"]
-    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field((32, 64), min_length=1)
+    channels: tuple[Annotated[int, Field(ge=1, le=2**16)], ...] = Field((32, 64), min_length=1)
     """Output channels of the 3 × 3 convolutions; the last is followed by 2 × 2 max-pooling."""
     hidden_size: int = Field(128, ge=1)
     dropout: float = Field(0.2, ge=0, lt=1)
@@ -153,7 +153,7 @@ class MlpConfig(StrictModel):
     """A multilayer perceptron: a classifier if the data's target is a class, else a regression."""
 
     family: Literal["mlp"]
-    hidden_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((64,), min_length=1)
+    hidden_sizes: tuple[Annotated[int, Field(ge=1, le=2**20)], ...] = Field((64,), min_length=1)
     """Widths of the layers, each followed by ReLU and dropout."""
     dropout: float = Field(0.0, ge=0, lt=1)
 

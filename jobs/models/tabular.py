@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from cluster.errors import InputError
 from cluster.processing import (
+    Cast,
     Labels,
     PostStep,
     Processing,
@@ -49,6 +50,8 @@ from jobs.models.measures import (
 from jobs.models.weighting import num_rows, weighted_sum
 
 _NUM_GOLDEN_ROWS = 8
+_MAX_OFFSET = 1000.0
+"""Times a target's standard deviation; beyond it the 7 digits of 32 bits leave fewer than 4."""
 
 MakeNetwork = Callable[[int, int], list[nn.Module]]
 """Layers from a number of features to a number of outputs."""
@@ -136,10 +139,15 @@ class Regression:
         return metrics_of_regression(sums, self._std)
 
     def post(self) -> tuple[PostStep, ...]:
-        return (Scale(tensor=self.output, factor=self._std, offset=self._mean),)
+        scale = Scale(tensor=self.output, factor=self._std, offset=self._mean)
+        if abs(self._mean) < _MAX_OFFSET * self._std:
+            return (scale,)
+        # 32 bits would round away what the network has learnt.
+        return (Cast(tensor=self.output, datatype="FP64"), scale)
 
     def _standardized(self, batch: Batch) -> torch.Tensor:
-        return (batch[TARGET] - self._mean) / self._std
+        """In 64 bits until the mean is gone: dates, say, vary little for their size."""
+        return ((batch[TARGET] - self._mean) / self._std).float()
 
 
 class Classification:

@@ -16,6 +16,9 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from cluster.config import StrictModel
 from jobs.data.config import DataConfig, Name
 from jobs.models.config import Metric, ModelConfig
+from jobs.training.deepspeed_section import check_shape
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _default_weight_decay(values: dict[str, Any]) -> float:
@@ -38,12 +41,29 @@ class OptimizerConfig(StrictModel):
     weight_decay: float = Field(default_factory=_default_weight_decay, ge=0)
     """Decoupled for adamw and muon (default 0.1), L2, added to the gradient, for the others
     (default 0); matrices only, never biases or norms."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """adamw, adam, and muon's part that is adamw's."""
     epsilon: float = Field(1e-8, gt=0)
     """All but sgd."""
     momentum: float = Field(default_factory=_default_momentum, ge=0, lt=1)
     """sgd (default 0.9) and muon (default 0.95)."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_optimizer(self) -> OptimizerConfig:
+        for field, users in _USERS.items():
+            if field in self.model_fields_set and self.name not in users:
+                raise ValueError(
+                    f"{field} is not for optimizer '{self.name}', only for {', '.join(users)}"
+                )
+        return self
+
+
+_USERS = {
+    "betas": ("adamw", "adam", "muon"),
+    "epsilon": ("adamw", "adam", "adagrad", "muon"),
+    "momentum": ("sgd", "muon"),
+}
+"""Fields that only some optimizers have."""
 
 
 class ConstantSchedule(StrictModel):
@@ -175,6 +195,14 @@ class ParallelismConfig(StrictModel):
     """Workers that hold consecutive layers; give micro_batch_size, so that they work at once."""
 
 
+class PlannerConfig(StrictModel):
+    """What `--check` plans for."""
+
+    device: str = ""
+    """What each worker has: a name (h100-80g, laptop-16g, …) or a size (24GiB, a GPU's); empty
+    means this machine."""
+
+
 class TrainConfig(StrictModel):
     """One training run."""
 
@@ -182,7 +210,7 @@ class TrainConfig(StrictModel):
     """Name the model is registered under."""
     run_name: Name | Literal[""] = ""
     """Name of the run; empty means `name`."""
-    experiment: str = "train"
+    experiment: str = Field("train", min_length=1)
     """MLflow experiment."""
     data: DataConfig
     model: ModelConfig
@@ -231,9 +259,18 @@ class TrainConfig(StrictModel):
     """A worker that shows no sign of life (a step, a batch of an evaluation) for so long has hung:
     it and its peers are replaced. Longer than the slowest step, its compilation included."""
     recovery: RecoveryConfig = RecoveryConfig()
+    planner: PlannerConfig = PlannerConfig()
+    tenant: Name = "local"
+    """Whose account the seconds of CPU and GPU go to (`heliostat usage`)."""
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
     """An ordinary ds_config, passed on to DeepSpeed; only keys that other fields here decide are
     refused when they differ."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed_has_its_shape(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        check_shape(value)
+        return value
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> TrainConfig:
@@ -270,6 +307,7 @@ _NO_PART_OF_IDENTITY = (
     "min_workers",
     "hang_timeout_s",
     "recovery",
+    "planner",
     "device",
     "log_every_steps",
     "num_workers",

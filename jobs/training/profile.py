@@ -39,8 +39,8 @@ def data_profile(dataset: Dataset) -> dict[str, Any]:
 
 def _statistics(values: Array) -> dict[str, float]:
     return {
-        "mean": float(values.mean()),
-        "std": float(values.std()),
+        "mean": float(values.mean(dtype=np.float64)),
+        "std": float(values.std(dtype=np.float64)),
         "min": float(values.min()),
         "max": float(values.max()),
     }

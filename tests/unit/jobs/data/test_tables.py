@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,85 @@ def test_labels_become_class_numbers(write: Write) -> None:
     assert table.target[:4].tolist() == [1, 0, 0, 1]
     ordered = read(write(target="kind", task="classification", classes=["villa", "hut"], table={}))
     assert ordered.target[:4].tolist() == [0, 1, 1, 0]
+
+
+def test_labels_stay_apart_however_long_and_however_written(write: Write) -> None:
+    codes = ["9007199254740992", "9007199254740993", "007", "7", "1.0", "1"]
+    lines = "\n".join(f"{n},{n % 3},{codes[n % 6]}" for n in range(60))
+    table = read(write(f"a,b,code\n{lines}\n", target="code", task="classification", table={}))
+    assert set(table.class_names) == {*codes} - {"1.0"}
+    config = write(task="classification", classes=["007", "010"])
+    with pytest.raises(InputError, match="one of: 007, 010"):
+        read(config)
+
+
+def test_a_target_that_varies_little_for_its_size_loses_nothing(write: Write) -> None:
+    """Milliseconds since 1970, say."""
+    lines = "\n".join(f"{n % 7},{1_700_000_000_000 + 1000 * (n % 7)}" for n in range(60))
+    done = cleaned(write(f"a,price\n{lines}\n", table={}))
+    assert done.rows["train"]["target"].dtype == np.float64
+    assert np.unique(np.diff(np.unique(done.rows["train"]["target"]))).tolist() == [1000.0]
+
+
+def test_a_target_too_small_to_tell_is_one_line(write: Write) -> None:
+    lines = "\n".join(f"{n},{n}e-300" for n in range(60))
+    with pytest.raises(InputError, match="varies by less than numbers can tell"):
+        cleaned(write(f"a,price\n{lines}\n", table={}))
+
+
+def test_an_odd_column_of_parquet_is_no_obstacle(write: Write) -> None:
+    rows = 40
+    columns = {
+        "a": pa.array(range(rows)),
+        "price": pa.array([n % 9 + 0.5 for n in range(rows)]),
+        "id": pa.array([2**60 + n for n in range(rows)]),
+        "big": pa.array([2**63 + n for n in range(rows)], pa.uint64()),
+        "at": pa.array([2**62 + n for n in range(rows)], pa.timestamp("us")),
+        "tags": pa.array([["x"]] * rows),
+    }
+    file = BytesIO()
+    pyarrow.parquet.write_table(pa.table(columns), file)
+    odd = ["id", "big", "at", "tags"]
+    config = write(file.getvalue(), name="t.parquet", table={"exclude": odd})
+    assert read(config).feature_names == ("a",)
+    config = write(file.getvalue(), name="t.parquet", table={"exclude": odd[:3]})
+    with pytest.raises(InputError, match=r"column 'tags'.*is not a number"):
+        read(config)
+    config = write(
+        file.getvalue(), name="t.parquet", target="id", task="classification",
+        table={"features": ["a"]},
+    )  # fmt: skip
+    assert len(read(config).class_names) == rows
+
+
+def test_parquet_with_a_name_twice_is_one_line(write: Write) -> None:
+    file = BytesIO()
+    pyarrow.parquet.write_table(pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]), file)
+    with pytest.raises(InputError, match="two columns named 'a'"):
+        read(write(file.getvalue(), name="t.parquet"))
+
+
+def test_a_pipe_is_no_table(write: Write, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    config = write(name="other.csv")
+    path = str(tmp_path / "pipe.csv")
+    source = config.source.model_copy(update={"path": path})
+    with pytest.raises(InputError, match="no plain file"):
+        read(config.model_copy(update={"source": source}))
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ({"features": ["rooms", 0]}, "stands there twice"),
+        ({"features": ["rooms"], "exclude": ["rooms"]}, "in data.table.exclude too"),
+    ],
+)
+def test_a_column_named_for_two_things_is_one_line(
+    write: Write, table: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        read(write(table=table))
 
 
 def with_gaps() -> str:
