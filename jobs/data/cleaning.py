@@ -74,17 +74,18 @@ def _without_gaps(
     """Features with every gap filled, the rows that stay, and how many of each split did not."""
     gaps = np.isnan(table.features)
     no_target = np.isnan(table.target)
-    if config.missing == "drop":
-        whole = ~(gaps.any(1) | no_target)
-        kept = {split: ids[whole[ids]] for split, ids in splits.items()}
-        dropped = {split: len(splits[split]) - len(kept[split]) for split in SPLITS}
-        return table.features, kept, dropped if any(dropped.values()) else {}
-    if no_target.any():
+    unusable = no_target | (gaps.any(1) if config.missing == "drop" else False)
+    if no_target.any() and "drop" not in (config.missing, config.missing_target):
         raise _missing(table, int(no_target.argmax()), table.target_name)
-    if config.missing == "refuse" and gaps.any():
-        row, column = (int(i) for i in np.argwhere(gaps)[0])
+    kept = {split: ids[~unusable[ids]] for split, ids in splits.items()}
+    dropped = {split: len(splits[split]) - len(kept[split]) for split in SPLITS}
+    if config.missing == "refuse" and gaps[~unusable].any():
+        row, column = (int(i) for i in np.argwhere(gaps & ~unusable[:, None])[0])
         raise _missing(table, row, table.feature_names[column])
-    return _imputed(table, config, splits["train"]), splits, {}
+    features = table.features
+    if config.missing.startswith("impute"):
+        features = _imputed(table, config, kept["train"])
+    return features, kept, dropped if any(dropped.values()) else {}
 
 
 def _imputed(table: Table, config: TableConfig, train: Ids) -> Numbers:
@@ -157,14 +158,16 @@ def _check_variety(table: Table, features: Array, target: Array) -> None:
 
 
 def _missing(table: Table, row: int, column: str) -> InputError:
-    total = sum(_num_missing(table).values())
     is_target = column == table.target_name
+    missing = _num_missing(table)
+    total = missing[column] if is_target else sum(missing.values())
     return InputError(
         f"'{table.source.name}', {table.source.place(row)}, column '{column}' is empty "
         f"({total} missing in all)",
-        hint="set data.table.missing=drop"
-        + ("" if is_target else ", or impute_mean or impute_median"),
-        param="data.table.missing",
+        hint="set data.table.missing_target=drop"
+        if is_target
+        else "set data.table.missing=drop, or impute_mean or impute_median",
+        param="data.table.missing_target" if is_target else "data.table.missing",
     )
 
 

@@ -144,7 +144,9 @@ class TableConfig(StrictModel):
     """Columns to leave out."""
     missing: Literal["refuse", "drop", "impute_mean", "impute_median"] = "refuse"
     """What an empty cell (also NA, NaN, null, None, ?) means: an error, its row left out of every
-    split, or the feature's mean or median in its place. A missing target is never made up."""
+    split, or the feature's mean or median in its place."""
+    missing_target: Literal["refuse", "drop"] = "refuse"
+    """What an empty target means, unless `missing` is drop: it is never made up."""
     outliers: Literal["keep", "drop", "clip"] = "keep"
     """What to do with training rows that lie outside a feature's fences: nothing, leave them out,
     or move them to the fence. Validation and test rows stay as they are, as requests do."""

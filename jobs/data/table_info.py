@@ -42,19 +42,19 @@ class TableInfo(StrictModel):
     def lines(self) -> Iterator[str]:
         """What a user must know of the cleaning."""
         if self.num_missing:
-            done = {"drop": "rows dropped", "impute_mean": "mean imputed"}.get(
-                self.missing, "median imputed"
-            )
-            if self.missing == "drop":
-                by_split = ", ".join(f"{split} {n}" for split, n in self.num_dropped.items())
-                done = f"{done}: {by_split}"
-            yield f"missing cells {_listed(self.num_missing)}: {done}"
+            yield f"missing cells {_listed(self.num_missing)}: {'; '.join(self._treated())}"
         if self.num_outliers:
             done = {"keep": "kept", "drop": "rows dropped", "clip": "cells clipped"}[self.outliers]
-            yield (
-                f"outliers in {self.num_outlier_rows} training rows, "
-                f"{_listed(self.num_outliers)}: {done}"
-            )
+            rows = f"{self.num_outlier_rows} training row" + "s" * (self.num_outlier_rows != 1)
+            yield f"outliers in {rows}, {_listed(self.num_outliers)}: {done}"
+
+    def _treated(self) -> Iterator[str]:
+        if self.missing.startswith("impute"):
+            yield f"{self.missing.removeprefix('impute_')} imputed"
+        if self.num_dropped:
+            which = "rows" if self.missing == "drop" else "rows without a target"
+            by_split = ", ".join(f"{split} {n}" for split, n in self.num_dropped.items())
+            yield f"{which} dropped: {by_split}"
 
     def counts(self) -> dict[str, float]:
         """The same as numbers, for the run's record."""

@@ -260,8 +260,21 @@ def test_gaps_are_filled_from_the_train_split_alone(
 def test_a_missing_target_is_never_made_up(write: Write) -> None:
     content = HOUSES.replace("hut,10\n", "hut,\n")
     config = write(content, table={"exclude": ["kind"], "missing": "impute_mean"})
-    with pytest.raises(InputError, match=r"line 3, column 'price' is empty.*=drop$"):
+    with pytest.raises(InputError, match=r"column 'price' is empty \(1 .*missing_target=drop$"):
         cleaned(config)
+
+
+def test_rows_without_a_target_may_go_while_features_are_filled(write: Write) -> None:
+    content = with_gaps().replace("hut,10\n", "hut,\n")
+    table = {"exclude": ["kind"], "missing": "impute_median", "missing_target": "drop"}
+    found = cleaned(write(content, table=table))
+    assert sum(found.info.num_dropped.values()) == 1
+    assert sum(len(columns["features"]) for columns in found.rows.values()) == 39
+    (line,) = found.info.lines()
+    assert "missing cells 9 (age 8, price 1): median imputed; rows without a target" in line
+    refused = write(content, table={"exclude": ["kind"], "missing_target": "drop"})
+    with pytest.raises(InputError, match="column 'age' is empty"):
+        cleaned(refused)
 
 
 @pytest.mark.parametrize("outliers", ["keep", "drop", "clip"])
