@@ -59,11 +59,13 @@ class RayLauncher:
         needed = self._config.min_workers or self._config.num_workers
         name = "num_workers" if self._config.min_workers is None else "min_workers"
         kind = "GPU" if self._use_gpu else "CPU"
-        if resources.get(kind, 0) < needed:
+        there = int(resources.get(kind, 0))
+        if there < needed:
+            smaller = f"set {name} to {there} or less" if there else "set device to cpu or auto"
             raise MachineError(
-                f"{name} is {needed}, and the cluster has {resources.get(kind, 0):g} {kind}s",
-                hint=f"set {name} to {max(1, int(resources.get(kind, 0)))} or less, or add nodes",
-                param=name,
+                f"{name} is {needed}, and the cluster has {there} {kind}s",
+                hint=f"{smaller}, or add nodes",
+                param=name if there else "device",
             )
         return {"ray_job_id": ray.get_runtime_context().get_job_id(), **_submission()}
 
