@@ -186,8 +186,11 @@ def register_best(sweep: Sweep, ledger: Ledger, tracker: RunTracker) -> dict[str
     say(f"the best is trial {best.number}; it is packaged from its last checkpoint")
     config = best.config.model_copy(update={"resume": "reuse"})
     trained = train_and_register(config, sweep.settings, sweep.link(best))
+    record = ledger.state.trials[best.identity]
     result: dict[str, Any] = {
         **trained,
+        # Of the trial; packaging took up where it had ended.
+        "training_seconds": round(record.seconds, 2),
         "sweep_run_id": sweep.run_id,
         "trial": best.number,
         "values": best.values,

@@ -42,9 +42,10 @@ def _room_for(config: TrainConfig, capacity: Capacity) -> int:
     there = capacity.num_gpus if is_gpu else capacity.num_cpus
     if there < config.num_workers:
         kind = "GPU" if is_gpu else "CPU"
+        smaller = f"give trials num_workers {there} or less" if there else "set device to cpu"
         raise MachineError(
             f"a trial's num_workers is {config.num_workers}, and there are {there} {kind}s",
-            hint=f"set overrides.num_workers to {max(1, there)} or less, or add nodes",
-            param="num_workers",
+            hint=f"{smaller}, in overrides or in the space, or add nodes",
+            param="num_workers" if there else "device",
         )
     return there // config.num_workers
