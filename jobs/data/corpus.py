@@ -73,6 +73,7 @@ class Corpus:
             source=self.config.source_of_text,
             splits=self.config.splits,
             files=files,
+            vocab_size=files.vocab_size,
             by_character=text.tokenizer.kind == "characters",
             max_tokens=text.sequence_length + 1,
             long_conversations=text.long_conversations,

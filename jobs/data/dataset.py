@@ -78,15 +78,11 @@ class TextInfo(StrictModel):
         """What a user must know of what became of the documents."""
         kept = ", ".join(f"{split} {count:,}" for split, count in self.num_documents.items())
         yield f"documents {self.num_read:,} read: {kept}"
-        names = {"duplicate": "duplicates", "no_answer": "without an answer"}
         if self.left_out:
-            reasons = (
-                f"{count:,} {names.get(reason, reason.replace('_', ' '))}"
-                for reason, count in self.left_out.items()
-            )
+            reasons = (f"{name.replace('_', ' ')} {n:,}" for name, n in self.left_out.items())
             yield f"left out: {', '.join(reasons)}"
         if self.num_cut:
-            yield f"cut to {self.sequence_length + 1} tokens: {self.num_cut:,} conversations"
+            yield f"conversations cut to {self.sequence_length + 1} tokens: {self.num_cut:,}"
         yield "tokens: " + ", ".join(f"{s} {count:,}" for s, count in self.num_tokens.items())
 
 

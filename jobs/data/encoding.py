@@ -37,6 +37,7 @@ class EncodeJob:
     source: LanguageSource
     splits: SplitConfig
     files: TokenizerFiles
+    vocab_size: int
     by_character: bool
     max_tokens: int
     """Of a conversation."""
@@ -152,7 +153,7 @@ def _arrays(
     counts: Sequence[int],
     size_bytes: int,
 ) -> Arrays:
-    dtype = token_dtype(job.files.vocab_size)
+    dtype = token_dtype(job.vocab_size)
     return {
         "splits": np.array(splits, dtype=np.uint8),
         "lengths": np.array([len(of_one) for of_one in ids], dtype=np.int64),

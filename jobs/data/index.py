@@ -101,7 +101,9 @@ def choose(index: Index, config: DataConfig) -> tuple[Fates, dict[str, int]]:
     kept = np.flatnonzero(~np.any([*reasons.values()], axis=0))
     left_out = {reason: int(found.sum()) for reason, found in reasons.items()}
     if not len(kept):
-        shown = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+        shown = ", ".join(
+            f"{reason.replace('_', ' ')} {count}" for reason, count in left_out.items() if count
+        )
         raise InputError(
             f"source '{config.source.kind}' of dataset '{config.name}' holds no document"
             + (f": {shown}" if shown else ""),

@@ -31,7 +31,7 @@ def inspect(config: DataConfig) -> Iterator[str]:
         yield f"source has digest sha256:{read_numbers(config).digest}"
         return
     plan = plan_corpus(config)
-    size = f"{len(plan.files):,} files, {plan.size_bytes / 1e6:,.1f} MB"
+    size = f"files {len(plan.files):,}, {plan.size_bytes / 1e6:,.1f} MB"
     yield f"source '{config.source.kind}': {size}"
     documents = _first_documents(config, plan)
     size_bytes = sum(measure(document).size_bytes for document in documents)

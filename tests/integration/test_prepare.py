@@ -44,7 +44,7 @@ def test_the_cluster_prepares_the_same_dataset_and_names_a_broken_line(
     run = stack.run_cli("submit", "prepare", "--config", tmp_path / "large.yaml")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "preparing on the cluster's" in run.stdout
-    assert "left out: 12,800 duplicates" in run.stdout
+    assert "left out: duplicate 12,800" in run.stdout
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("result: ")]
     storage = Storage.open(str(tmp_path / "storage"))
     here, _ = DatasetCatalog(storage, tmp_path / "cache").ensure(config)

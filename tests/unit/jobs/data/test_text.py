@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from cluster.errors import InputError
 from jobs.data.config import SplitConfig
 from jobs.data.packing import pack
 from jobs.data.splits import SPLITS, cut_by_position, split_rows, split_weighted
-from jobs.data.tokenizer_files import TokenizerFiles
+from jobs.data.tokenizer_files import TokenizerFiles, own_files
 from jobs.data.tokenizing import (
     END_OF_TEXT,
     character_tokenizer,
@@ -65,6 +65,24 @@ def test_an_unknown_character_is_refused_by_name() -> None:
     files = character_tokenizer("ab")
     with pytest.raises(InputError, match=r"character '阳' is held out.*tokenizer\.more"):
         make_encoder(files, by_character=True).encode(["ab", "a阳"])
+
+
+def test_an_existing_tokenizer_keeps_what_it_adds_to_a_text(files: TokenizerFiles) -> None:
+    begins, ends = files.load(), files.load()
+    for tokenizer, shape in ((begins, "<s> $A"), (ends, "$A <|endoftext|>")):
+        tokenizer.add_special_tokens(["<s>"])
+        special = [(name, tokenizer.token_to_id(name)) for name in ("<s>", END_OF_TEXT)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=shape, special_tokens=special
+        )
+    begun, ended = (
+        make_encoder(own_files(tokenizer, END_OF_TEXT)).encode(["the cat", ""])
+        for tokenizer in (begins, ends)
+    )
+    plain = make_encoder(files).encode(["the cat", ""])
+    start = begins.token_to_id("<s>")
+    assert [ids.tolist() for ids in begun] == [[start, *ids.tolist()] for ids in plain]
+    assert [ids.tolist() for ids in ended] == [ids.tolist() for ids in plain]
 
 
 def test_a_long_text_is_encoded_in_pieces_and_loses_nothing(
