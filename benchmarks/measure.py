@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.config import StrictModel
 
@@ -30,6 +30,8 @@ class Row(StrictModel):
     goal: str
     met: bool | None
     """None where the row has no goal."""
+    note: str = ""
+    """What the figures do not say."""
 
 
 def compare(
@@ -50,18 +52,41 @@ def compare(
     ours()
     peer()
     timings = [_pair(ours, peer, clock, swapped=index % 2 == 1) for index in range(pairs)]
-    ratios = [mine / theirs for mine, theirs in timings]
-    low, ratio, high = statistics.quantiles(ratios, n=4)
+    return row_of(metric, pairs=timings, peer_name=peer_name, at_most=at_most)
+
+
+def row_of(
+    metric: str,
+    *,
+    pairs: Sequence[tuple[float, float]],
+    peer_name: str,
+    at_most: float | None = None,
+    at_least: float | None = None,
+    note: str = "",
+) -> Row:
+    """A row from measured pairs (ours, the peer's), at least two.
+
+    Args:
+        at_most: the goal for the ratio where smaller is better.
+        at_least: the goal for the ratio where larger is better.
+    """
+    low, ratio, high = statistics.quantiles([mine / theirs for mine, theirs in pairs], n=4)
+    goal, met = "", None
+    if at_most is not None:
+        goal, met = f"<= {at_most}", ratio <= at_most
+    elif at_least is not None:
+        goal, met = f">= {at_least}", ratio >= at_least
     return Row(
         metric=metric,
-        ours=statistics.median(mine for mine, _ in timings),
-        peer=statistics.median(theirs for _, theirs in timings),
+        ours=statistics.median(mine for mine, _ in pairs),
+        peer=statistics.median(theirs for _, theirs in pairs),
         peer_name=peer_name,
         ratio=ratio,
         ratio_low=low,
         ratio_high=high,
-        goal="" if at_most is None else f"<= {at_most}",
-        met=None if at_most is None else ratio <= at_most,
+        goal=goal,
+        met=met,
+        note=note,
     )
 
 

@@ -62,6 +62,7 @@ def results_page() -> str:
         lines += ["", "| metric | ours | peer | ratio (quartiles) | goal | met |"]
         lines += ["| --- | ---: | ---: | ---: | --- | --- |"]
         lines += [_line(row) for row in report.rows]
+        lines += [f"\n{row.metric}: {row.note}" for row in report.rows if row.note]
         versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         lines += ["", versions]
     return "\n".join(lines) + "\n"

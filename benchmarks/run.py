@@ -12,7 +12,7 @@ import sys
 
 from benchmarks.report import make_report, write_report
 
-BENCHMARKS = ("package_verify",)
+BENCHMARKS = ("package_verify", "train_throughput", "time_to_loss")
 
 
 def main(names: list[str]) -> int:
