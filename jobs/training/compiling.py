@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 
+BACKEND = "inductor"
+"""Of torch.compile."""
+
 
 def keep_compiled(directory: Path) -> None:
     """Keep what is compiled in a folder that all workers and later runs share."""
@@ -29,7 +32,7 @@ def keep_compiled(directory: Path) -> None:
 def compile_layers(model: torch.nn.Module) -> None:
     """Compile on first use; the model's parameters keep their names."""
     for part in parts_to_compile(model):
-        part.compile()
+        part.compile(backend=BACKEND)
 
 
 def parts_to_compile(model: torch.nn.Module) -> Sequence[torch.nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from jobs.data.catalog import DatasetCatalog
 from jobs.data.dataset import Dataset
 from jobs.models.families import make_family
 from jobs.models.family import DataShape
+from jobs.training import compiling
 from jobs.training.batching import BatchPlan
-from jobs.training.compiling import keep_compiled
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config, zero_stage
 from jobs.training.deepspeed_setup import start_deepspeed
@@ -67,13 +68,21 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 def losses_of_all(jobs: dict[str, WorkerJob]) -> dict[str, list[float]]:
     """The first steps of one training after the other, in the same processes."""
     torch.set_num_threads(1)
+    # What torch.compile traces, without the C++ that it would write and have compiled: see the
+    # soak test below.
+    compiling.BACKEND = "aot_eager"
+    return {name: first_losses(job) for name, job in jobs.items()}
+
+
+def losses_in_cpp(jobs: dict[str, WorkerJob]) -> dict[str, list[float]]:
+    torch.set_num_threads(1)
     return {name: first_losses(job) for name, job in jobs.items()}
 
 
 def first_losses(job: WorkerJob) -> list[float]:
     config, group = job.config, start_process_group()
     if config.compile and job.compiled_dir is not None:
-        keep_compiled(job.compiled_dir)
+        compiling.keep_compiled(job.compiled_dir)
     dataset = Dataset.open(job.dataset_dir)
     layout = Layout.of(config, group.world_size)
     plan = BatchPlan.make(
@@ -119,23 +128,47 @@ def make_text_config(
     return make
 
 
-def test_each_option_on_two_workers_has_the_losses_of_none(
-    make_text_config: MakeConfig, tmp_path: Path
-) -> None:
-    catalog = DatasetCatalog(Storage.open(str(tmp_path / "storage")), tmp_path / "cache")
-    dataset, _ = catalog.ensure(make_text_config().data)
+def make_jobs(make_config: MakeConfig, names: Iterable[str], root: Path) -> dict[str, WorkerJob]:
+    catalog = DatasetCatalog(Storage.open(str(root / "storage")), root / "cache")
+    dataset, _ = catalog.ensure(make_config().data)
     jobs = {}
-    for name, (_, stage, values) in VARIANTS.items():
+    for name in names:
+        _, stage, values = VARIANTS[name]
         raw = {**values.get("deepspeed", {}), "zero_optimization": {"stage": stage}}
-        config = make_text_config(**{**values, "deepspeed": raw})
-        jobs[name] = WorkerJob(config, dataset.directory, tmp_path / name, tmp_path / "compiled")
-    losses, _ = run_ranks(losses_of_all, jobs, 2)
-    for name, (reference, _, _) in VARIANTS.items():
+        config = make_config(**{**values, "deepspeed": raw})
+        jobs[name] = WorkerJob(config, dataset.directory, root / name, root / "compiled")
+    return jobs
+
+
+def check_losses(losses: dict[str, list[float]]) -> None:
+    for name in losses:
+        reference, _, _ = VARIANTS[name]
         tolerance = 2e-2 if "bf16" in name else 1e-4
         assert losses[name] == pytest.approx(losses[reference], rel=tolerance), name
         assert losses[name][-1] < losses[name][0], name
+
+
+def test_each_option_on_two_workers_has_the_losses_of_none(
+    make_text_config: MakeConfig, tmp_path: Path
+) -> None:
+    losses, _ = run_ranks(losses_of_all, make_jobs(make_text_config, VARIANTS, tmp_path), 2)
+    check_losses(losses)
     assert losses["masked"] != pytest.approx(losses["plain"], rel=1e-4)
-    assert any((tmp_path / "compiled").rglob("*.so")), "what was compiled is kept"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_compiled_to_cpp_the_losses_are_the_same_and_the_code_is_kept(
+    make_text_config: MakeConfig, tmp_path: Path
+) -> None:
+    names = [
+        name
+        for name, (reference, _, values) in VARIANTS.items()
+        if name == reference or "compile" in values
+    ]
+    losses, _ = run_ranks(losses_in_cpp, make_jobs(make_text_config, names, tmp_path), 2)
+    check_losses(losses)
+    assert any((tmp_path / "compiled").rglob("*.so"))
 
 
 @pytest.mark.parametrize(
