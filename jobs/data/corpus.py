@@ -132,7 +132,7 @@ def read_corpus(config: DataConfig, plan: Plan, execute: Executor, say: Say) -> 
         InputError: the source or the tokenizer cannot be read.
     """
     tokenizer = existing_tokenizer(config)
-    if config.source.kind == "chat" and tokenizer is not None:
+    if config.is_chat and tokenizer is not None:
         make_chat_encoder(tokenizer)
     progress = Progress("reading", total_bytes=plan.size_bytes, say=say)
     index = make_index(config.source_of_text, plan.shards, execute, progress)

@@ -297,10 +297,21 @@ def test_storage_and_sources_may_lie_in_an_object_store(
         assert dataset.text.num_read == 80
         digests.add(dataset.info.files["train.arrow"].sha256)
     assert len(digests) == 1
+    for path in dataset.tokenizer_dir.iterdir():
+        storage.write_bytes(f"tokenizer/{path.name}", path.read_bytes())
+    tokenizer = {"kind": "existing", "path": f"{bucket}/prepared/tokenizer?{options}"}
+    text = {**TEXT, "tokenizer": tokenizer}
+    again, _ = catalog.ensure(config.model_copy(update={"text": repeat(config, text)}))
+    assert again.info.files["train.arrow"].sha256 in digests
     missing = config_of("", source={"kind": "jsonl", "paths": [f"{bucket}/none/*.jsonl?{options}"]})
     with pytest.raises(InputError, match=r"data file 's3://bucket/none/") as caught:
         catalog.ensure(missing)
     assert "\n" not in str(caught.value)
+
+
+def test_a_place_that_nothing_reaches_is_refused(catalog: DatasetCatalog) -> None:
+    with pytest.raises(InputError, match=r"ftp://… cannot be opened: .*; expected a path, s3://"):
+        catalog.ensure(config_of("ftp://host/a.jsonl"))
 
 
 def test_credentials_in_a_location_are_refused() -> None:
