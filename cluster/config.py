@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from cluster.errors import ConfigError
 from cluster.yaml_files import parse_yaml
@@ -195,13 +196,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _describe(error: ValidationError, values: Any, config_type: type[BaseModel]) -> str:
-    first = error.errors(include_url=False)[0]
-    # Pydantic also puts the kinds of a union there, some of them as internals.
-    location = tuple(part for part in first["loc"] if "[" not in str(part))
-    name = ".".join(str(part) for part in location) or "the config"
+    errors = error.errors(include_url=False)
+    # A misspelt key is also a missing one.
+    first = min(errors, key=lambda each: each["type"] != "extra_forbidden")
+    location = _written(first, values)
+    name = ".".join(str(part) for part in location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(config_type, location[:-1])
+        known = _known_keys(config_type, first["loc"][:-1])
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         guess = f"; did you mean '{close[0]}'?" if close else ""
         expected = f", expected one of: {', '.join(known)}" if known and not close else ""
@@ -210,10 +212,29 @@ def _describe(error: ValidationError, values: Any, config_type: type[BaseModel])
         return f"key '{name}' is missing{more}"
     text = first["msg"].removeprefix("Value error, ")  # pydantic's words before a check of ours
     message = text[:1].lower() + text[1:]
+    if not name:
+        return message + more
     found = first.get("input")
     is_plain = isinstance(found, (str, int, float, bool, type(None)))
     shown = _short(f"{found!r}") if is_plain else None
     return f"key '{name}'" + (f" is {shown}: " if shown is not None else ": ") + message + more
+
+
+def _written(error: ErrorDetails, values: Any) -> list[int | str]:
+    """Where an error is, in keys that stand in the config, and the one that is missing.
+
+    Pydantic also puts the kinds of unions and the names of validators there.
+    """
+    *path, last = error["loc"] or ("",)
+    keys: list[int | str] = []
+    for part in (*path, last):
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            if error["type"] != "missing" or part is not last:
+                continue
+        keys.append(part)
+    return keys
 
 
 def _short(text: str) -> str:
@@ -222,20 +243,23 @@ def _short(text: str) -> str:
 
 def _known_keys(config_type: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Field names of the (nested) model at `location`, as far as annotations tell."""
-    current: Any = config_type
+    models = [config_type]
     for part in location:
-        fields = getattr(current, "model_fields", {})
-        if part not in fields:
-            return []
-        current = _model_inside(fields[part].annotation)
-    return sorted(getattr(current, "model_fields", {}))
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        if fields:
+            models = [model for field in fields for model in _models_inside(field.annotation)]
+        elif isinstance(part, str):
+            # The kind of a union: that member's name in one of its literals.
+            models = [model for model in models if _is_of_kind(model, part)] or models
+    return sorted({name for model in models for name in model.model_fields})
 
 
-def _model_inside(annotation: Any) -> Any:
+def _models_inside(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _model_inside(argument)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    inside = (_models_inside(argument) for argument in typing.get_args(annotation))
+    return [model for models in inside for model in models]
+
+
+def _is_of_kind(model: type[BaseModel], kind: str) -> bool:
+    return any(kind in typing.get_args(field.annotation) for field in model.model_fields.values())

@@ -1,8 +1,9 @@
 import os
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cluster.config import StrictModel, load_config
 from cluster.errors import ConfigError
@@ -75,6 +76,46 @@ class Range(StrictModel):
         if self.low >= self.high:
             raise ValueError(f"low {self.low} is not below high {self.high}")
         return self
+
+
+class Circle(StrictModel):
+    kind: Literal["circle"]
+    radius: float
+
+
+class Square(StrictModel):
+    kind: Literal["square"]
+    width: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _small(self) -> "Square":
+        if self.width > 9:
+            raise ValueError(f"width {self.width:g} is above 9")
+        return self
+
+
+class Drawing(StrictModel):
+    shape: Annotated[Circle | Square, Field(discriminator="kind")]
+    layers: tuple[str | int, ...] = ()
+    name: Annotated[str, AfterValidator(lambda value: value)] = ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("shape: {kind: square, widht: 1}", "unknown key 'shape.widht'; did you mean 'width'"),
+        ("shape: {kind: square, zzz: 1}", "expected one of: kind, width"),
+        ("shape: {kind: square}", "key 'shape.width' is missing"),
+        ("shape: {kind: square, width: -1}", "key 'shape.width' is -1"),
+        ("shape: {kind: square, width: 10}", "key 'shape': width 10 is above 9"),
+        ("{shape: {kind: circle, radius: 1}, layers: [a, [b]]}", "key 'layers.1'"),
+        ("{shape: {kind: circle, radius: 1}, name: [1]}", "key 'name'"),
+    ],
+)
+def test_a_path_has_only_keys_that_were_written(write, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(text), Drawing)
+    assert message in str(caught.value)
 
 
 def test_a_check_of_ours_speaks_for_itself(write) -> None:
