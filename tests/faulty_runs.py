@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +37,17 @@ class FaultyRun:
     log: Path
 
     @classmethod
-    def start(cls, stack: Stack, config_file: Path, log: Path, *overrides: str) -> FaultyRun:
+    def start(
+        cls,
+        stack: Stack,
+        config_file: Path,
+        log: Path,
+        *overrides: str,
+        command: Sequence[str | Path] = (sys.executable, "-m", "jobs.train"),
+    ) -> FaultyRun:
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.train", "--config", config_file]
-                + (["--set", *overrides] if overrides else []),
+                [*command, "--config", config_file] + (["--set", *overrides] if overrides else []),
                 env=stack.environment,
                 cwd=ROOT,
                 stdout=output,
@@ -59,10 +66,10 @@ class FaultyRun:
 
     def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
         """Until it has told of this step or a later one."""
-        self._wait(lambda: self.last_step >= step, f"step {step}", timeout_s)
+        self.wait_for(lambda: self.last_step >= step, f"step {step}", timeout_s)
 
     def wait_for_text(self, text: str, timeout_s: float = 120) -> None:
-        self._wait(lambda: text in self.output, repr(text), timeout_s)
+        self.wait_for(lambda: text in self.output, repr(text), timeout_s)
 
     @property
     def last_step(self) -> int:
@@ -90,8 +97,7 @@ class FaultyRun:
             self.process.kill()
             raise AssertionError(f"still running:\n{self.output[-3000:]}") from None
 
-    def _wait(self, is_true: object, what: str, timeout_s: float) -> None:
-        assert callable(is_true)
+    def wait_for(self, is_true: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
         while not is_true():
             ended = self.process.poll()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,17 +17,18 @@ from jobs.training.config import TrainConfig
 from jobs.training.step_log import STEP_LOG_FILE, StepRecord, read_steps
 from jobs.training.worker import WorkerJob, run_worker
 from tests.faulty_runs import FaultyRun
-from tests.stack import Stack
+from tests.stack import HELIOSTAT, Stack
 
-pytestmark = pytest.mark.stack
+# Several trainings each, whose workers start anew after every fault.
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "name": "faulty",
     "data": {"name": "digits", "source": {"kind": "sklearn", "dataset": "digits"}},
     # Without dropout, which differs by worker, any number of workers computes the same.
     "model": {"family": "cnn", "channels": [4], "hidden_size": 16, "dropout": 0.0},
     "schedule": {"kind": "constant"},
-    "steps": 500,
+    "steps": 300,
     "batch_size": 64,
     "micro_batch_size": 8,
     "evaluate_every_steps": 1000,
@@ -72,11 +74,11 @@ def test_a_run_whose_workers_are_killed_and_frozen_ends_like_an_unbroken_one(
     stack: Stack, config_file: Path, unbroken: list[StepRecord], tmp_path: Path
 ) -> None:
     run = FaultyRun.start(stack, config_file, tmp_path / "log", "run_name=killed")
-    run.wait_for_step(50)
+    run.wait_for_step(30)
     run.workers()[-1].kill()
     run.wait_for_text("worker_lost at step")
     run.wait_for_text("resumed from the checkpoint at step")
-    run.wait_for_step(run.last_step + 30)
+    run.wait_for_step(run.last_step + 10)
     frozen = run.workers()[0]
     frozen.suspend()
     run.wait_for_text("worker_hung at step")
@@ -88,34 +90,39 @@ def test_a_run_whose_workers_are_killed_and_frozen_ends_like_an_unbroken_one(
 def test_a_run_that_is_stopped_and_resized_ends_like_an_unbroken_one(
     stack: Stack, config_file: Path, unbroken: list[StepRecord], tmp_path: Path
 ) -> None:
-    sizes = []
-    for num_workers in (2, 1):
-        run = FaultyRun.start(
-            stack,
-            config_file,
-            tmp_path / f"log-{num_workers}",
-            "run_name=resized",
-            f"num_workers={num_workers}",
-        )
-        run.wait_for_step(run_last_step(run) + 30)
-        run.process.send_signal(signal.SIGTERM)
-        assert run.wait() == 143, run.output[-3000:]
-        stopped = re.search(r"^stopped at step (\d+); run it again to resume$", run.output, re.M)
-        assert stopped
-        sizes.append((num_workers, int(stopped[1])))
-        assert [record.step for record in run.steps()][-1] == int(stopped[1])
-    last = FaultyRun.start(stack, config_file, tmp_path / "log-last", "run_name=resized")
+    submitted = FaultyRun.start(
+        stack,
+        config_file,
+        tmp_path / "submitted",
+        "run_name=resized",
+        command=(HELIOSTAT, "submit", "train"),
+    )
+    submitted.wait_for_step(30)
+    job_id = submitted.output.split()[1]
+    assert stack.run_cli("jobs", "stop", job_id).returncode == 0
+    assert submitted.wait() == 1
+    first = stopped_at(submitted)
+
+    alone = FaultyRun.start(
+        stack, config_file, tmp_path / "alone", "run_name=resized", "num_workers=1"
+    )
+    alone.wait_for_step(first + 30)
+    alone.process.send_signal(signal.SIGTERM)
+    assert alone.wait() == 143, alone.output[-3000:]
+    second = stopped_at(alone)
+    assert f"resized at step {first}: going on with 1 worker(s) instead of 2" in alone.output
+
+    last = FaultyRun.start(stack, config_file, tmp_path / "last", "run_name=resized")
     assert last.wait() == 0, last.output[-3000:]
-    assert "resized at step" in last.output
     assert_same_run(last.steps(), unbroken)
-    (_, first), (_, second) = sizes
     assert [record.world_size for record in last.steps()] == (
         [2] * first + [1] * (second - first) + [2] * (CONFIG["steps"] - second)
     )
 
 
-def run_last_step(run: FaultyRun) -> int:
-    """The step that a run goes on from."""
-    run.wait_for_text("training ")
-    found = re.findall(r"resumed from the checkpoint at step (\d+)", run.output)
-    return int(found[-1]) if found else 0
+def stopped_at(run: FaultyRun) -> int:
+    """The step that it says it has stopped at, which is the last that it has committed."""
+    found = re.search(r"^stopped at step (\d+); run it again to resume$", run.output, re.MULTILINE)
+    assert found, run.output[-3000:]
+    assert run.steps()[-1].step == int(found[1])
+    return int(found[1])

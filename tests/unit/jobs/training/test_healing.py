@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from cluster.errors import JobFailedError
+from cluster.storage import Storage
+from jobs.data.catalog import DatasetCatalog
 from jobs.data.dataset import Dataset
 from jobs.training.config import TrainConfig
 from jobs.training.events import Evaluated, Event, Fault, Progress, Quarantined, Saved, Started
@@ -176,3 +178,55 @@ def test_two_workers_find_what_one_finds(
     assert [event.rows for event in seen.of(Quarantined)] == [tuple(sorted(rows))]
     assert seen.losses == pytest.approx(alone.losses, rel=1e-4)
     assert [record.num_masked for record in seen.steps] == [r.num_masked for r in alone.steps]
+
+
+def train_texts(jobs: dict[str, WorkerJob]) -> dict[str, Seen]:
+    return {name: train(job) for name, job in jobs.items()}
+
+
+def test_a_spike_in_text_is_found_however_the_model_is_divided(
+    make_config: MakeConfig, text_data: dict[str, Any], tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {
+        "data": text_data,
+        "model": {"family": "causal_lm", "hidden_size": 32, "num_layers": 2, "num_heads": 4},
+        "optimizer": {"learning_rate": 5e-3},
+        "schedule": {"kind": "constant"},
+        "steps": 40,
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "checkpoint": {"every_steps": 15},
+        "evaluate_every_steps": 100,
+        # Late in training, one row of eight that makes no sense raises the mean by so much.
+        "recovery": {
+            "first_steps": 8,
+            "window_steps": 8,
+            "spike_factor": 1.0,
+            "spike_deviations": 4.0,
+            "spike_rise": 0.3,
+        },
+    }
+    catalog = DatasetCatalog(Storage.open(str(tmp_path / "storage")), tmp_path / "cache")
+    dataset, _ = catalog.ensure(make_config(**values).data)
+    row = row_of_step(dataset, 35, 8, place=5)
+    bad = poisoned(dataset, tmp_path / "bad", {row: 299}, column="tokens")
+    divided = {
+        "copies": {},
+        "tensor": {"parallelism": {"tensor": 2}},
+        "pipeline": {"parallelism": {"pipeline": 2}},
+    }
+    found, _ = run_ranks(
+        train_texts,
+        {
+            name: WorkerJob(make_config(**values, **how), bad.directory, tmp_path / name)
+            for name, how in divided.items()
+        },
+        2,
+    )
+    for name, seen in found.items():
+        first, second = seen.of(Fault)
+        assert (first.step, first.kind) == (35, "loss_spike"), name
+        assert first.text.endswith("back to the checkpoint at step 30"), name
+        assert second.text.startswith(f"rows {row} are masked: their own loss is"), name
+        assert [record.step for record in seen.steps if record.num_masked] == [35], name
+        assert seen.losses == pytest.approx(found["copies"].losses, rel=1e-3), name
