@@ -51,11 +51,14 @@ if compiled:
     engine.compile()
 
 rows = torch.from_numpy(np.load(rows_path).astype(np.int64))[rank::world_size]
-sampler = torch.utils.data.DataLoader(rows, batch_size=micro_batch, shuffle=True, drop_last=True)
-batches = iter(sampler)
+loader = torch.utils.data.DataLoader(
+    torch.utils.data.TensorDataset(rows), batch_size=micro_batch, shuffle=True, drop_last=True
+)
+batches = iter(loader)
 for step in range(steps):
     began = time.perf_counter()
-    tokens = next(batches)[:, :-1]
+    (tokens,) = next(batches)
+    tokens = tokens[:, :-1]
     loss = engine(input_ids=tokens, labels=tokens).loss
     engine.backward(loss)
     engine.step()
