@@ -63,13 +63,17 @@ class HostBuffer:
         self._pin = pin
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
+    def reserve(self, size_bytes: int) -> None:
+        """Have this much memory at hand."""
+        if self._bytes.numel() < size_bytes:
+            self._bytes = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=self._pin)
+
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> Image:
         """Copy tensors, from any device, into an image."""
         # The widest first, so that each one is aligned without gaps.
         names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
         header, size = _layout({name: tensors[name] for name in names})
-        if self._bytes.numel() < size:
-            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
+        self.reserve(size)
         start = 0
         for name in names:
             source = tensors[name].detach().reshape(-1)

@@ -89,6 +89,7 @@ class Saver:
         self._num_saves = 0
         self._buffer = HostBuffer(pin=group.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._reserving: Future[None] | None = None
         self._pending: _Pending | None = None
         self._committing: Future[Saved | Fault] | None = None
 
@@ -102,6 +103,8 @@ class Saver:
         self._num_saves += 1
         name = name_of(step, f"{self._session}{self._num_saves:06d}")
         tensors, ranges = self._engine.state().share(self._copy, self._layout.num_copies)
+        if self._reserving is not None:
+            self._reserving.result()
         image = self._buffer.fill(tensors)
         manifest = Manifest(
             step=step,
@@ -119,6 +122,11 @@ class Saver:
 
     def poll(self) -> None:
         """Commit what all workers have written by now, if anything is being saved."""
+        if self._reserving is None:
+            # After the first step there is a state, and time before it is saved.
+            tensors, _ = self._engine.state().share(self._copy, self._layout.num_copies)
+            size_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            self._reserving = self._thread.submit(self._buffer.reserve, size_bytes)
         if self._pending is not None:
             is_done = torch.tensor([float(self._pending.writing.done())])
             if int(self._group.sum(is_done)) == self._group.world_size:
