@@ -191,7 +191,7 @@ def test_what_deepspeed_refuses_is_one_line(
     make_config: MakeConfig, digits: Dataset, tmp_path: Path
 ) -> None:
     config = make_config(deepspeed={"zero_optimization": {"stage": 1, "sub_group_size": -1}})
-    with pytest.raises(ConfigError, match="DeepSpeed refuses the .*: sub_group_size: ") as caught:
+    with pytest.raises(ConfigError, match=r"DeepSpeed refuses the .*: sub_group_size: ") as caught:
         run(config, digits, tmp_path, Recorder())
     assert "\n" not in str(caught.value)
 
