@@ -9,18 +9,21 @@ Times are UTC and ISO 8601 text, so both databases sort and show them alike.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 from cluster.errors import ConfigError, NotRunningError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
+_MIGRATION_LOCK = 7233542
 
 metadata = sa.MetaData()
 
@@ -92,6 +95,10 @@ deployments = sa.Table(
     sa.Column("options", sa.JSON, nullable=False),
     sa.Column("created_at", sa.String(32), nullable=False),
     sa.Column("updated_at", sa.String(32), nullable=False),
+    # Grows with every change; a writer that has seen an older one is too late.
+    sa.Column("revision", sa.Integer, nullable=False, server_default="0"),
+    # When Serve was asked for its application; empty where what is there is from an earlier try.
+    sa.Column("started_at", sa.String(32)),
 )
 
 # One row per served model name; `weights` maps version number (text) to its share of traffic.
@@ -181,14 +188,23 @@ def migrate(engine: Engine) -> None:
     with engine.connect() as connection:
         if MigrationContext.configure(connection).get_current_revision() == head:
             return
-    with engine.begin() as connection:
-        # One migrating process at a time: both databases queue the others here.
-        if engine.dialect.name == "postgresql":
-            connection.execute(sa.text("SELECT pg_advisory_xact_lock(7233542)"))
-        else:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+    with begin_alone(engine, _MIGRATION_LOCK) as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+@contextlib.contextmanager
+def begin_alone(engine: Engine, lock: int) -> Iterator[Connection]:
+    """A transaction that waits for every other one of the same `lock`, and sees what they did.
+
+    SQLite has one writer at a time, whatever the lock.
+    """
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
+        else:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -6,6 +6,7 @@ options = load_config(Path("configs/serve/digits.yaml"), DeploymentOptions)
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
@@ -14,6 +15,11 @@ from cluster.config import StrictModel
 from cluster.errors import InputError, UsageError
 
 _PLANNED_STRATEGIES = ("canary", "shadow")
+_DAY_S = 86_400
+_MAX_CALLS = 100_000
+_RESOURCE_STEP = 1e-4
+"""Ray counts fractions of CPUs and GPUs in this unit."""
+_MAX_SHOWN = 100
 
 
 class AutoscalingOptions(StrictModel):
@@ -28,15 +34,15 @@ class AutoscalingOptions(StrictModel):
     """Replicas at rest; with 0 the last one ends too, and the next request waits for a new one."""
     max_replicas: int = Field(ge=1, le=256)
     """Replicas under the heaviest load."""
-    target_ongoing_requests: float = Field(2, gt=0)
+    target_ongoing_requests: float = Field(2, ge=0.01, le=_MAX_CALLS)
     """Calls per replica, running and waiting, that Serve aims at."""
-    upscale_delay_s: float = Field(2, ge=0)
+    upscale_delay_s: float = Field(2, ge=0, le=_DAY_S)
     """How long more replicas must be wanted before they are started; from zero it is at once."""
-    downscale_delay_s: float = Field(60, ge=0)
+    downscale_delay_s: float = Field(60, ge=0, le=_DAY_S)
     """How long fewer replicas must be wanted before one is ended."""
-    look_back_s: float = Field(5, ge=0.5)
+    look_back_s: float = Field(5, ge=0.5, le=3600)
     """Calls are averaged over this time."""
-    start_timeout_s: float = Field(120, ge=0)
+    start_timeout_s: float = Field(120, ge=0, le=_DAY_S)
     """With min_replicas 0: how much longer than request_timeout_s a request waits, so that a first
     replica can load its model."""
 
@@ -55,24 +61,33 @@ class DeploymentOptions(StrictModel):
     """Replicas, always the same number."""
     autoscaling: AutoscalingOptions | None = None
     """A changing number of replicas, in place of num_replicas."""
-    num_gpus: float = Field(0, ge=0)
+    num_gpus: float = Field(0, ge=0, le=1024)
     """GPUs reserved for each replica; fractions share one."""
-    num_cpus: float = Field(0, ge=0)
+    num_cpus: float = Field(0, ge=0, le=4096)
     """CPUs reserved for each replica; 0 leaves them all to training beside it."""
     num_threads: int = Field(1, ge=1, le=512)
     """CPU threads that a replica computes with."""
-    max_ongoing_requests: int = Field(64, ge=1)
+    max_ongoing_requests: int = Field(64, ge=1, le=_MAX_CALLS)
     """Calls that a replica works on at once: batches of arrays, or streams of tokens."""
-    max_queued_requests: int = Field(1024, ge=0)
+    max_queued_requests: int = Field(1024, ge=0, le=1_000_000)
     """Requests that wait in each gateway replica; more are answered 503 at once."""
-    max_batch_size: int = Field(64, ge=1)
+    max_batch_size: int = Field(64, ge=1, le=65_536)
     """Most samples a gateway joins into one call (graphs)."""
-    request_timeout_s: float = Field(30.0, gt=0)
+    request_timeout_s: float = Field(30.0, ge=0.001, le=_DAY_S)
     """Longest wait for a graph's answer, or for the next token of a language model."""
-    max_cache_bytes: int = Field(512 * 1024**2, ge=1024**2)
+    max_cache_bytes: int = Field(512 * 1024**2, ge=1024**2, le=1024**5)
     """Memory for a language model's key-value cache, per replica."""
-    max_running: int = Field(32, ge=1)
+    max_running: int = Field(32, ge=1, le=65_536)
     """Sequences a language model decodes together, per replica."""
+
+    @field_validator("num_gpus", "num_cpus")
+    @classmethod
+    def _what_ray_can_count(cls, value: float, info: ValidationInfo) -> float:
+        if abs(value / _RESOURCE_STEP - round(value / _RESOURCE_STEP)) > 1e-6:
+            raise ValueError(f"is {value:g}, expected a multiple of {_RESOURCE_STEP:g}")
+        if info.field_name == "num_gpus" and value > 1 and not value.is_integer():
+            raise ValueError(f"is {value:g}, expected a whole number where it is more than 1")
+        return value
 
     @field_validator("autoscaling")
     @classmethod
@@ -121,24 +136,39 @@ def read_options(values: dict[str, Any]) -> DeploymentOptions:
     try:
         return DeploymentOptions.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        match first["type"]:
-            case "extra_forbidden":
-                what = "is not known"
-            case "missing":
-                what = "is missing"
-            case "value_error":
-                what = str(first["ctx"]["error"])
-            case _:
-                what = f"is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-        is_nested = len(first["loc"]) > 1
-        known = ", ".join(
-            sorted((AutoscalingOptions if is_nested else DeploymentOptions).model_fields)
-        )
-        raise InputError(
-            f"option '{name}' {what}", hint=f"options are: {known}", param=f"options.{name}"
-        ) from None
+        raise _input_error(error) from None
+
+
+def read_stored_options(values: Mapping[str, Any]) -> DeploymentOptions:
+    """Options from the table; defaults where another release of this code allowed other ones."""
+    try:
+        return DeploymentOptions.model_validate(values)
+    except ValidationError:
+        return DeploymentOptions()
+
+
+def _input_error(error: ValidationError) -> InputError:
+    """The first thing wrong, by its name."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])[:_MAX_SHOWN]
+    match first["type"]:
+        case "extra_forbidden":
+            what = "is not known"
+        case "missing":
+            what = "is missing"
+        case "value_error":
+            what = str(first["ctx"]["error"])
+        case _:
+            found = f"{first['input']!r}"
+            shown = found if len(found) <= _MAX_SHOWN else found[:_MAX_SHOWN] + "…"
+            what = f"is {shown}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    is_nested = name.startswith("autoscaling.")
+    known = ", ".join(sorted((AutoscalingOptions if is_nested else DeploymentOptions).model_fields))
+    return InputError(
+        f"option '{name}' {what}" if name else f"option {what}",
+        hint=f"options are: {known}",
+        param=f"options.{name}" if name else "options",
+    )
 
 
 def check_strategy(strategy: str) -> None:

@@ -14,11 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from pydantic import ValidationError
+
+from cluster.errors import HeliostatError
 from cluster.releases import Deployment
 
 Phase = Literal["scheduling", "starting", "running", "failed", "deleting"]
 
 _EXCEPTION_LINE = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception)): (.+)$")
+_MAX_REASON = 500
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,6 @@ class ApplicationStatus:
     phase: Phase
     message: str = ""
     """Why it failed, in one line."""
-    deployed_at_s: float = 0.0
-    """Unix time of the last time it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Applications(Protocol):
         """Every model application by name."""
 
     def start(self, deployment: Deployment, kind: str) -> None:
-        """Ask for an application; returns before it runs."""
+        """Ask for an application; returns before it runs.
+
+        Only where there is none: Serve replaces every replica of one that is there.
+        """
 
     def delete(self, application: str) -> None:
         """Ask for its end; returns before it is gone."""
@@ -59,6 +64,17 @@ class Applications(Protocol):
 def is_model_application(name: str) -> bool:
     """Whether an application serves a model version, as `NAME.vVERSION` says."""
     return re.fullmatch(r".+\.v[1-9][0-9]*", name) is not None
+
+
+def describe_error(error: Exception) -> str:
+    """Why an application could not be asked for, in one line."""
+    if isinstance(error, HeliostatError):
+        return str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    reason = one_line_reason(str(error)) if str(error).strip() else type(error).__name__
+    return reason[:_MAX_REASON]
 
 
 def one_line_reason(message: str) -> str:

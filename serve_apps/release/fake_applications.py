@@ -6,9 +6,7 @@ applications.set_phase("digits.v1", "running")
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from cluster.releases import Deployment
 from serve_apps.release.applications import ApplicationStatus, Node, Phase
@@ -22,6 +20,8 @@ class FakeApplications:
         self._statuses: dict[str, ApplicationStatus] = {}
         self.started: list[str] = []
         self.deleted: list[str] = []
+        self.start_errors: list[Exception] = []
+        """Raised by the next starts, one by one."""
 
     def nodes(self) -> Sequence[Node]:
         return self._nodes
@@ -30,19 +30,20 @@ class FakeApplications:
         return dict(self._statuses)
 
     def start(self, deployment: Deployment, kind: str) -> None:
+        # As in Serve, one that is there gets new replicas, whatever it did until now.
         self.started.append(f"{deployment.application} {kind}")
-        self._statuses[deployment.application] = ApplicationStatus(
-            "scheduling", deployed_at_s=time.time()
-        )
+        if self.start_errors:
+            raise self.start_errors.pop(0)
+        self._statuses[deployment.application] = ApplicationStatus("scheduling")
 
     def delete(self, application: str) -> None:
         self.deleted.append(application)
-        self.set_phase(application, "deleting")
+        if application in self._statuses:
+            self.set_phase(application, "deleting")
 
     def set_phase(self, application: str, phase: Phase, message: str = "") -> None:
         """Say what became of an application."""
-        status = self._statuses.get(application) or ApplicationStatus(phase, deployed_at_s=0)
-        self._statuses[application] = replace(status, phase=phase, message=message)
+        self._statuses[application] = ApplicationStatus(phase, message)
 
     def vanish(self, application: str) -> None:
         """The application is gone."""

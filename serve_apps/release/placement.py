@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.errors import ConflictError
 from cluster.releases import SERVING, STARTING, Deployment
-from serve_apps.options import DeploymentOptions
+from serve_apps.options import DeploymentOptions, read_stored_options
 from serve_apps.release.applications import Node
 
 _KINDS = (("GPU", "num_gpus"), ("CPU", "num_cpus"))
@@ -31,7 +31,7 @@ def check_room(
     """
     options = DeploymentOptions.model_validate(values)
     others = {
-        f"{row.name}/{row.version}": DeploymentOptions.model_validate(row.options)
+        f"{row.name}/{row.version}": read_stored_options(row.options)
         for row in rows
         if row.state in (*STARTING, *SERVING)
     }

@@ -1,8 +1,9 @@
 """`ReleaseController`: makes the applications and the routes what the table asks for.
 
 Level-triggered: every pass looks at the table and at Serve and does the next step for each
-deployment, so it may be killed at any moment and goes on where it was. Reaches Serve only through
-`Applications`.
+deployment, so it may be killed at any moment and goes on where it was. Each write holds only if the
+row is still the one that was decided on; otherwise the next pass decides anew. Reaches Serve only
+through `Applications`.
 
     controller = ReleaseController(store, registry, applications, describe)
     await controller.deploy("digits/3", "direct", {}, actor="ops/key_1")
@@ -13,32 +14,42 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from cluster.errors import (
-    ConflictError,
-    HeliostatError,
-    NotFoundError,
-)
-from cluster.model_ref import CANDIDATE, ModelRef, check_name
-from cluster.registry import ModelRegistry, ModelVersion
-from cluster.releases import STARTING, Deployment, ReleaseStore
+from cluster.errors import ConflictError, HeliostatError
+from cluster.model_ref import ModelRef
+from cluster.registry import ModelRegistry
+from cluster.releases import STARTING, Deployment, ReleaseStore, ReleaseWriter
 from serve_apps.description import Description
-from serve_apps.options import check_strategy, read_options
-from serve_apps.release.applications import Applications
-from serve_apps.release.placement import check_room
-from serve_apps.release.policy import Decision, Observation, ReleasePolicy
+from serve_apps.release.applications import Applications, ApplicationStatus, describe_error
+from serve_apps.release.policy import Decision, Observation, ReleasePolicy, StartTries
+from serve_apps.release.requests import ReleaseRequests
 
 logger = logging.getLogger(__name__)
 
 _BUSY_PERIOD_S = 0.2
 _IDLE_PERIOD_S = 2.0
+_CHECK_PATIENCE_S = 1.0
+"""Longest that a replica which is asked holds up a pass; then its answer is awaited beside them."""
+_ACTOR = "controller"
+_LASTING_ERRORS = (HeliostatError, ValueError, TypeError, ArithmeticError, LookupError)
+"""What Serve raises for options that it does not take; anything else may pass."""
 
+ResultType = TypeVar("ResultType")
 Describe = Callable[[str], Awaitable[Description]]
 """Asks a replica of an application what it serves."""
+
+
+@dataclass(frozen=True)
+class _FailedTries:
+    count: int
+    reason: str
+    may_pass: bool
+    at_s: float
 
 
 class ReleaseController:
@@ -57,82 +68,48 @@ class ReleaseController:
         self._applications = applications
         self._describe = describe
         self._policy = policy or ReleasePolicy()
+        self._requests = ReleaseRequests(store, registry, applications)
         self._wake = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
+        self._checks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._failed_tries: dict[tuple[str, str], _FailedTries] = {}
 
     async def deploy(
         self, ref: str, strategy: str, options: dict[str, Any], actor: str
     ) -> dict[str, Any]:
-        """Begin to make a version the champion; returns its row at once.
-
-        Raises:
-            NotFoundError: no such model or version.
-            ConflictError: another version of it is on its way, it runs with other options, or no
-                node has room for its replicas.
-            UsageError: the strategy or an option is not known.
-        """
-        check_strategy(strategy)
-        wanted = read_options(options).model_dump()
-        version = await asyncio.to_thread(self._version_to_deploy, ref)
-        row = await asyncio.to_thread(self._request, version, wanted, actor)
-        if row.state == "standby":
-            await self._promote(row, actor, f"deployed again by {actor}")
-            row = await asyncio.to_thread(self._row, row.name, row.version)
+        """Begin to make a version the champion; returns its row at once."""
+        row = await asyncio.to_thread(self._requests.deploy, ref, strategy, options, actor)
         self._wake.set()
+        if row.state == "champion":
+            self._mirror(row.name)
         return asdict(row)
 
     async def undeploy(self, name: str, version: int | None, actor: str) -> list[dict[str, Any]]:
-        """Take one version, or all of a model, out of service.
-
-        Raises:
-            NotFoundError: nothing of it is deployed.
-        """
-        check_name(name)
-        rows = await asyncio.to_thread(self._store.deployments, name)
-        chosen = [row for row in rows if version in (None, row.version)]
-        if not chosen:
-            raise NotFoundError(
-                f"model '{name}' is not deployed"
-                if version is None
-                else f"version {version} of model '{name}' is not deployed",
-                hint="see `heliostat releases list`",
-            )
-        for row in chosen:
-            reason = f"undeployed by {actor}"
-            await asyncio.to_thread(self._store.retire, name, row.version, reason)
+        """Take one version, or all of a model, out of service; returns the model's rows."""
+        rows = await asyncio.to_thread(self._requests.undeploy, name, version, actor)
         self._wake.set()
-        return [asdict(row) for row in await asyncio.to_thread(self._store.deployments, name)]
+        self._mirror(name)
+        return [asdict(row) for row in rows]
 
     async def rollback(self, name: str, actor: str) -> dict[str, Any]:
-        """Give the traffic and the champion alias back to the champion before this one.
-
-        Raises:
-            NotFoundError: the model was never released.
-            ConflictError: there is no earlier champion, or it is not up any more.
-        """
-        check_name(name)
-        row, reason = await asyncio.to_thread(self._rollback_target, name)
-        await self._promote(row, actor, reason)
+        """Give the traffic and the champion alias back to the champion before this one."""
+        row = await asyncio.to_thread(self._requests.rollback, name, actor)
         self._wake.set()
-        return asdict(await asyncio.to_thread(self._row, name, row.version))
+        self._mirror(name)
+        return asdict(row)
 
     async def deployments(self, name: str | None) -> list[dict[str, Any]]:
         """The table, or a model's part of it."""
         return [asdict(row) for row in await asyncio.to_thread(self._store.deployments, name)]
 
     async def release(self, name: str) -> dict[str, Any]:
-        """All about one model: versions, traffic, and the champion's history.
-
-        Raises:
-            NotFoundError: the model was never deployed.
-        """
-        check_name(name)
-        return await asyncio.to_thread(self._describe_release, name)
+        """All about one model: versions, traffic, and the champion's history."""
+        return await asyncio.to_thread(self._requests.describe, name)
 
     async def run_forever(self) -> None:
         """Reconcile, faster while something is on its way."""
         while True:
-            is_busy = True
+            is_busy = False
             try:
                 is_busy = await self.reconcile()
             except Exception:
@@ -150,11 +127,12 @@ class ReleaseController:
         statuses = await asyncio.to_thread(self._applications.statuses)
         is_busy = False
         for row in rows:
-            seen = Observation(row, statuses.get(row.application), _seconds_since(row.updated_at))
-            decision = self._policy.decide(seen)
+            decision = self._policy.decide(self._observe(row, rows, statuses))
             is_busy |= decision.action != "wait" or row.state in (*STARTING, "retiring")
             try:
                 await self._act(row, decision)
+            except ConflictError as error:
+                logger.info("%s %s came too late: %s", row.application, decision.action, error)
             except Exception:  # one deployment's trouble must not hold up the others
                 logger.exception("%s: could not %s", row.application, decision.action)
         known = {row.application for row in rows}
@@ -162,138 +140,138 @@ class ReleaseController:
             if application not in known and status.phase != "deleting":
                 logger.info("deleting application %s, which no row asks for", application)
                 await asyncio.to_thread(self._applications.delete, application)
+        if self._checks:
+            await asyncio.wait(self._checks.values(), timeout=_CHECK_PATIENCE_S)
         return is_busy
 
+    def _observe(
+        self,
+        row: Deployment,
+        rows: Sequence[Deployment],
+        statuses: Mapping[str, ApplicationStatus],
+    ) -> Observation:
+        siblings = [other for other in rows if other.name == row.name]
+        up = {name for name, status in statuses.items() if status.phase == "running"}
+        ready = (o for o in siblings if o.state == "standby" and o.application in up)
+        return Observation(
+            row,
+            statuses.get(row.application),
+            seconds_in_state=_seconds_since(row.updated_at),
+            seconds_since_start=_seconds_since(row.started_at) if row.started_at else 0.0,
+            tries=self._tries(row),
+            has_champion=any(other.state == "champion" for other in siblings),
+            standby=next(ready, None),
+        )
+
     async def _act(self, row: Deployment, decision: Decision) -> None:
-        if decision.action == "wait":
+        if decision.action == "wait" or (decision.action == "check" and _key(row) in self._checks):
             return
         logger.info("%s %s: %s", row.application, decision.action, decision.reason)
+        reason = decision.reason
         match decision.action:
             case "start":
-                await self._start(row, decision.reason)
+                await self._start(row, reason)
             case "enter":
-                assert decision.state is not None
-                await asyncio.to_thread(
-                    self._store.set_state, row.name, row.version, decision.state, decision.reason
-                )
+                state = decision.state
+                assert state is not None
+                await self._write(lambda tables: tables.enter(row, state, reason))
             case "check":
-                await self._check(row)
+                self._begin_check(row)
+            case "promote":
+                await self._promote(row, reason)
             case "fail":
-                await asyncio.to_thread(self._store.fail, row.name, row.version, decision.reason)
+                await self._fail(row, reason, decision.successor)
             case "delete":
-                await asyncio.to_thread(self._applications.delete, row.application)
+                await self._delete(row)
             case "forget":
-                await asyncio.to_thread(self._store.remove, row.name, row.version)
+                await self._write(lambda tables: tables.remove(row))
 
     async def _start(self, row: Deployment, reason: str) -> None:
+        """Ask Serve for an application, having written down that it is this row's."""
+        if row.state in STARTING:
+            is_first = not self._tries(row).count
+            row = await self._write(lambda t: t.enter(row, "deploying", reason, starting=is_first))
+        elif row.started_at is None:
+            row = await self._write(lambda t: t.enter(row, row.state, row.reason, starting=True))
         try:
             version = await asyncio.to_thread(
                 self._registry.resolve, ModelRef(row.name, version=row.version)
             )
             await asyncio.to_thread(self._applications.start, row, version.kind)
-        except HeliostatError as error:
-            await asyncio.to_thread(self._store.fail, row.name, row.version, str(error))
-            return
-        if row.state in STARTING:
-            await asyncio.to_thread(
-                self._store.set_state, row.name, row.version, "deploying", reason
-            )
+        except Exception as error:
+            await self._note_failed_try(row, error)
+        else:
+            self._failed_tries.pop(_key(row), None)
+
+    async def _note_failed_try(self, row: Deployment, error: Exception) -> None:
+        reason, may_pass = describe_error(error), not isinstance(error, _LASTING_ERRORS)
+        before = self._failed_tries.get(_key(row))
+        tries = _FailedTries(before.count + 1 if before else 1, reason, may_pass, time.monotonic())
+        self._failed_tries[_key(row)] = tries
+        logger.warning("%s could not be started, try %d: %s", row.application, tries.count, reason)
+        if row.state in STARTING and may_pass:
+            shown = f"trying again: {reason}"
+            await self._write(lambda tables: tables.enter(row, row.state, shown))
+
+    async def _delete(self, row: Deployment) -> None:
+        # An application that is wanted again by now is worth the look.
+        if await asyncio.to_thread(self._store.get, row.name, row.version) == row:
+            await asyncio.to_thread(self._applications.delete, row.application)
+
+    def _begin_check(self, row: Deployment) -> None:
+        task = asyncio.create_task(self._check(row))
+        self._checks[_key(row)] = task
+        task.add_done_callback(lambda _: self._checks.pop(_key(row), None))
 
     async def _check(self, row: Deployment) -> None:
         """Promote a version whose replica answers for the right package."""
         try:
             found = await self._describe(row.application)
+            if found.digest == row.digest:
+                await self._promote(row, f"golden outputs reproduced on {found.device}")
+            else:
+                reason = f"a replica serves {found.digest}, expected {row.digest}"
+                await self._fail(row, reason, None)
+        except ConflictError as error:
+            logger.info("%s was checked too late: %s", row.application, error)
         except HeliostatError as error:
             logger.info("%s does not answer yet: %s", row.application, error)
-            return
-        if found.digest != row.digest:
-            reason = f"a replica serves {found.digest}, expected {row.digest}"
-            await asyncio.to_thread(self._store.fail, row.name, row.version, reason)
-            return
-        await self._promote(row, "controller", f"golden outputs reproduced on {found.device}")
+        except Exception:
+            logger.exception("%s could not be checked", row.application)
 
-    async def _promote(self, row: Deployment, actor: str, reason: str) -> None:
-        await asyncio.to_thread(
-            lambda: self._store.promote(row.name, row.version, actor=actor, reason=reason)
+    async def _promote(self, row: Deployment, reason: str) -> None:
+        await self._write(lambda tables: tables.promote(row, actor=_ACTOR, reason=reason))
+        self._mirror(row.name)
+
+    async def _fail(self, row: Deployment, reason: str, successor: Deployment | None) -> None:
+        await self._write(
+            lambda t: t.take_down(row, "failed", reason, actor=_ACTOR, successor=successor)
         )
+        self._mirror(row.name)
+
+    async def _write(self, change: Callable[[ReleaseWriter], ResultType]) -> ResultType:
+        def write() -> ResultType:
+            with self._store.writing() as tables:
+                return change(tables)
+
+        return await asyncio.to_thread(write)
+
+    def _mirror(self, name: str) -> None:
         # MLflow only shows the alias; it may be slow or away.
-        task = asyncio.create_task(asyncio.to_thread(self._registry.mirror_aliases, row.name))
+        task = asyncio.create_task(asyncio.to_thread(self._registry.mirror_aliases, name))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _version_to_deploy(self, text: str) -> ModelVersion:
-        """The version a reference means here: a bare name is its candidate, or else its newest."""
-        ref = ModelRef.parse(text)
-        if ref.alias is None and ref.version is None:
-            candidate = self._registry.get_alias(ref.name, CANDIDATE)
-            if candidate is not None:
-                return self._registry.resolve(ModelRef(ref.name, version=candidate.version))
-            versions = self._registry.list_versions(ref.name)
-            if versions:
-                return versions[-1]
-        return self._registry.resolve(ref)
+    def _tries(self, row: Deployment) -> StartTries:
+        found = self._failed_tries.get(_key(row))
+        if found is None:
+            return StartTries()
+        return StartTries(found.count, found.reason, found.may_pass, time.monotonic() - found.at_s)
 
-    def _request(self, version: ModelVersion, options: dict[str, Any], actor: str) -> Deployment:
-        for row in self._store.deployments(version.name):
-            if row.version == version.version:
-                if row.state in ("failed", "retiring"):
-                    continue
-                if row.options != options:
-                    raise ConflictError(
-                        f"{version.ref} is {row.state} with other options",
-                        hint=f"take it down first: `heliostat undeploy {row.name}`",
-                    )
-                return row
-            if row.state in STARTING:
-                raise ConflictError(
-                    f"version {row.version} of '{row.name}' is being deployed ({row.state})",
-                    hint="wait until it is champion or failed",
-                )
-        nodes, others = self._applications.nodes(), self._store.deployments()
-        check_room(str(version.ref), options, nodes, others)
-        return self._store.request(
-            version.name, version.version, version.digest, options, f"deployed by {actor}"
-        )
 
-    def _rollback_target(self, name: str) -> tuple[Deployment, str]:
-        history = self._store.champion_history(name)
-        if not history:
-            raise NotFoundError(
-                f"model '{name}' was never released", hint="see `heliostat releases list`"
-            )
-        current, previous = history[-1].to_version, history[-1].from_version
-        if previous is None:
-            raise ConflictError(
-                f"model '{name}' has no champion before version {current}",
-                hint="deploy the version you want",
-            )
-        row = self._store.get(name, previous)
-        if row is None or row.state != "standby":
-            state = "not up any more" if row is None else row.state
-            raise ConflictError(
-                f"version {previous} of '{name}', the champion before {current}, is {state}",
-                hint=f"deploy it: `heliostat deploy {name}/{previous}`",
-            )
-        return row, f"rolled back from version {current}"
-
-    def _describe_release(self, name: str) -> dict[str, Any]:
-        rows, history = self._store.deployments(name), self._store.champion_history(name)
-        if not rows and not history:
-            raise NotFoundError(
-                f"model '{name}' was never deployed", hint="see `heliostat releases list`"
-            )
-        return {
-            "name": name,
-            "weights": {str(v): weight for v, weight in self._store.weights(name).items()},
-            "deployments": [asdict(row) for row in rows],
-            "history": [asdict(change) for change in history],
-        }
-
-    def _row(self, name: str, version: int) -> Deployment:
-        row = self._store.get(name, version)
-        if row is None:
-            raise ConflictError(f"version {version} of '{name}' was taken down meanwhile")
-        return row
+def _key(row: Deployment) -> tuple[str, str]:
+    """One deployment of a version, whatever becomes of its row."""
+    return row.application, row.created_at
 
 
 def _seconds_since(text: str) -> float:

@@ -72,7 +72,6 @@ def status_of(overview: ApplicationStatusOverview) -> ApplicationStatus:
     return ApplicationStatus(
         phase=phase,
         message=one_line_reason("\n".join(messages)) if phase == "failed" else "",
-        deployed_at_s=overview.last_deployed_time_s,
     )
 
 

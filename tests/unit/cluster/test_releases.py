@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
-from cluster.database import open_database
-from cluster.releases import ReleaseStore
+from cluster.aliases import AliasChange, move_alias
+from cluster.database import now, open_database
+from cluster.errors import ConflictError
+from cluster.releases import Deployment, ReleaseStore, ReleaseWriter
 
 
 @pytest.fixture
@@ -19,13 +23,28 @@ def store(tmp_path: Path) -> Iterator[ReleaseStore]:
     open_database.cache_clear()
 
 
-def ask(store: ReleaseStore, version: int) -> None:
-    store.request("m", version, f"sha256:{version}", {}, "asked")
+def ask(store: ReleaseStore, version: int) -> Deployment:
+    with store.writing() as tables:
+        return tables.create("m", version, f"sha256:{version}", {}, "asked")
 
 
 def promote(store: ReleaseStore, version: int) -> None:
-    ask(store, version)
-    store.promote("m", version, actor="tester", reason=f"release {version}")
+    row = ask(store, version)
+    with store.writing() as tables:
+        tables.promote(row, actor="tester", reason=f"release {version}")
+
+
+def take_down(
+    store: ReleaseStore, version: int, state: Literal["failed", "retiring"], reason: str
+) -> None:
+    with store.writing() as tables:
+        tables.take_down(found(store, version), state, reason, actor="tester")
+
+
+def found(store: ReleaseStore, version: int) -> Deployment:
+    row = store.get("m", version)
+    assert row is not None
+    return row
 
 
 def states(store: ReleaseStore) -> dict[int, str]:
@@ -47,9 +66,9 @@ def test_promotion_moves_states_traffic_and_alias_together(store: ReleaseStore) 
 
 def test_a_promotion_that_cannot_finish_changes_nothing(store: ReleaseStore) -> None:
     promote(store, 1)
-    ask(store, 2)
-    with pytest.raises(Exception, match="NOT NULL"):
-        store.promote("m", 2, actor=None, reason="no actor")  # type: ignore[arg-type]
+    row = ask(store, 2)
+    with pytest.raises(Exception, match="NOT NULL"), store.writing() as tables:
+        tables.promote(row, actor=None, reason="no actor")  # type: ignore[arg-type]
     assert states(store) == {1: "champion", 2: "deploying"}
     assert store.weights("m") == {1: 1.0}
 
@@ -57,25 +76,120 @@ def test_a_promotion_that_cannot_finish_changes_nothing(store: ReleaseStore) -> 
 def test_a_standby_is_kept_when_there_is_no_champion_to_replace_it(store: ReleaseStore) -> None:
     promote(store, 1)
     promote(store, 2)
-    store.fail("m", 2, "broke down")
+    take_down(store, 2, "failed", "broke down")
     promote(store, 3)
     assert states(store) == {1: "standby", 2: "failed", 3: "champion"}
 
 
-def test_retiring_takes_traffic_away_at_once(store: ReleaseStore) -> None:
+def test_taking_down_removes_traffic_and_alias_at_once(store: ReleaseStore) -> None:
     promote(store, 1)
-    store.retire("m", 1, "undeployed")
+    take_down(store, 1, "retiring", "undeployed")
     assert store.weights("m") == {}
     assert store.snapshot().serving == ()
-    store.remove("m", 1)
+    assert store.snapshot().aliases == {}
+    last = store.champion_history("m")[-1]
+    assert (last.from_version, last.to_version) == (1, None)
+    assert (last.actor, last.reason) == ("tester", "version 1 retiring: undeployed")
+    with store.writing() as tables:
+        tables.remove(found(store, 1))
     assert store.deployments() == []
+
+
+def test_a_successor_takes_over_in_the_same_step(store: ReleaseStore) -> None:
+    promote(store, 1)
+    promote(store, 2)
+    with store.writing() as tables:
+        tables.take_down(
+            found(store, 2), "failed", "worn out", actor="c", successor=found(store, 1)
+        )
+    assert states(store) == {1: "champion", 2: "failed"}
+    assert store.weights("m") == {1: 1.0}
+    last = store.champion_history("m")[-1]
+    assert (last.from_version, last.to_version, last.reason) == (2, 1, "version 2 failed: worn out")
+
+
+def test_taking_down_a_standby_leaves_the_champion_alone(store: ReleaseStore) -> None:
+    promote(store, 1)
+    promote(store, 2)
+    take_down(store, 1, "retiring", "undeployed")
+    assert store.weights("m") == {2: 1.0}
+    assert store.snapshot().aliases == {("m", "champion"): 2}
+
+
+def test_an_alias_that_was_moved_by_hand_is_left_where_it_is(store: ReleaseStore) -> None:
+    promote(store, 1)
+    with store.writing() as tables:
+        change = AliasChange("m", "champion", None, 7, "somebody", "by hand", now())
+        move_alias(tables._connection, change, None)
+    take_down(store, 1, "retiring", "undeployed")
+    assert store.snapshot().aliases == {("m", "champion"): 7}
 
 
 def test_asking_again_forgets_how_it_ended_before(store: ReleaseStore) -> None:
     ask(store, 1)
-    store.fail("m", 1, "broke down")
-    store.request("m", 1, "sha256:1", {"num_replicas": 2}, "asked again")
-    row = store.get("m", 1)
-    assert row is not None
+    take_down(store, 1, "failed", "broke down")
+    with store.writing() as tables:
+        tables.create("m", 1, "sha256:1", {"num_replicas": 2}, "asked again")
+    row = found(store, 1)
     assert (row.state, row.reason, row.options) == ("deploying", "asked again", {"num_replicas": 2})
     assert store.get("m", 2) is None
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda tables, row: tables.enter(row, "warming", "late"),
+        lambda tables, row: tables.promote(row, actor="tester", reason="late"),
+        lambda tables, row: tables.take_down(row, "failed", "late", actor="tester"),
+        lambda tables, row: tables.remove(row),
+    ],
+)
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_writer_that_has_seen_an_older_row_changes_nothing(
+    store: ReleaseStore, write: Callable[[ReleaseWriter, Deployment], Any], is_replaced: bool
+) -> None:
+    seen = ask(store, 1)
+    if is_replaced:
+        ask(store, 1)
+    else:
+        take_down(store, 1, "retiring", "undeployed")
+    before = store.get("m", 1)
+    with pytest.raises(ConflictError, match="changed meanwhile"), store.writing() as tables:
+        write(tables, seen)
+    assert store.get("m", 1) == before
+    assert (store.weights("m"), store.champion_history("m")) == ({}, [])
+
+
+@pytest.mark.parametrize("state", ["failed", "retiring"])
+def test_what_is_given_up_is_not_promoted(
+    store: ReleaseStore, state: Literal["failed", "retiring"]
+) -> None:
+    ask(store, 1)
+    take_down(store, 1, state, "why")
+    with pytest.raises(ConflictError, match=f"is {state}"), store.writing() as tables:
+        tables.promote(found(store, 1), actor="tester", reason="ready")
+
+
+def test_only_what_served_keeps_its_application(store: ReleaseStore) -> None:
+    for version in (1, 2):
+        row = ask(store, version)
+        with store.writing() as tables:
+            row = tables.enter(row, "deploying", "placed", starting=True)
+            if version == 1:
+                tables.promote(row, actor="tester", reason="ready")
+        take_down(store, version, "retiring", "undeployed")
+    assert found(store, 1).started_at is not None
+    assert found(store, 2).started_at is None
+
+
+def test_writers_wait_for_each_other(store: ReleaseStore) -> None:
+    ask(store, 1)
+
+    def count(_: int) -> None:
+        with store.writing() as tables:
+            row = tables.deployments("m")[0]
+            tables.enter(row, "deploying", str(int(row.reason.removeprefix("asked") or 0) + 1))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(count, range(40)))
+    assert (found(store, 1).reason, found(store, 1).revision) == ("40", 40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,26 +55,34 @@ def store(tmp_path: Path) -> ReleaseStore:
     return ReleaseStore(open_database(f"sqlite:///{tmp_path / 'routes.db'}"))
 
 
+def deploy(store: ReleaseStore, version: int, **options: Any) -> None:
+    with store.writing() as tables:
+        row = tables.create("m", version, f"sha256:{version}", options, "asked")
+        tables.promote(row, actor="test", reason="ready")
+
+
 async def test_what_was_deployed_a_moment_ago_is_found_without_waiting(store: ReleaseStore) -> None:
     table = RoutingTable(lambda: read_routes(store))
     await table.refresh()
     table._read_at = 0.0
-    store.request("m", 1, "sha256:0", {"max_batch_size": 3}, "asked")
-    store.promote("m", 1, actor="test", reason="ready")
+    deploy(store, 1, max_batch_size=3)
     found = await table.resolve(ModelRef.parse("m"))
     assert (found.version, found.options) == (1, DeploymentOptions(max_batch_size=3))
     assert (await table.resolve(ModelRef.parse("m@champion"))).version == 1
 
 
 async def test_only_serving_states_are_routed(store: ReleaseStore) -> None:
-    store.request("m", 1, "sha256:0", {}, "asked")
-    store.set_state("m", 1, "parity", "checking")
+    with store.writing() as tables:
+        row = tables.create("m", 1, "sha256:1", {}, "asked")
+        tables.enter(row, "parity", "checking")
     assert read_routes(store).served == {}
-    store.promote("m", 1, actor="test", reason="ready")
-    store.request("m", 2, "sha256:1", {}, "asked")
-    store.promote("m", 2, actor="test", reason="ready")
+    deploy(store, 1)
+    deploy(store, 2)
     assert sorted(version for _, version in read_routes(store).served) == [1, 2]
-    store.retire("m", 2, "undeployed")
+    champion = store.get("m", 2)
+    assert champion is not None
+    with store.writing() as tables:
+        tables.take_down(champion, "retiring", "undeployed", actor="test")
     routes = read_routes(store)
     assert (list(routes.served), routes.weights["m"]) == ([("m", 1)], {})
 

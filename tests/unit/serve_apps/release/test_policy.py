@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from pydantic import BaseModel, Field
 
+from cluster.errors import NotFoundError
 from cluster.releases import Deployment, State
-from serve_apps.release.applications import ApplicationStatus, Phase, one_line_reason
-from serve_apps.release.policy import Observation, ReleasePolicy
+from serve_apps.release.applications import (
+    ApplicationStatus,
+    Phase,
+    describe_error,
+    one_line_reason,
+)
+from serve_apps.release.policy import Decision, Observation, ReleasePolicy, StartTries
 
-CREATED = datetime(2026, 1, 1, tzinfo=UTC)
+AT = "2026-01-01T00:00:00.000+00:00"
 
 
-def row(state: State) -> Deployment:
-    at = CREATED.isoformat()
-    return Deployment("m", 2, "sha256:0", "m.v2", state, "", {}, at, at)
+def row(state: State, *, is_started: bool = True) -> Deployment:
+    started_at = AT if is_started else None
+    return Deployment("m", 2, "sha256:0", "m.v2", state, "", {}, AT, AT, 0, started_at)
 
 
-def application(phase: Phase | None, *, age_s: float = -1) -> ApplicationStatus | None:
-    """An application asked for `age_s` before the deployment; by default just after it."""
-    if phase is None:
-        return None
-    return ApplicationStatus(phase, "it broke", CREATED.timestamp() - age_s)
+def application(phase: Phase | None) -> ApplicationStatus | None:
+    return None if phase is None else ApplicationStatus(phase, "it broke")
+
+
+def decide(state: State, phase: Phase | None, *, is_started: bool = True, **seen: Any) -> Decision:
+    found = Observation(row(state, is_started=is_started), application(phase), 0.0)
+    return ReleasePolicy().decide(replace(found, **seen))
 
 
 @pytest.mark.parametrize(
@@ -60,20 +70,66 @@ def application(phase: Phase | None, *, age_s: float = -1) -> ApplicationStatus 
 def test_decisions(
     state: State, phase: Phase | None, seconds: float, action: str, next_state: State | None
 ) -> None:
-    decision = ReleasePolicy().decide(Observation(row(state), application(phase), seconds))
+    decision = decide(state, phase, seconds_in_state=seconds, seconds_since_start=seconds)
     assert (decision.action, decision.state) == (action, next_state)
 
 
-def test_an_application_left_from_an_earlier_try_is_asked_for_anew() -> None:
-    for phase in ("failed", "running"):
-        left = application(phase, age_s=60)
-        decision = ReleasePolicy().decide(Observation(row("deploying"), left, 0))
-        assert decision.action == "start"
+@pytest.mark.parametrize("phase", ["failed", "running", "starting"])
+def test_an_application_left_from_an_earlier_try_is_ended_before_a_new_one(phase: Phase) -> None:
+    def left(found: Phase | None, seconds: float) -> str:
+        return decide("deploying", found, is_started=False, seconds_in_state=seconds).action
+
+    assert left(phase, 1.0) == "wait"  # gateways may still send requests there
+    assert left(phase, 2.5) == "delete"
+    assert left("deleting", 2.5) == "wait"
+    assert left(None, 2.5) == "start"
+    assert left("deleting", 901) == "fail"
 
 
 def test_a_failure_keeps_the_replicas_own_reason() -> None:
-    decision = ReleasePolicy().decide(Observation(row("warming"), application("failed"), 0))
-    assert decision.reason == "it broke"
+    assert decide("warming", "failed").reason == "it broke"
+
+
+def test_replicas_that_never_come_up_are_given_up_counted_from_the_start() -> None:
+    decision = decide("deploying", "scheduling", seconds_in_state=1, seconds_since_start=901)
+    assert (decision.action, decision.reason) == ("fail", "it did not start within 900 s")
+
+
+@pytest.mark.parametrize(
+    ("state", "tries", "action"),
+    [
+        ("deploying", StartTries(1, "lost", True, 0.1), "wait"),
+        ("deploying", StartTries(1, "lost", True, 0.6), "start"),
+        ("deploying", StartTries(3, "lost", True, 1.9), "wait"),
+        ("deploying", StartTries(6, "lost", True, 0.0), "fail"),
+        ("deploying", StartTries(1, "refused", False, 0.0), "fail"),
+        ("champion", StartTries(6, "lost", True, 5.0), "wait"),
+        ("champion", StartTries(10**6, "lost", True, 31.0), "start"),
+        ("champion", StartTries(1, "refused", False, 0.0), "fail"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_tried_again_within_bounds(
+    state: State, tries: StartTries, action: str
+) -> None:
+    decision = decide(state, None, tries=tries)
+    assert decision.action == action
+    if action == "fail":
+        assert decision.reason == tries.reason
+
+
+def test_a_champion_that_fails_hands_over_to_the_version_that_stands_by() -> None:
+    standby = replace(row("standby"), version=1)
+    assert decide("champion", "failed", standby=standby).successor == standby
+    assert decide("champion", "failed").successor is None
+    refused = StartTries(1, "refused", False, 0.0)
+    assert decide("champion", None, tries=refused, standby=standby).successor == standby
+    assert decide("standby", "failed", standby=standby).successor is None
+    assert decide("warming", "failed", standby=standby).successor is None
+
+
+def test_a_standby_without_a_champion_takes_over_once_it_runs() -> None:
+    assert decide("standby", "running", has_champion=False).action == "promote"
+    assert decide("standby", "scheduling", has_champion=False).action == "wait"
 
 
 @pytest.mark.parametrize(
@@ -94,3 +150,20 @@ def test_a_failure_keeps_the_replicas_own_reason() -> None:
 )
 def test_a_reason_is_one_line_without_traceback(message: str, reason: str) -> None:
     assert one_line_reason(message) == reason
+
+
+class Limits(BaseModel):
+    max_calls: int = Field(le=5)
+
+
+def test_an_error_of_the_start_is_one_line_too() -> None:
+    with pytest.raises(ValueError, match="max_calls") as refused:
+        Limits(max_calls=9)
+    told = describe_error(refused.value)
+    assert told == "max_calls: Input should be less than or equal to 5"
+    assert describe_error(NotFoundError("no such model", hint="train it")) == (
+        "no such model; train it"
+    )
+    assert describe_error(RuntimeError("Traceback\n  File\nx.YError: worn out")) == "worn out"
+    assert describe_error(TimeoutError()) == "TimeoutError"
+    assert len(describe_error(RuntimeError("x" * 10_000))) == 500

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from cluster.errors import (
 )
 from cluster.model_ref import CHAMPION
 from cluster.registry import ModelRegistry
-from cluster.releases import ReleaseStore
+from cluster.releases import Deployment, ReleaseStore
 from cluster.settings import Settings
 from serve_apps.description import Description
 from serve_apps.gateway.routing_table import read_routes
 from serve_apps.release.fake_applications import FakeApplications
 from serve_apps.release.policy import ReleasePolicy
 from serve_apps.release.reconciler import ReleaseController
+from serve_apps.release.requests import ReleaseRequests
 
 
 class UnmirroredRegistry(ModelRegistry):
@@ -48,13 +51,15 @@ class World:
         self.store = ReleaseStore(self.engine)
         self.applications = FakeApplications()
         self.answers: dict[str, str] = {}
+        self.while_asked: dict[str, Callable[[], Awaitable[Any]]] = {}
+        self.requests = ReleaseRequests(self.store, self.registry, self.applications)
         self.controller = self.new_controller()
         for version in (1, 2, 3):
             self.register("m", version)
 
-    def new_controller(self) -> ReleaseController:
+    def new_controller(self, drain_s: float = 0, first_retry_s: float = 0) -> ReleaseController:
         """As after a kill: nothing remembered."""
-        policy = ReleasePolicy(drain_s=0)
+        policy = ReleasePolicy(drain_s=drain_s, first_retry_s=first_retry_s)
         return ReleaseController(
             self.store, self.registry, self.applications, self._describe, policy
         )
@@ -94,7 +99,18 @@ class World:
     def assert_routes_follow_champion(self) -> None:
         assert self.store.weights("m") == {self.champion(): 1.0}
 
+    def row(self, version: int) -> Deployment:
+        row = self.store.get("m", version)
+        assert row is not None
+        return row
+
+    def last_move(self) -> tuple[int | None, int | None, str]:
+        change = self.store.champion_history("m")[-1]
+        return change.from_version, change.to_version, change.reason
+
     async def _describe(self, application: str) -> Description:
+        if application in self.while_asked:
+            await self.while_asked.pop(application)()
         answer = self.answers.get(application, f"sha256:{application.rpartition('v')[2]}")
         if answer == "gone":
             raise UpstreamFailedError("gone")
@@ -116,7 +132,7 @@ async def test_a_first_version_becomes_champion_through_every_state(world: World
     seen: list[str] = []
     for phase in (None, "starting", "running", None, None):
         if phase is not None:
-            world.applications.set_phase("m.v1", phase)  # type: ignore[arg-type]
+            world.applications.set_phase("m.v1", phase)
         await world.controller.reconcile()
         seen.append(world.states()[1])
     assert seen == ["deploying", "warming", "parity", "champion", "champion"]
@@ -203,15 +219,56 @@ async def test_rollback_that_cannot_be_is_refused_with_the_way_out(world: World)
     assert world.champion() == 2
 
 
-async def test_a_failed_champion_can_be_rolled_back_from(world: World) -> None:
+async def test_a_champion_that_fails_hands_over_to_the_one_before(world: World) -> None:
     await world.release(1)
     await world.release(2)
     world.applications.set_phase("m.v2", "failed", "out of memory")
-    await world.settle("m.v1")
-    assert world.states() == {1: "standby", 2: "failed"}
+    await world.controller.reconcile()
+    assert world.states() == {1: "champion", 2: "failed"}
+    world.assert_routes_follow_champion()
+    assert world.last_move() == (2, 1, "version 2 failed: out of memory")
+    with pytest.raises(ConflictError, match="version 2 of 'm', the champion before 1, is failed"):
+        await world.controller.rollback("m", "tester")
+
+
+async def test_a_standby_that_is_down_takes_over_when_it_is_back(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    world.applications.vanish("m.v1")
+    world.applications.set_phase("m.v2", "failed", "out of memory")
+    await world.controller.reconcile()
+    assert (world.states(), world.champion()) == ({1: "standby", 2: "failed"}, None)
     assert world.store.weights("m") == {}
-    await world.controller.rollback("m", "tester")
-    assert world.store.weights("m") == {1: 1.0}
+    assert world.last_move() == (2, None, "version 2 failed: out of memory")
+    await world.settle("m.v1")
+    assert world.states() == {1: "champion", 2: "failed"}
+    world.assert_routes_follow_champion()
+
+
+async def test_without_a_champion_a_rollback_takes_the_one_that_stands_by(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    world.applications.set_phase("m.v1", "scheduling")
+    world.applications.set_phase("m.v2", "failed", "out of memory")
+    await world.controller.reconcile()
+    row = await world.controller.rollback("m", "tester")
+    assert (row["version"], row["reason"]) == (1, "rolled back from no champion")
+    world.assert_routes_follow_champion()
+
+
+async def test_an_undeployed_champion_hands_over_to_the_one_before(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    rows = await world.controller.undeploy("m", 2, "tester")
+    assert {row["version"]: row["state"] for row in rows} == {1: "champion", 2: "retiring"}
+    world.assert_routes_follow_champion()
+    assert world.last_move() == (2, 1, "version 2 retiring: undeployed by tester")
+    await world.controller.undeploy("m", 1, "tester")
+    assert (world.champion(), world.store.weights("m")) == (None, {})
+    assert world.last_move() == (1, None, "version 1 retiring: undeployed by tester")
+    await world.settle()
+    with pytest.raises(ConflictError, match="version 1 of 'm', the last champion, is not up"):
+        await world.controller.rollback("m", "tester")
 
 
 async def test_deploying_the_standby_again_needs_no_new_replica(world: World) -> None:
@@ -282,6 +339,211 @@ async def test_undeploy_takes_traffic_away_before_the_application(world: World) 
         await world.controller.undeploy("m", None, "tester")
     await world.release(1)
     assert world.store.weights("m") == {1: 1.0}
+
+
+async def test_a_draining_version_that_is_deployed_again_keeps_its_replicas(world: World) -> None:
+    world.controller = world.new_controller(drain_s=60)
+    await world.release(1)
+    await world.release(2)
+    await world.controller.undeploy("m", 1, "tester")
+    await world.controller.reconcile()
+    assert (await world.deploy("m/1"))["state"] == "deploying"
+    await world.settle("m.v1", "m.v2")
+    assert world.states() == {1: "champion", 2: "standby"}
+    assert world.applications.started == ["m.v1 graph", "m.v2 graph"]
+    assert world.applications.deleted == []
+    assert (await world.controller.rollback("m", "tester"))["version"] == 2
+
+
+async def test_with_other_options_the_draining_application_ends_first(world: World) -> None:
+    world.controller = world.new_controller(drain_s=60)
+    await world.release(1)
+    await world.controller.undeploy("m", None, "tester")
+    await world.deploy("m/1", max_batch_size=3)
+    await world.settle("m.v1")
+    assert (world.states(), world.applications.deleted) == ({1: "deploying"}, [])
+    world.controller = world.new_controller(drain_s=0)
+    await world.settle("m.v1")
+    assert world.applications.deleted == ["m.v1"]
+    assert world.applications.started == ["m.v1 graph", "m.v1 graph"]
+    assert world.states() == {1: "champion"}
+
+
+async def test_undeploying_what_is_deployed_again_is_not_lost(world: World) -> None:
+    await world.release(1)
+    await world.controller.undeploy("m", 1, "tester")
+    await world.deploy("m/1")
+    await world.controller.undeploy("m", 1, "tester")
+    await world.settle("m.v1")
+    assert world.states() == {}
+
+
+async def test_undeploying_again_does_not_drain_from_the_beginning(world: World) -> None:
+    world.controller = world.new_controller(drain_s=60)
+    await world.release(1)
+    await world.controller.undeploy("m", 1, "tester")
+    before = world.row(1)
+    await world.controller.undeploy("m", 1, "another")
+    assert world.row(1) == before
+
+
+async def test_an_undeploy_while_serve_is_asked_wins(world: World) -> None:
+    start = world.applications.start
+
+    def slow(deployment: Deployment, kind: str) -> None:
+        world.requests.undeploy("m", 1, "tester")
+        start(deployment, kind)
+
+    world.applications.start = slow  # type: ignore[method-assign]
+    await world.deploy("m/1")
+    await world.settle("m.v1")
+    assert (world.states(), world.champion()) == ({}, None)
+    assert world.applications.statuses() == {}
+
+
+async def test_an_undeploy_while_a_replica_is_asked_wins(world: World) -> None:
+    await world.release(1)
+    world.while_asked["m.v2"] = lambda: world.controller.undeploy("m", 2, "tester")
+    await world.release(2)
+    assert world.states() == {1: "champion"}
+    world.assert_routes_follow_champion()
+    assert world.store.champion_history("m")[-1].to_version == 1
+
+
+@pytest.mark.parametrize("phase", [None, "running"])
+async def test_a_deploy_while_the_version_is_forgotten_wins(world: World, phase: Any) -> None:
+    await world.release(1)
+    await world.controller.undeploy("m", 1, "tester")
+    world.applications.vanish("m.v1")
+    if phase is not None:
+        world.applications.set_phase("m.v1", phase)
+    statuses = world.applications.statuses
+
+    def late() -> Any:
+        world.applications.statuses = statuses  # type: ignore[method-assign]
+        world.requests.deploy("m/1", "direct", {}, "tester")
+        return statuses()
+
+    world.applications.statuses = late  # type: ignore[method-assign]
+    await world.controller.reconcile()
+    assert world.states() == {1: "deploying"}
+    assert world.applications.deleted == []
+    await world.settle("m.v1")
+    assert world.states() == {1: "champion"}
+
+
+async def test_a_version_that_is_undeployed_cannot_be_rolled_back_to(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    await world.controller.undeploy("m", 1, "tester")
+    with pytest.raises(ConflictError, match="is retiring"):
+        await world.controller.rollback("m", "tester")
+    assert world.states() == {1: "retiring", 2: "champion"}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [("m/1", {}), ("m/2", {}), ("m/3", {})],
+        [("m/1", {}), ("m/1", {"max_batch_size": 2}), ("m/1", {"max_batch_size": 3})],
+    ],
+)
+def test_of_several_deployments_at_once_one_is_taken(world: World, asked: Any) -> None:
+    barrier = threading.Barrier(len(asked))
+
+    def nodes() -> Any:
+        barrier.wait(10)
+        return FakeApplications().nodes()
+
+    world.applications.nodes = nodes  # type: ignore[method-assign]
+
+    def deploy(wanted: Any) -> str:
+        try:
+            world.requests.deploy(wanted[0], "direct", wanted[1], "tester")
+        except ConflictError as error:
+            return str(error)
+        return "taken"
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        outcomes = list(pool.map(deploy, asked))
+    assert outcomes.count("taken") == 1, outcomes
+    assert len(world.store.deployments()) == 1
+
+
+async def test_nothing_is_deployed_or_promoted_while_a_version_is_on_its_way(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    await world.deploy("m/3")
+    for ref in ("m/1", "m/2"):
+        with pytest.raises(ConflictError, match="version 3 of 'm' is being deployed"):
+            await world.deploy(ref)
+
+
+async def test_what_serve_refuses_fails_with_its_reason(world: World) -> None:
+    await world.release(1)
+    world.applications.start_errors = [ValueError("Traceback\nray.XError: 1e-09 CPUs")]
+    await world.deploy("m/2")
+    await world.settle("m.v2")
+    assert (world.row(2).state, world.row(2).reason) == ("failed", "1e-09 CPUs")
+    assert world.applications.started.count("m.v2 graph") == 1
+    assert world.champion() == 1
+
+
+async def test_a_serve_that_is_away_is_asked_again(world: World) -> None:
+    world.applications.start_errors = [ConnectionError("no controller")] * 2
+    await world.deploy("m/1")
+    await world.controller.reconcile()
+    assert (world.row(1).state, world.row(1).reason) == (
+        "deploying",
+        "trying again: no controller",
+    )
+    first = world.row(1).started_at
+    await world.controller.reconcile()
+    assert world.row(1).started_at == first
+    await world.settle("m.v1")
+    assert world.champion() == 1
+
+
+async def test_a_serve_that_stays_away_is_given_up_for_what_is_new(world: World) -> None:
+    world.applications.start_errors = [ConnectionError("no controller")] * 99
+    await world.deploy("m/1")
+    for _ in range(9):
+        await world.controller.reconcile()
+    assert (world.row(1).state, world.row(1).reason) == ("failed", "no controller")
+    assert len(world.applications.started) == ReleasePolicy().max_starts
+
+
+async def test_what_served_comes_back_whenever_serve_does(world: World) -> None:
+    await world.release(1)
+    world.applications.vanish("m.v1")
+    world.applications.start_errors = [ConnectionError("no controller")] * 20
+    for _ in range(21):
+        await world.controller.reconcile()
+    await world.settle("m.v1")
+    assert (world.states(), world.applications.statuses()["m.v1"].phase) == (
+        {1: "champion"},
+        "running",
+    )
+
+
+async def test_a_replica_that_does_not_answer_holds_up_nobody_else(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_apps.release.reconciler._CHECK_PATIENCE_S", 0.01)
+    world.register("other", 1)
+    released = asyncio.Event()
+    world.while_asked["m.v1"] = released.wait
+    world.answers["other.v1"] = "sha256:1"
+    await world.deploy("m/1")
+    await world.settle("m.v1")
+    assert world.states() == {1: "parity"}
+    await world.deploy("other")
+    await world.settle("m.v1", "other.v1")
+    assert world.store.weights("other") == {1: 1.0}
+    assert world.states() == {1: "parity"}
+    released.set()
+    await world.settle("m.v1")
+    assert world.champion() == 1
 
 
 @pytest.mark.parametrize("phase", [None, "scheduling", "starting", "running"])
