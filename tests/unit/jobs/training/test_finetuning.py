@@ -67,12 +67,14 @@ def make(make_config: MakeConfig, base_dir: Path, data: dict[str, Any]) -> Make:
         model = {"family": "causal_lm", "base": str(base_dir), "lora": lora}
         return make_config(
             data=data,
-            model=model,
-            steps=4,
-            batch_size=4,
-            optimizer={"learning_rate": 1e-2},
-            deepspeed={"zero_optimization": {"stage": stage}},
-            **values,
+            **{
+                "model": model,
+                "steps": 4,
+                "batch_size": 4,
+                "optimizer": {"learning_rate": 1e-2},
+                "deepspeed": {"zero_optimization": {"stage": stage}},
+                **values,
+            },
         )
 
     return config
@@ -139,6 +141,22 @@ def test_two_workers_make_the_model_of_one(
     first, _ = run_ranks(train, WorkerJob(make(3, lora), dataset.directory, tmp_path), 2)
     assert losses(first[0]) == pytest.approx(expected, rel=1e-3)
     assert_same(weights(tmp_path, name), weights(run_dir, name))
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        (3, {"activation_checkpointing": True}),
+        (1, {"precision": "bf16"}),
+        (0, {"optimizer": {"name": "muon", "learning_rate": 1e-2}}),
+    ],
+)
+def test_lora_learns_with_every_option(
+    make: Make, dataset: Dataset, tmp_path: Path, stage: int, options: dict[str, Any]
+) -> None:
+    events, _ = train(WorkerJob(make(stage, LORA, **options), dataset.directory, tmp_path))
+    found = losses(events)
+    assert found[3] < found[2] < found[1]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
