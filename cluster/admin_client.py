@@ -108,9 +108,15 @@ def _not_running() -> NotRunningError:
 
 def _error(answer: httpx.Response) -> HeliostatError:
     try:
-        message = str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):  # not the gateway's own answer, but the proxy's
+        error = answer.json()["error"]
+        message, param = str(error["message"]), error.get("param")
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # not the gateway's own answer, but the proxy's
         return NotRunningError(
             f"the gateway is not ready (HTTP {answer.status_code})", hint="see `heliostat status`"
         )
-    return _ERRORS.get(answer.status_code, HeliostatError)(message)
+    return _ERRORS.get(answer.status_code, HeliostatError)(message, param=param)

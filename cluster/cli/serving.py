@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.errors import ConflictError, HeliostatError, NotFoundError, UpstreamTimeoutError
+from cluster.errors import (
+    ConfigError,
+    ConflictError,
+    HeliostatError,
+    NotFoundError,
+    UpstreamTimeoutError,
+    UsageError,
+)
+from cluster.model_ref import ModelRef, check_name
 from cluster.settings import load_settings
 
 if TYPE_CHECKING:
@@ -50,10 +58,18 @@ def deploy(
     """Serve a model version and make it the champion; the one before stays up for rollback."""
     from cluster.config import read_mapping
 
+    ModelRef.parse(ref)
+    if not strategy.isascii():
+        raise UsageError(f"strategy {strategy!r} does not exist", hint="use --strategy direct")
     options = read_mapping(config) if config else {}
     admin = _connect()
     started = time.monotonic()
-    row = admin.deploy(ref, strategy, options)
+    try:
+        row = admin.deploy(ref, strategy, options)
+    except UsageError as error:
+        if config is None or not (error.param or "").startswith("options"):
+            raise
+        raise ConfigError(f"config file '{config}': {error}") from None
     if wait:
         row = _follow(admin, row, quiet=as_json)
     if as_json:
@@ -69,12 +85,19 @@ def undeploy(
     version: Annotated[int | None, typer.Option(min=1, help="Only this version.")] = None,
     wait: Annotated[bool, typer.Option(help="Wait until its replicas are gone.")] = True,
 ) -> None:
-    """Take a model out of service; its versions stay in the registry."""
+    """Take a model out of service; its versions stay in the registry.
+
+    Without its champion, the version that stands by goes on; without a version, all end.
+    """
+    check_name(name)
     admin = _connect()
-    admin.undeploy(name, version)
+    before = _champion(admin.deployments(), name)
+    after = _champion(admin.undeploy(name, version), name)
     if wait:
         _wait_until_gone(admin, name, version)
     print(f"{name if version is None else f'{name}/{version}'} is no longer served")
+    if after is not None and after != before:
+        print(f"{name}/{after} is champion again")
 
 
 @releases_app.command("list")
@@ -93,6 +116,7 @@ def status(
     """One model's versions, its traffic, and who was champion when and why."""
     from cluster.cli.output import print_table
 
+    check_name(name)
     release = _connect().release(name)
     if as_json:
         print(json.dumps(release, indent=2))
@@ -108,6 +132,7 @@ def status(
 @releases_app.command("rollback")
 def rollback(name: Annotated[str, typer.Argument(help="A model's name.")]) -> None:
     """Give the traffic back to the champion before this one, at once."""
+    check_name(name)
     row = _connect().rollback(name)
     print(f"{_ref(row)} is champion again ({row['reason']})")
 
@@ -139,6 +164,11 @@ def _follow(admin: AdminClient, row: dict[str, Any], *, quiet: bool) -> dict[str
             row = admin.deployment(row["name"], row["version"])
         except NotFoundError:
             raise ConflictError(f"{_ref(row)} was undeployed meanwhile") from None
+
+
+def _champion(rows: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    found = (row["version"] for row in rows if row["name"] == name and row["state"] == "champion")
+    return next(found, None)
 
 
 def _wait_until_gone(admin: AdminClient, name: str, version: int | None) -> None:

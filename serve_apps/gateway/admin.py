@@ -20,6 +20,7 @@ from cluster.errors import HeliostatError, InputError, NotFoundError
 from cluster.security.api_keys import Identity
 from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.requests import parse_object, validate
+from serve_apps.options import read_options
 
 
 class ReleaseControl(Protocol):
@@ -47,8 +48,8 @@ Audit = Callable[[str, str, str, dict[str, Any]], None]
 class DeployRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    ref: str
-    strategy: str = "direct"
+    ref: str = Field(max_length=300)
+    strategy: str = Field("direct", max_length=64)
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -58,6 +59,7 @@ def build_routes(control: ReleaseControl, audit: Audit) -> list[Route]:
     async def deploy(request: Request) -> Response:
         actor = _actor(require_any(request, "admin"))
         asked = validate(DeployRequest, parse_object(await request.body()))
+        read_options(asked.options)  # before they are written down
         async with _Audited(audit, actor, "deploy", asked.ref, asked.model_dump()):
             row = await control.deploy(asked.ref, asked.strategy, asked.options, actor)
         return JSONResponse(row, 202)
@@ -108,7 +110,8 @@ class _Audited:
         self, audit: Audit, actor: str, action: str, target: str, detail: dict[str, Any]
     ) -> None:
         self._audit = audit
-        self._row = (actor, action, target)
+        # PostgreSQL takes no NUL in a text.
+        self._row = (actor, action, target.replace("\0", "\ufffd"))
         self._detail = detail
 
     async def __aenter__(self) -> None:
@@ -125,7 +128,8 @@ def _short(error: BaseException) -> str:
 
 
 def _actor(identity: Identity) -> str:
-    return f"{identity.tenant}/{identity.key_id}"
+    # The tables hold 128 characters, which a tenant's name alone may have.
+    return f"{identity.tenant[: 127 - len(identity.key_id)]}/{identity.key_id}"
 
 
 def _number(text: str) -> int:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from cluster import database
-from cluster.errors import AuthenticationError, NotRunningError
+from cluster.errors import AuthenticationError, ConflictError, NotRunningError
 from cluster.ledger import Entry, Ledger
+from cluster.releases import ReleaseStore
 from cluster.security.api_keys import ApiKeys
 
 
@@ -113,6 +115,26 @@ def test_what_was_used_counts_once(postgresql_url: str) -> None:
     assert ledger.record([entry]) == 0
     (total,) = ledger.totals(tenant="acme")
     assert (total.gpu_s, total.prompt_tokens, total.num_entries) == (1.5, 2**40, 1)
+
+
+def test_writers_of_releases_wait_for_each_other(postgresql_url: str) -> None:
+    store = ReleaseStore(database.open_database(postgresql_url))
+
+    def request(version: int) -> bool:
+        with store.writing() as tables:
+            if tables.deployments("m"):
+                return False
+            tables.create("m", version, "sha256:0", {}, "asked")
+            return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(request, range(1, 33))) == 1
+    (row,) = store.deployments("m")
+    with store.writing() as tables:
+        tables.promote(row, actor="tester", reason="ready")
+    with pytest.raises(ConflictError, match="changed meanwhile"), store.writing() as tables:
+        tables.promote(row, actor="tester", reason="seen before")
+    assert store.weights("m") == {row.version: 1.0}
 
 
 def test_an_unreachable_server_is_one_line_without_the_password() -> None:

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from cluster.errors import InputError
-from serve_apps.options import DeploymentOptions, read_options
+from serve_apps.options import (
+    AutoscalingOptions,
+    DeploymentOptions,
+    read_options,
+    read_stored_options,
+)
 
 
 def scaled(**values: Any) -> DeploymentOptions:
@@ -33,6 +38,57 @@ def test_wrong_autoscaling_is_named(autoscaling: Any, words: str) -> None:
 def test_a_fixed_and_a_changing_number_of_replicas_exclude_each_other() -> None:
     with pytest.raises(InputError, match="takes the place of num_replicas"):
         read_options({"num_replicas": 2, "autoscaling": {"max_replicas": 2}})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_cpus": 1e-9}, "'num_cpus' is 1e-09, expected a multiple of 0.0001"),
+        ({"num_cpus": 0.00005}, "'num_cpus' is 5e-05, expected a multiple of 0.0001"),
+        ({"num_gpus": 1.5}, "'num_gpus' is 1.5, expected a whole number"),
+        ({"num_cpus": 1e308}, "'num_cpus' is 1e\\+308"),
+        ({"num_cpus": float("nan")}, "'num_cpus' is nan"),
+        ({"max_ongoing_requests": 10**24}, "less than or equal to 100000"),
+        ({"max_queued_requests": 10**24}, "'max_queued_requests'"),
+        ({"max_batch_size": 10**24}, "'max_batch_size'"),
+        ({"max_cache_bytes": 10**24}, "'max_cache_bytes'"),
+        ({"max_running": 10**24}, "'max_running'"),
+        ({"num_replicas": 10**4000}, "'num_replicas' is 10*…: "),
+        ({"request_timeout_s": float("inf")}, "'request_timeout_s' is inf"),
+        ({"request_timeout_s": 1e-300}, "'request_timeout_s'"),
+        ({"num_threads": "9" * 10_000}, "'num_threads' is '9*…: "),
+        ({"x" * 10_000: 1}, "option 'x{100}' is not known"),
+        ({"num_cpus": True}, "option 'num_cpus' is true, expected a number"),
+    ],
+)
+def test_numbers_that_ray_or_arithmetic_cannot_take_are_refused(values: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        read_options(values)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", sorted(AutoscalingOptions.model_fields))
+@pytest.mark.parametrize("value", [1e308, -1, float("nan"), float("inf")])
+def test_every_number_of_autoscaling_has_bounds(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"'autoscaling.{name}' is"):
+        read_options({"autoscaling": {"max_replicas": 2, name: value}})
+
+
+def test_the_largest_options_are_still_numbers() -> None:
+    most = scaled(max_replicas=256, target_ongoing_requests=100_000)
+    assert most.max_batches_in_flight == 25_600_000
+    assert scaled(max_replicas=1, target_ongoing_requests=0.01).max_batches_in_flight == 1
+
+
+@pytest.mark.parametrize("num_cpus", [0, 0.0001, 0.1 + 0.2, 2.5, 63.9999])
+def test_fractions_of_cpus_are_taken(num_cpus: float) -> None:
+    assert read_options({"num_cpus": num_cpus}).num_cpus == num_cpus
+
+
+def test_stored_options_that_are_not_allowed_any_more_are_defaults() -> None:
+    stored = {"autoscaling": {"max_replicas": 2, "target_ongoing_requests": 1e308}}
+    assert read_stored_options(stored) == DeploymentOptions()
+    assert read_stored_options({"max_running": 3}).max_running == 3
 
 
 def test_stored_options_can_be_read_again() -> None:

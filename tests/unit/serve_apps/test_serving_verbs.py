@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ import uvicorn
 from typer.testing import CliRunner
 
 from cluster.cli.app import app
-from cluster.errors import ConflictError, HeliostatError, NotFoundError, NotRunningError
+from cluster.errors import (
+    ConflictError,
+    HeliostatError,
+    NotFoundError,
+    NotRunningError,
+    UsageError,
+)
 
 
 class Verbs:
@@ -86,6 +93,66 @@ async def test_undeploy_waits_until_it_is_gone(gateway: Any, verbs: Verbs) -> No
     result = await verbs.run("undeploy", "classes", "--version", "1")
     assert result.exit_code == 0, result.output
     assert gateway.control.calls[-1][:3] == ("undeploy", "classes", 1)
+
+
+async def test_undeploying_a_champion_says_who_goes_on(gateway: Any, verbs: Verbs) -> None:
+    async def undeploy(name: str, version: int | None, actor: str) -> list[dict[str, Any]]:
+        states = {1: "champion", 2: "retiring"}
+        return [{"name": name, "version": v, "state": state} for v, state in states.items()]
+
+    gateway.control.undeploy = undeploy
+    rows = [{"name": "classes", "version": 2, "state": "champion"}]
+
+    async def deployments(name: str | None) -> list[dict[str, Any]]:
+        return rows
+
+    gateway.control.deployments = deployments
+    result = await verbs.run("undeploy", "classes", "--version", "2", "--no-wait")
+    assert result.stdout.splitlines() == [
+        "classes/2 is no longer served",
+        "classes/1 is champion again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("autoscaling: {look_back_s: .inf}", "'autoscaling.look_back_s' is inf"),
+        ("num_cpus: .nan", "'num_cpus' is nan"),
+        ("num_cpus: 2020-01-01", "option 'num_cpus' is '2020-01-01': input should be"),
+        ("max_running: !!binary aGVsbG8=", "at line 1: there is a value of type .*binary"),
+        ("autoscaling: &a\n  again: *a", "nested too deeply"),
+        ('max_running: "\\ud800"', "'max_running' holds a character that is no text"),
+        ("autoscaling: {1: 2, max_replicas: 2}", "option 'autoscaling.1' is not known"),
+        ("max_running: 1" + "0" * 30, "'max_running' is a number of more than 64 bits"),
+    ],
+)
+async def test_a_config_that_makes_no_sense_is_one_line(
+    verbs: Verbs, tmp_path: Path, text: str, words: str
+) -> None:
+    config = tmp_path / "options.yaml"
+    config.write_text(text)
+    result = await verbs.run("deploy", "classes", "--config", str(config), "--no-wait")
+    assert isinstance(result.exception, UsageError)
+    assert re.search(f"config file '{config}'.*{words}", str(result.exception))
+    assert "\n" not in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("deploy", "cl\udcff"),
+        ("deploy", "classes", "--strategy", "\udcff"),
+        ("undeploy", "../keys?x"),
+        ("releases", "status", "a/b"),
+        ("releases", "rollback", "\udcff"),
+    ],
+)
+async def test_what_is_no_name_is_refused_before_anything_is_asked(
+    verbs: Verbs, arguments: tuple[str, ...]
+) -> None:
+    result = await verbs.run(*arguments)
+    assert isinstance(result.exception, UsageError)
 
 
 async def test_releases_are_listed_shown_and_rolled_back(gateway: Any, verbs: Verbs) -> None:

@@ -226,11 +226,27 @@ async def test_administration_reaches_the_controller_and_leaves_a_trace(gateway:
     ]  # fmt: skip
 
 
+async def test_what_is_written_down_fits_the_table(gateway: Any) -> None:
+    key = gateway.keys.create("t" * 128, ["admin"]).key
+    headers = {"authorization": f"Bearer {key}"}
+    body = {"ref": "cl\0sses"}
+    await gateway.client.post("/admin/deployments", json=body, headers=headers)
+    with open_database(gateway.database_url).connect() as connection:
+        query = sa.select(audit_log).where(audit_log.c.action == "deploy")
+        row = connection.execute(query).one()
+    assert row.target == "cl\ufffdsses"
+    assert len(row.actor) == 128
+    assert "/key_" in row.actor
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
         ("POST", "/admin/deployments", {"ref": "x", "strateggy": "direct"}, 400),
         ("POST", "/admin/deployments", {}, 400),
+        ("POST", "/admin/deployments", {"ref": "x" * 400}, 400),
+        ("POST", "/admin/deployments", {"ref": "x", "options": {"num_cpus": 1e-9}}, 400),
+        ("POST", "/admin/deployments", {"ref": "x", "options": {"nope": "x" * 10_000}}, 400),
         ("DELETE", "/admin/deployments/classes?version=one", None, 400),
         ("GET", "/admin/deployments/classes/9", None, 404),
         ("GET", "/admin/deployments/classes/x", None, 400),

@@ -71,3 +71,7 @@ def test_what_other_versions_were_promised_is_counted() -> None:
     check_room("m/2", wanted, [GPU_NODE], [row(1, "failed", num_gpus=1)])
     resting = row(1, "standby", num_gpus=1, autoscaling=scaled(0, 1))
     check_room("m/2", wanted, [GPU_NODE], [resting])
+
+
+def test_a_deployment_with_options_of_another_release_is_no_obstacle() -> None:
+    check_room("m/2", {"num_gpus": 1}, [GPU_NODE], [row(1, "champion", num_gpus=0.00001)])
