@@ -104,7 +104,7 @@ class _Bench:
             compiled_dir=self._compiled_dir,
         )
         path = self._directory / "job.json"
-        path.write_text(job.model_dump_json(), encoding="utf-8")
+        path.write_text(job.model_dump_json(exclude_unset=True), encoding="utf-8")
         module = ["-m", "benchmarks.training_child", str(path)]
         lines = run([*_TORCHRUN, *module] if launcher == "local" else [sys.executable, *module])
         events = [json.loads(line) for line in lines if line.startswith("{")]
