@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
@@ -36,6 +37,7 @@ from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.elastic import check_worker_counts
 from jobs.training.estimate import estimate
 from jobs.training.launchers import Launcher, LocalLauncher, follow
+from jobs.training.matmul_peak import PEAKS_FILE
 from jobs.training.monitor import check_metrics
 from jobs.training.parallelism import Layout
 from jobs.training.process_group import launched_rank, launched_world_size
@@ -131,8 +133,13 @@ def check(config: TrainConfig, settings: Settings) -> None:
     """Validate and estimate; the cluster is not touched."""
     world_size = make_launcher(config, settings).world_size
     check_config(config, world_size)
-    for line in estimate(find_start(config, settings).local, world_size).lines():
+    found = estimate(find_start(config, settings).local, world_size, peaks_path(settings))
+    for line in found.lines():
         print(line)
+
+
+def peaks_path(settings: Settings) -> Path:
+    return settings.home / "cache" / PEAKS_FILE
 
 
 def make_launcher(config: TrainConfig, settings: Settings) -> Launcher:

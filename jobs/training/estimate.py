@@ -1,63 +1,82 @@
-"""What a run will take, from its config alone: parameters, bytes per worker, steps.
+"""What a run will take, from its config alone: parameters, memory by kind, steps, time.
 
-Weights are never allocated. Activations are not counted: they depend on the kernels.
+Weights are never allocated. It puts together what `footprint`, `planner` and `devices` know.
 
-    for line in estimate(config).lines(): print(line)
+    for line in estimate(config, world_size=2).lines(): print(line)
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from jobs.data.cleaning import clean
-from jobs.data.config import DataConfig
-from jobs.data.corpus import plan_corpus
-from jobs.data.dataset import ColumnInfo
-from jobs.data.inspection import expected_vocab_size
-from jobs.data.packing import token_columns, token_dtype
-from jobs.data.preparation import read_numbers
-from jobs.data.tables import Table
+from jobs.models.config import LanguageModelConfig
 from jobs.models.families import make_family
-from jobs.models.family import DataShape
+from jobs.models.family import DataShape, Family
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config, zero_stage
+from jobs.training.devices import Device, find_device
+from jobs.training.expected_shape import expected_shape
+from jobs.training.flops import flops_per_token
+from jobs.training.footprint import Footprint, trace_footprint
+from jobs.training.matmul_peak import known_peak
 from jobs.training.monitor import check_metrics
 from jobs.training.parallelism import Layout
+from jobs.training.planner import Choice, Memory, Planner, Workload
+from jobs.training.reporter import format_duration
 
-_FP32_BYTES = 4
 # Numbers that an optimizer keeps per parameter.
 _OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1, "muon": 2}
+_DEFAULT_BUCKET_NUMBERS = 500_000_000
+_ASSUMED_UTILISATION = 0.4
+_MAX_WORKERS = 65_536
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes are per worker."""
+    """What is printed; sizes are per worker."""
 
-    num_parameters: int
-    weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
+    footprint: Footprint
+    memory: Memory
     zero_stage: int
     plan: BatchPlan
     layout: Layout
+    device: Device
+    best: Choice | None
+    """The smallest ZeRO stage that fits the device on these workers, with its largest rows."""
+    best_world_size: int
+    """The workers that `best` is for: more than given where those do not suffice."""
     steps: int
     unit: str
     units_per_step: int
+    flops_per_unit: float | None
+    peak_flops: float | None
+    """Of one worker's device, if it is known."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak_bytes <= self.device.memory_bytes
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds for a step, at a usual share of the device's peak."""
+        if self.flops_per_unit is None or self.peak_flops is None:
+            return None
+        speed = _ASSUMED_UTILISATION * self.peak_flops * self.layout.world_size
+        return self.flops_per_unit * self.units_per_step / speed
 
     def lines(self) -> Iterator[str]:
+        yield self._parameters()
+        yield self._per_worker()
+        yield from self._device()
         parts = self.layout.num_parts
         sharers = "workers" if parts == 1 else f"groups of {parts} workers"
-        total = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        yield f"parameters  {self.num_parameters:,}"
-        yield (
-            f"per worker  {_megabytes(total)}: weights {_megabytes(self.weight_bytes)}, gradients "
-            f"{_megabytes(self.gradient_bytes)}, optimizer {_megabytes(self.optimizer_bytes)} "
-            f"(ZeRO {self.zero_stage} over {self.plan.world_size}); activations not counted"
-        )
         yield (
             f"per step    {self.plan.batch_size} rows ({self.units_per_step:,} {self.unit}) = "
             f"{self.plan.world_size} {sharers} * {self.plan.accumulation_steps} * "
@@ -66,89 +85,195 @@ class Estimate:
         yield (
             f"in all      {self.steps:,} steps, {self.steps * self.units_per_step:,} {self.unit}"
         )
+        yield from self._time()
+
+    def _parameters(self) -> str:
+        trained, total = self.footprint.num_trained, self.footprint.num_parameters
+        rest = "" if trained == total else f", {trained:,} of them trained"
+        return f"parameters  {total:,}{rest}"
+
+    def _per_worker(self) -> str:
+        memory = self.memory
+        kinds = {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "copies in bf16": memory.copies,
+            "activations": memory.activations,
+            "logits and loss": memory.head,
+            "buffers": memory.buffers,
+            "framework": memory.framework,
+            "allocator": memory.allocator,
+        }
+        shown = ", ".join(f"{name} {_size(size)}" for name, size in kinds.items() if size)
+        return (
+            f"per worker  {_size(memory.peak_bytes)} at most (ZeRO {self.zero_stage} over "
+            f"{self.plan.world_size}): {shown}"
+        )
+
+    def _device(self) -> Iterator[str]:
+        verdict = "fits" if self.fits else "does not fit"
+        yield f"device      {self.device.name}, {_size(self.device.memory_bytes)} each: {verdict}"
+        if not self.fits and self.memory.copies > self.memory.weights:
+            yield (
+                f"            autocast keeps all weights in bfloat16 once more "
+                f"({_size(self.memory.copies)}); deepspeed.bf16.enabled=true does not"
+            )
+        if self.best is None:
+            yield "            no ZeRO stage and no number of workers makes it fit"
+            return
+        workers = f"{self.best_world_size} workers" if self.best_world_size > 1 else "1 worker"
+        yield (
+            f"            smallest ZeRO stage that fits on {workers}: {self.best.zero_stage}, with "
+            f"micro_batch_size up to {self.best.rows} ({_size(self.best.memory.peak_bytes)})"
+        )
+
+    def _time(self) -> Iterator[str]:
+        if self.step_s is None or self.peak_flops is None:
+            return
+        yield (
+            f"time        {self.step_s:,.2f} s a step, {format_duration(self.step_s * self.steps)} "
+            f"in all, at {_ASSUMED_UTILISATION:.0%} of {self.peak_flops / 1e12:,.2f} TFLOP/s a "
+            "worker"
+        )
 
 
-def estimate(config: TrainConfig, world_size: int) -> Estimate:
-    """Raises what the run itself would raise for a wrong config or a missing source."""
+def estimate(config: TrainConfig, world_size: int, peaks: Path | None = None) -> Estimate:
+    """Raises what the run itself would raise for a wrong config or a missing source.
+
+    Args:
+        peaks: file of measured peaks of this machine, if there is one.
+    """
     layout = Layout.of(config, world_size)
-    plan = BatchPlan.make(
+    plan = _batch_plan(config, layout)
+    deepspeed_config = make_deepspeed_config(config, plan)
+    stage = zero_stage(deepspeed_config)
+    shape = expected_shape(config.data)
+    family = make_family(config.model, shape)
+    check_metrics(config, family)
+    device = find_device(config.planner.device, world_size)
+    footprint = _footprint(config, deepspeed_config, shape, device)
+    workload = _workload(config, deepspeed_config, plan, layout, device)
+    best, best_world_size = _best(config, footprint, workload, device)
+    return Estimate(
+        footprint=footprint,
+        memory=Planner(footprint, workload).memory(stage, plan.micro_batch_size),
+        zero_stage=stage,
+        plan=plan,
+        layout=layout,
+        device=device,
+        best=best,
+        best_world_size=best_world_size,
+        steps=config.steps,
+        unit=family.unit,
+        units_per_step=plan.batch_size * family.units_per_row,
+        flops_per_unit=_flops_per_unit(family),
+        peak_flops=_peak_flops(config, device, peaks),
+    )
+
+
+def _batch_plan(config: TrainConfig, layout: Layout) -> BatchPlan:
+    return BatchPlan.make(
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         world_size=layout.num_copies,
     )
-    stage = zero_stage(make_deepspeed_config(config, plan))
-    family = make_family(config.model, expected_shape(config.data))
-    check_metrics(config, family)
-    with torch.device("meta"):
-        model = family.build()
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    states = _OPTIMIZER_STATES[config.optimizer.name]
-    held = _num_held(model, layout) * _FP32_BYTES
-    return Estimate(
-        num_parameters=num_parameters,
-        weight_bytes=_share(held, plan, sharded=stage >= 3),
-        gradient_bytes=_share(held, plan, sharded=stage >= 2),
-        optimizer_bytes=_share(held * states, plan, sharded=stage >= 1),
-        zero_stage=stage,
-        plan=plan,
-        layout=layout,
-        steps=config.steps,
-        unit=family.unit,
-        units_per_step=plan.batch_size * family.units_per_row,
+
+
+def _footprint(
+    config: TrainConfig, deepspeed_config: dict[str, Any], shape: DataShape, device: Device
+) -> Footprint:
+    def prepare(model: Any) -> None:
+        if config.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if device.is_gpu and hasattr(model, "set_attn_implementation"):
+            # Fake tensors are on a CPU, where attention is our own.
+            model.set_attn_implementation("sdpa")
+
+    in_half = _is_in_half_precision(deepspeed_config)
+    return trace_footprint(
+        make_family(_without_masks(config).model, shape),
+        shape,
+        autocast=config.precision == "bf16" or in_half,
+        dtype=torch.bfloat16 if in_half else torch.float32,
+        prepare=prepare,
     )
 
 
-def expected_shape(config: DataConfig) -> DataShape:
-    """The shape that a dataset will have once it is prepared; reads no more of a text source than
-    its beginning."""
-    if config.kind == "text":
-        return _expected_text(config)
-    content = read_numbers(config)
-    if isinstance(content, Table):
-        cleaned = clean(content, config)
-        columns = {
-            name: ColumnInfo(dtype=str(array.dtype), shape=tuple(array.shape[1:]))
-            for name, array in cleaned.rows["train"].items()
-        }
-        return DataShape(columns, class_names=content.class_names, table=cleaned.info)
-    columns = {
-        name: ColumnInfo(dtype=str(array.dtype), shape=tuple(array.shape[1:]))
-        for name, array in content.columns.items()
-    }
-    return DataShape(columns, class_names=content.class_names)
+def _without_masks(config: TrainConfig) -> TrainConfig:
+    """Whether a mask is made depends on what is in a row, and fake rows are empty."""
+    if not isinstance(config.model, LanguageModelConfig):
+        return config
+    model = config.model.model_copy(update={"mask_documents": False})
+    return config.model_copy(update={"model": model})
 
 
-def _expected_text(config: DataConfig) -> DataShape:
-    plan_corpus(config)
-    vocab_size = expected_vocab_size(config)
-    length = config.text.sequence_length
-    found = token_columns(length, token_dtype(vocab_size), has_loss_mask=config.is_chat)
-    columns = {name: ColumnInfo(dtype=c.dtype, shape=c.shape) for name, c in found.items()}
-    return DataShape(columns, vocab_size=vocab_size, sequence_length=length)
+def _workload(
+    config: TrainConfig,
+    deepspeed_config: dict[str, Any],
+    plan: BatchPlan,
+    layout: Layout,
+    device: Device,
+) -> Workload:
+    zero: dict[str, Any] = deepspeed_config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer", {})
+    return Workload(
+        layout=layout,
+        weight_bytes=2 if _is_in_half_precision(deepspeed_config) else 4,
+        optimizer_states=_OPTIMIZER_STATES[config.optimizer.name],
+        accumulates=plan.accumulation_steps > 1,
+        bucket_numbers=int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET_NUMBERS)),
+        offloads_optimizer=str(offload.get("device", "none")) != "none",
+        is_gpu=device.is_gpu,
+    )
 
 
-def _num_held(model: torch.nn.Module, layout: Layout) -> int:
-    """Parameters at the worker that holds the most of a copy of the model."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    if layout.tensor > 1:
-        return sum(
-            size // layout.tensor if name.endswith("_proj.weight") or "lm_head" in name else size
-            for name, size in sizes.items()
-        )
+def _is_in_half_precision(deepspeed_config: dict[str, Any]) -> bool:
+    sections = (deepspeed_config.get(name, {}) for name in ("bf16", "fp16"))
+    return any(isinstance(section, dict) and section.get("enabled") for section in sections)
+
+
+def _best(
+    config: TrainConfig, footprint: Footprint, workload: Workload, device: Device
+) -> tuple[Choice | None, int]:
+    """On as many workers as given, or else on the fewest doublings of them."""
+    layout = workload.layout
+    while layout.world_size <= _MAX_WORKERS and config.batch_size % layout.num_copies == 0:
+        share = config.batch_size // layout.num_copies
+        rows = [count for count in range(1, share + 1) if share % count == 0]
+        planner = Planner(footprint, dataclasses.replace(workload, layout=layout))
+        best = planner.best(device, rows, _possible_stages(config, layout))
+        if best is not None:
+            return best, layout.world_size
+        layout = dataclasses.replace(layout, world_size=2 * layout.world_size)
+    return None, workload.layout.world_size
+
+
+def _possible_stages(config: TrainConfig, layout: Layout) -> range:
+    if config.optimizer.name == "muon":
+        return range(1)
     if layout.pipeline > 1:
-        layers = [name for name in sizes if ".layers." in name]
-        num_layers = len({name.split(".")[2] for name in layers})
-        per_layer = sum(sizes[name] for name in layers) // num_layers
-        # The first stage has the embedding; the last one the norm, and a head of the same size.
-        return -(-num_layers // layout.pipeline) * per_layer + sum(
-            size for name, size in sizes.items() if name not in layers and "lm_head" not in name
-        )
-    return sum(sizes.values())
+        return range(2)
+    return range(3 if config.compile or layout.tensor > 1 else 4)
 
 
-def _share(total_bytes: int, plan: BatchPlan, *, sharded: bool) -> int:
-    return -(-total_bytes // plan.world_size) if sharded else total_bytes
+def _flops_per_unit(family: Family) -> float | None:
+    with torch.device("meta"):
+        model = family.build()
+    return flops_per_token(model, family.units_per_row)
 
 
-def _megabytes(size_bytes: int) -> str:
+def _peak_flops(config: TrainConfig, device: Device, peaks: Path | None) -> float | None:
+    if device.matmul_flops:
+        return device.matmul_flops[config.precision]
+    if config.planner.device or peaks is None:
+        return None
+    here = torch.device("cuda" if device.is_gpu else "cpu")
+    return known_peak(peaks, here, config.precision, config.threads_per_worker)
+
+
+def _size(size_bytes: int) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if size_bytes >= size:
+            return f"{size_bytes / size:,.1f} {unit}"
     return f"{size_bytes / 1e6:,.1f} MB"

@@ -21,7 +21,8 @@ from jobs.models.pipeline import cut
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
-from jobs.training.estimate import estimate, expected_shape
+from jobs.training.estimate import estimate
+from jobs.training.expected_shape import expected_shape
 from jobs.training.events import Evaluated, Event, Progress, Started
 from jobs.training.parallelism import Layout
 from jobs.training.worker import Outcome, WorkerJob, run_worker
@@ -359,7 +360,7 @@ def test_the_estimate_counts_what_the_fullest_stage_holds(
     with torch.device("meta"):
         layers = [recipe.make() for recipe in cut(make_family(config).build())]
     sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
-    assert found.weight_bytes == 4 * max(sum(sizes[:2]), sum(sizes[2:]))
+    assert found.memory.weights == 4 * max(sum(sizes[:2]), sum(sizes[2:]))
     assert next(line for line in found.lines() if "per step" in line).endswith(
         "= 1 groups of 2 workers * 4 * 2 rows"
     )
