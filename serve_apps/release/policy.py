@@ -91,13 +91,18 @@ class ReleasePolicy:
             return Decision("fail", application.message)
         if application.phase == "running":
             if row.state == "parity":
-                return Decision("check")
+                return self._ask(seen)
             return Decision("enter", "golden outputs reproduced; asking a replica", "parity")
         if seen.seconds_since_start > self.start_timeout_s:
             return Decision("fail", f"it did not start within {self.start_timeout_s:g} s")
         if application.phase == "starting" and row.state == "deploying":
             return Decision("enter", "a replica is loading and replaying golden inputs", "warming")
         return Decision("wait")
+
+    def _ask(self, seen: Observation) -> Decision:
+        if seen.seconds_in_state > self.start_timeout_s:
+            return Decision("fail", f"no replica answered within {self.start_timeout_s:g} s")
+        return Decision("check", "is it the package that was deployed?")
 
     def _make_way(self, seen: Observation, application: ApplicationStatus) -> Decision:
         """What an earlier deployment of the version left ends before the new one begins."""

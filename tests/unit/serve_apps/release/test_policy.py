@@ -50,6 +50,7 @@ def decide(state: State, phase: Phase | None, *, is_started: bool = True, **seen
         ("warming", "starting", 1000, "fail", None),
         ("warming", None, 1, "start", None),
         ("parity", "running", 0, "check", None),
+        ("parity", "running", 901, "fail", None),
         ("parity", "failed", 0, "fail", None),
         ("parity", None, 0, "start", None),
         ("champion", "running", 99, "wait", None),
