@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.cli.import_model import import_path
 from cluster.model_package import ensure_local_key, golden, open_version
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
 from cluster.settings import Settings
 from cluster.tracking import open_client
+from tests.tiny_models import save_llama
 
 ROOT = Path(__file__).parents[3]
 DIGITS: dict[str, Any] = {
@@ -200,9 +202,20 @@ def test_check_estimates_and_starts_nothing(call: Call, home: Path) -> None:
     assert sorted(home.rglob("*")) == before
 
 
+@pytest.fixture(scope="module")
+def demo_base(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the fine-tuning configs go on from: a version called pydoc-lm."""
+    directory = save_llama(tmp_path_factory.mktemp("base"), "text")
+    import_path(directory, "pydoc-lm", Settings(home=home), say=lambda _line: None)
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "configs/train").glob("*.yaml")), ids=str)
-def test_every_training_config_passes_its_check(call: Call, config: Path) -> None:
-    assert call("train", config, "--check").exit_code == 0
+def test_every_training_config_passes_its_check(
+    call: Call, demo_base: None, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # where a job runs
+    checked = call("train", config, "--check")
+    assert checked.exit_code == 0, checked.err
 
 
 @pytest.mark.parametrize(
