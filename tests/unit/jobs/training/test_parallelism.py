@@ -22,8 +22,8 @@ from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.estimate import estimate
-from jobs.training.expected_shape import expected_shape
 from jobs.training.events import Evaluated, Event, Progress, Started
+from jobs.training.expected_shape import expected_shape
 from jobs.training.parallelism import Layout
 from jobs.training.worker import Outcome, WorkerJob, run_worker
 from tests.unit.jobs.training.conftest import MakeConfig
