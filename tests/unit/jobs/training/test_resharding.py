@@ -257,18 +257,17 @@ def test_a_divided_model_goes_on_in_any_number_of_copies_and_no_other_division(
 
     dataset, _ = catalog.ensure(config(1, 1).data)
     for kind, stages in (("tensor", (2, 1)), ("pipeline", (1, 0))):
-        divided = {"parallelism": {kind: 2}}
-        runs = [
-            (4, config(2, stages[0], **divided), kind),
-            (2, config(4, stages[1], **divided), kind),
-            (2, config(4, stages[1], **divided), f"{kind}, unbroken"),
-        ]
-        first, second, unbroken = (
-            run_ranks(train_all, {"": WorkerJob(one, dataset.directory, tmp_path / run)}, size)[0][
-                ""
-            ]
-            for size, one, run in runs
+        before, after = (
+            config(steps, stage, parallelism={kind: 2})
+            for steps, stage in zip((2, 4), stages, strict=True)
         )
+        job = WorkerJob(before, dataset.directory, tmp_path / kind)
+        (first,) = run_ranks(train_all, {"": job}, 4)[0].values()
+        jobs = {
+            name: WorkerJob(after, dataset.directory, tmp_path / name)
+            for name in (kind, f"{kind}, unbroken")
+        }
+        second, unbroken = run_ranks(train_all, jobs, 2)[0].values()
         assert losses(first) | losses(second) == pytest.approx(losses(unbroken), rel=1e-4)
     refused = WorkerJob(config(6, 1), dataset.directory, tmp_path / "pipeline")
     (message,) = run_ranks(refusal, refused, 1)
