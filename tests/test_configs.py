@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from cluster.config import load_config
 from jobs.data.config import DataConfig
 from jobs.evaluation.config import EvaluateConfig
+from jobs.merge import MergeConfig
 from jobs.promotion.config import ServiceConfig
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
@@ -25,6 +26,7 @@ TYPES: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
+    "merge": MergeConfig,
     "serve": DeploymentOptions,
     "services": ServiceConfig,
 }

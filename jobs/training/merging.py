@@ -1,7 +1,7 @@
 """Adapters merged into their bases: whole language models that any reader can serve.
 
 with merged(base.directory, adapter_dir, storage) as (directory, parity): ...
-version = merge_version(registry.resolve(ModelRef.parse("helper/3")), settings)
+version = merge_version(adapter, settings, name="helper", actor="jobs.merge")
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import InputError
 from cluster.model_package import (
     Lineage,
     LocalSigner,
@@ -44,16 +43,13 @@ def merged(
 
 
 def merge_version(
-    adapter: ModelVersion, settings: Settings, *, name: str = "", actor: str = "merge"
+    adapter: ModelVersion, settings: Settings, *, name: str, actor: str
 ) -> ModelVersion:
-    """Register an adapter merged into its base as the next version of `name` (empty: its own).
+    """Register an adapter merged into its base as the next version of `name`.
 
     Raises:
-        InputError: the version is no adapter.
         ParityError: the merged model answers otherwise.
     """
-    if adapter.kind != "adapter":
-        raise InputError(f"{adapter.ref} is of kind '{adapter.kind}', expected an adapter")
     package = open_version(adapter, settings)
     manifest, storage = package.manifest, Storage.open(settings.storage_root)
     prompts = _prompts(package)
@@ -61,7 +57,7 @@ def merge_version(
     with merged(base.model_dir, package.model_dir, prompts, storage) as (directory, parity):
         published = write_package(
             directory,
-            name=name or adapter.name,
+            name=name,
             kind="language_model",
             storage=storage,
             signer=LocalSigner(settings.keys_dir),
@@ -78,7 +74,7 @@ def merge_version(
             parity=parity,
         )
     registry = ModelRegistry.open(settings)
-    version = registry.register(name or adapter.name, published, run_id=adapter.run_id)
+    version = registry.register(name, published, run_id=adapter.run_id)
     reason = f"{adapter.ref} merged into its base"
     registry.set_alias(version.name, CANDIDATE, version.version, actor=actor, reason=reason)
     return version

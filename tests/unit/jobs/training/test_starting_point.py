@@ -24,10 +24,10 @@ from cluster.registry import ModelRegistry
 from cluster.settings import Settings
 from cluster.storage import Storage
 from jobs.data.dataset import Dataset
+from jobs.merge import MergeConfig, merge
 from jobs.prepare import open_catalog
 from jobs.train import check, check_family
 from jobs.training.config import TrainConfig
-from jobs.training.merging import merge_version
 from jobs.training.parallelism import Layout
 from jobs.training.publishing import publish
 from jobs.training.starting_point import Start, find_start
@@ -194,7 +194,9 @@ def test_an_adapter_is_published_with_its_base_and_merged_on_request(
     golden.replay(package, base)
     assert package.manifest.language_model is not None
     assert package.manifest.language_model.has_chat_template
-    merged = merge_version(version, settings, name="helper-merged")
+    registry = ModelRegistry.open(settings)
+    merge(MergeConfig(adapter="helper/1", name="helper-merged"), settings)
+    merged = registry.resolve(ModelRef("helper-merged", alias="candidate"))
     assert (merged.kind, merged.parent_digest) == ("language_model", version.digest)
     whole = open_version(merged, settings)
     golden.replay(whole)
@@ -205,10 +207,8 @@ def test_an_adapter_is_published_with_its_base_and_merged_on_request(
         whole.manifest.golden.outputs["completions"]
         == (package.manifest.golden.outputs["completions"])
     )
-    candidate = ModelRegistry.open(settings).resolve(ModelRef("helper-merged", alias="candidate"))
-    assert candidate.version == merged.version
     with pytest.raises(InputError, match="expected an adapter"):
-        merge_version(merged, settings)
+        merge(MergeConfig(adapter="helper-merged/1", name="again"), settings)
     with pytest.raises(InputError, match=r"helper/1 is of kind 'adapter'.*merged model"):
         find_start(make("helper/1"), settings)
 
