@@ -21,7 +21,8 @@ def export_onnx(
 ) -> None:
     """`example` names the inputs in call order; its batch must be at least 2, lest torch take the
     size 1 for a constant."""
-    model = model.eval()
+    # A bf16 section of DeepSpeed's leaves half-precision weights; clients send 32 bits.
+    model = model.float().eval()
     batch = torch.export.Dim("batch")
     # The exporter reports each optional library that it does without.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
