@@ -194,12 +194,21 @@ def _submission() -> dict[str, str]:
     return {"submission_id": job_id} if job_id else {}
 
 
+def _beside_the_driver() -> dict[str, Any]:
+    """For small actors that must not be lost with a worker's node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+
+
 @contextlib.contextmanager
 def _forwarded(sink: Sink) -> Iterator[Any]:
     """A queue whose events a thread of this process hands to `sink`."""
     from ray.util.queue import Queue
 
-    queue = Queue(actor_options={"num_cpus": 0})
+    queue = Queue(actor_options=_beside_the_driver())
     thread = threading.Thread(target=_forward, args=(queue, sink), daemon=True)
     thread.start()
     try:
@@ -249,7 +258,7 @@ def _stop_carried() -> Iterator[Any]:
     """A stop signal that SIGTERM at this process makes."""
     import ray
 
-    signal_actor: Any = ray.remote(num_cpus=0)(_StopSignal)
+    signal_actor: Any = ray.remote(**_beside_the_driver())(_StopSignal)
     actor = signal_actor.remote()
     with stop_on_sigterm() as request:
         threading.Thread(target=_carry, args=(request, actor), daemon=True).start()
@@ -290,7 +299,7 @@ def _in_our_words(error: Exception) -> HeliostatError:
 
 def innermost(error: BaseException) -> BaseException:
     """What was raised first: Ray wraps it, and keeps it under one of these names."""
-    for name in ("_base_exc", "cause", "controller_failure"):
+    for name in ("_base_exc", "cause", "controller_failure", "health_check_failure"):
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
             return innermost(inner)

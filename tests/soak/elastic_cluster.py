@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cluster.config import load_config
@@ -26,26 +27,33 @@ def main(config_file: str, dataset_dir: str, directory: str) -> None:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    nodes = [cluster.add_node(num_cpus=1)]
+    second = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
     overrides = ["num_workers=2", "min_workers=1"]
     config = load_config(Path(config_file), TrainConfig, overrides)
-    is_small = threading.Event()
+    has_begun, is_small = threading.Event(), threading.Event()
+    size = 0
 
     def tell(event: Event) -> None:
+        nonlocal size
         if isinstance(event, Started | Fault):
             print(event, flush=True)
-        if isinstance(event, Started) and event.world_size == 1:
-            is_small.set()
-        if isinstance(event, Progress) and event.step >= 100 and nodes:
-            cluster.remove_node(nodes.pop())
-        if isinstance(event, Progress) and event.step >= 300 and is_small.is_set():
-            is_small.clear()
-            cluster.add_node(num_cpus=1)
+        if isinstance(event, Started):
+            size = event.world_size
+        if isinstance(event, Progress) and event.step >= 50:
+            (is_small if size == 1 else has_begun).set()
 
     root = Path(directory)
     launcher = RayLauncher(config, Settings(home=root / "home"))
-    launcher.run(WorkerJob(config, Path(dataset_dir), root / "run"), tell)
+    job = WorkerJob(config, Path(dataset_dir), root / "run")
+    with ThreadPoolExecutor(1) as pool:
+        # Nodes can be added by the main thread alone.
+        running = pool.submit(launcher.run, job, tell)
+        has_begun.wait()
+        cluster.remove_node(second)
+        is_small.wait()
+        cluster.add_node(num_cpus=1)
+        running.result()
     ray.shutdown()
     cluster.shutdown()
 
