@@ -99,6 +99,8 @@ deployments = sa.Table(
     sa.Column("revision", sa.Integer, nullable=False, server_default="0"),
     # When Serve was asked for its application; empty where what is there is from an earlier try.
     sa.Column("started_at", sa.String(32)),
+    # Who asked for it: the one that the alias history names.
+    sa.Column("requested_by", sa.String(128), nullable=False, server_default="controller"),
 )
 
 # One row per served model name; `weights` maps version number (text) to its share of traffic.

@@ -54,6 +54,8 @@ class Deployment:
     """Grows with every change."""
     started_at: str | None = None
     """When Serve was asked for the application; None where one that is there is not this row's."""
+    requested_by: str = "controller"
+    """Who asked for it."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,14 @@ class ReleaseWriter:
         return _read_champion_history(self._connection, name)
 
     def create(
-        self, name: str, version: int, digest: str, options: dict[str, Any], reason: str
+        self,
+        name: str,
+        version: int,
+        digest: str,
+        options: dict[str, Any],
+        reason: str,
+        *,
+        requested_by: str,
     ) -> Deployment:
         """Record that a version is wanted, replacing what was recorded of it."""
         before = [row.revision for row in self.deployments(name) if row.version == version]
@@ -147,18 +156,28 @@ class ReleaseWriter:
             created_at=at,
             updated_at=at,
             revision=before[0] + 1 if before else 0,
+            requested_by=requested_by,
         )
         self._connection.execute(sa.delete(deployments).where(_is(name, version)))
         self._connection.execute(sa.insert(deployments).values(asdict(row)))
         return row
 
     def enter(
-        self, row: Deployment, state: State, reason: str, *, starting: bool = False
+        self,
+        row: Deployment,
+        state: State,
+        reason: str,
+        *,
+        starting: bool = False,
+        requested_by: str = "",
     ) -> Deployment:
         """Move a deployment to another state; `starting` where Serve is asked for it now."""
-        if not starting:
-            return self._change(row, state=state, reason=reason)
-        return self._change(row, state=state, reason=reason, started_at=now())
+        values: dict[str, Any] = {"state": state, "reason": reason}
+        if starting:
+            values["started_at"] = now()
+        if requested_by:
+            values["requested_by"] = requested_by
+        return self._change(row, **values)
 
     def promote(self, row: Deployment, *, actor: str, reason: str) -> Deployment:
         """Give a version all traffic and the champion alias.

@@ -32,7 +32,7 @@ releases_app = typer.Typer(
 
 _POLL_PERIOD_S = 0.2
 _UNDEPLOY_TIMEOUT_S = 90.0
-_COLUMNS = ("name", "version", "state", "reason", "updated_at")
+_COLUMNS = ("name", "version", "state", "replicas", "reason", "updated_at")
 
 
 def register(app: typer.Typer) -> None:

@@ -32,6 +32,8 @@ class ApplicationStatus:
     phase: Phase
     message: str = ""
     """Why it failed, in one line."""
+    num_replicas: int = 0
+    """Those that run now; none is no fault where it scales to zero."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ class FakeApplications:
 
     def set_phase(self, application: str, phase: Phase, message: str = "") -> None:
         """Say what became of an application."""
-        self._statuses[application] = ApplicationStatus(phase, message)
+        self._statuses[application] = ApplicationStatus(
+            phase, message, num_replicas=1 if phase == "running" else 0
+        )
 
     def vanish(self, application: str) -> None:
         """The application is gone."""

@@ -73,6 +73,7 @@ class ReleaseController:
         self._background: set[asyncio.Task[None]] = set()
         self._checks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._failed_tries: dict[tuple[str, str], _FailedTries] = {}
+        self._statuses: Mapping[str, ApplicationStatus] = {}
 
     async def deploy(
         self, ref: str, strategy: str, options: dict[str, Any], actor: str
@@ -99,12 +100,18 @@ class ReleaseController:
         return asdict(row)
 
     async def deployments(self, name: str | None) -> list[dict[str, Any]]:
-        """The table, or a model's part of it."""
-        return [asdict(row) for row in await asyncio.to_thread(self._store.deployments, name)]
+        """The table, or a model's part of it, and how many replicas run."""
+        rows = await asyncio.to_thread(self._store.deployments, name)
+        return [self._described(asdict(row)) for row in rows]
 
     async def release(self, name: str) -> dict[str, Any]:
         """All about one model: versions, traffic, and the champion's history."""
-        return await asyncio.to_thread(self._requests.describe, name)
+        story = await asyncio.to_thread(self._requests.describe, name)
+        return {**story, "deployments": [self._described(row) for row in story["deployments"]]}
+
+    def _described(self, row: dict[str, Any]) -> dict[str, Any]:
+        status = self._statuses.get(row["application"])
+        return {**row, "replicas": status.num_replicas if status else 0}
 
     async def run_forever(self) -> None:
         """Reconcile, faster while something is on its way."""
@@ -124,7 +131,7 @@ class ReleaseController:
     async def reconcile(self) -> bool:
         """One pass over every deployment; whether anything is still on its way."""
         rows = await asyncio.to_thread(self._store.deployments)
-        statuses = await asyncio.to_thread(self._applications.statuses)
+        statuses = self._statuses = await asyncio.to_thread(self._applications.statuses)
         is_busy = False
         for row in rows:
             decision = self._policy.decide(self._observe(row, rows, statuses))
@@ -228,7 +235,8 @@ class ReleaseController:
         try:
             found = await self._describe(row.application)
             if found.digest == row.digest:
-                await self._promote(row, f"golden outputs reproduced on {found.device}")
+                reason = f"golden outputs reproduced on {found.device}"
+                await self._promote(row, reason, actor=row.requested_by)
             else:
                 reason = f"a replica serves {found.digest}, expected {row.digest}"
                 await self._fail(row, reason, None)
@@ -239,8 +247,8 @@ class ReleaseController:
         except Exception:
             logger.exception("%s could not be checked", row.application)
 
-    async def _promote(self, row: Deployment, reason: str) -> None:
-        await self._write(lambda tables: tables.promote(row, actor=_ACTOR, reason=reason))
+    async def _promote(self, row: Deployment, reason: str, *, actor: str = _ACTOR) -> None:
+        await self._write(lambda tables: tables.promote(row, actor=actor, reason=reason))
         self._mirror(row.name)
 
     async def _fail(self, row: Deployment, reason: str, successor: Deployment | None) -> None:

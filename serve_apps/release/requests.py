@@ -56,9 +56,11 @@ class ReleaseRequests:
             check_room(str(version.ref), wanted, nodes, tables.deployments())
             if row is not None and admission.action == "resume":
                 reason = f"deployed again by {actor}"
-                return tables.enter(row, "deploying", reason, starting=True)
+                return tables.enter(row, "deploying", reason, starting=True, requested_by=actor)
             reason = f"deployed by {actor}"
-            return tables.create(version.name, version.version, version.digest, wanted, reason)
+            return tables.create(
+                version.name, version.version, version.digest, wanted, reason, requested_by=actor
+            )
 
     def undeploy(self, name: str, version: int | None, actor: str) -> Sequence[Deployment]:
         """Take one version, or all of a model, out of service; returns what is left of the model.

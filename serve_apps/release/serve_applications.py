@@ -67,18 +67,20 @@ def status_of(overview: ApplicationStatusOverview) -> ApplicationStatus:
     """Serve's report in the release policy's words."""
     phase = _PHASES[overview.status.value]
     messages = [overview.message, *(d.message for d in overview.deployments.values())]
-    if phase == "scheduling" and _has_process(overview):
+    if phase == "scheduling" and _count(overview, ReplicaState.STARTING):
         phase = "starting"
     return ApplicationStatus(
         phase=phase,
         message=one_line_reason("\n".join(messages)) if phase == "failed" else "",
+        num_replicas=_count(overview, ReplicaState.RUNNING),
     )
 
 
-def _has_process(overview: ApplicationStatusOverview) -> bool:
+def _count(overview: ApplicationStatusOverview, wanted: ReplicaState) -> int:
     # Serve documents an enumeration here and gives its values.
-    return any(
-        ReplicaState(state) == ReplicaState.STARTING and count > 0
+    return sum(
+        count
         for deployment in overview.deployments.values()
         for state, count in deployment.replica_states.items()
+        if ReplicaState(state) == wanted
     )

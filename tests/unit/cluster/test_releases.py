@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Iterator[ReleaseStore]:
 
 def ask(store: ReleaseStore, version: int) -> Deployment:
     with store.writing() as tables:
-        return tables.create("m", version, f"sha256:{version}", {}, "asked")
+        return tables.create("m", version, f"sha256:{version}", {}, "asked", requested_by="ops")
 
 
 def promote(store: ReleaseStore, version: int) -> None:
@@ -129,7 +129,7 @@ def test_asking_again_forgets_how_it_ended_before(store: ReleaseStore) -> None:
     ask(store, 1)
     take_down(store, 1, "failed", "broke down")
     with store.writing() as tables:
-        tables.create("m", 1, "sha256:1", {"num_replicas": 2}, "asked again")
+        tables.create("m", 1, "sha256:1", {"num_replicas": 2}, "asked again", requested_by="ops")
     row = found(store, 1)
     assert (row.state, row.reason, row.options) == ("deploying", "asked again", {"num_replicas": 2})
     assert store.get("m", 2) is None

@@ -57,7 +57,7 @@ def store(tmp_path: Path) -> ReleaseStore:
 
 def deploy(store: ReleaseStore, version: int, **options: Any) -> None:
     with store.writing() as tables:
-        row = tables.create("m", version, f"sha256:{version}", options, "asked")
+        row = tables.create("m", version, f"sha256:{version}", options, "asked", requested_by="ops")
         tables.promote(row, actor="test", reason="ready")
 
 
@@ -73,7 +73,7 @@ async def test_what_was_deployed_a_moment_ago_is_found_without_waiting(store: Re
 
 async def test_only_serving_states_are_routed(store: ReleaseStore) -> None:
     with store.writing() as tables:
-        row = tables.create("m", 1, "sha256:1", {}, "asked")
+        row = tables.create("m", 1, "sha256:1", {}, "asked", requested_by="ops")
         tables.enter(row, "parity", "checking")
     assert read_routes(store).served == {}
     deploy(store, 1)

@@ -141,6 +141,7 @@ async def test_a_first_version_becomes_champion_through_every_state(world: World
     history = world.store.champion_history("m")
     assert [(change.from_version, change.to_version) for change in history] == [(None, 1)]
     assert history[0].reason == "golden outputs reproduced on cpu"
+    assert history[0].actor == "tester", "who asked for it, not who carried it out"
 
 
 async def test_the_old_version_serves_until_the_new_one_answers(world: World) -> None:
@@ -616,6 +617,7 @@ async def test_a_release_tells_its_whole_story(world: World) -> None:
     story = await world.controller.release("m")
     assert story["weights"] == {"2": 1.0}
     assert [row["state"] for row in story["deployments"]] == ["standby", "champion"]
+    assert [row["replicas"] for row in story["deployments"]] == [1, 1]
     assert [change["to_version"] for change in story["history"]] == [1, 2]
     with pytest.raises(NotFoundError, match="never deployed"):
         await world.controller.release("x")
