@@ -36,6 +36,7 @@ from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.elastic import check_worker_counts
 from jobs.training.estimate import estimate
+from jobs.training.following import followed
 from jobs.training.launchers import Launcher, LocalLauncher, follow
 from jobs.training.matmul_peak import PEAKS_FILE
 from jobs.training.monitor import check_metrics
@@ -43,7 +44,7 @@ from jobs.training.parallelism import Layout
 from jobs.training.process_group import launched_rank, launched_world_size
 from jobs.training.publishing import publish
 from jobs.training.ray_trainer import RayLauncher
-from jobs.training.reporter import Reporter, say
+from jobs.training.reporter import say
 from jobs.training.run_directory import RunDirectory, RunState
 from jobs.training.starting_point import Start, check_tokenizer, find_start
 from jobs.training.toolchain import require_compiler, require_torch_compiler
@@ -94,18 +95,18 @@ def train_and_register(
             "dataset_digest": dataset.info.digest,
         }
         with tracked(config, settings, deepspeed_config, launcher, facts, state, sweep) as tracker:
-            state = state.model_copy(update={"tracking_run_id": tracker.run_id})
+            state = state.driven(tracker.run_id)
             run.write(state)
             log_dataset(dataset, tracker)
-            outcome = launcher.run(
-                WorkerJob(
-                    start.local,
-                    dataset.directory,
-                    run.path,
-                    compiled_dir=settings.home / "cache" / "compiled",
-                ),
-                make_reporter(config, dataset, tracker),
+            job = WorkerJob(
+                start.local,
+                dataset.directory,
+                run.path,
+                compiled_dir=settings.home / "cache" / "compiled",
+                peaks_path=peaks_path(settings),
             )
+            with followed(config, settings, dataset, run, state, tracker) as sink:
+                outcome = launcher.run(job, sink)
             version = publish(
                 outcome,
                 config,
@@ -204,16 +205,6 @@ def tracked(
         tracker.log_dict(values, "config.json")
         tracker.log_dict(deepspeed_config, "deepspeed.json")
         yield tracker
-
-
-def make_reporter(config: TrainConfig, dataset: Dataset, tracker: RunTracker) -> Reporter:
-    units_per_row = dataset.info.text.sequence_length if dataset.info.text else 1
-    return Reporter(
-        steps=config.steps,
-        units_per_step=config.batch_size * units_per_row,
-        log_metrics=tracker.log_metrics,
-        log_dict=tracker.log_dict,
-    )
 
 
 def make_result(

@@ -26,6 +26,7 @@ from jobs.training.engine import LossFunction, MeasureFunction
 from jobs.training.optimizers import make_optimizer
 from jobs.training.process_group import ProcessGroup
 from jobs.training.sharded_state import ShardedState
+from jobs.training.timing import Stopwatch
 
 # Raw keys under which DeepSpeed builds its own optimizer or sets the learning rate itself.
 _THEIR_OPTIMIZER, _THEIR_SCHEDULER = "optimizer", "scheduler"
@@ -127,6 +128,7 @@ class DeepSpeedEngine:
         self._deepspeed_config = deepspeed_config
         self._group = group
         self._learning_rate = 0.0
+        self.clock = Stopwatch(group.device)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -148,10 +150,12 @@ class DeepSpeedEngine:
         self._learning_rate = float(groups[0]["lr"])
 
     def _micro_step(self, loss: LossFunction, batch: Batch) -> torch.Tensor:
-        with self._precision():
+        with self.clock.measure("forward"), self._precision():
             value = loss(self._engine, batch)
-        self._engine.backward(value)
-        self._engine.step()
+        with self.clock.measure("backward"):
+            self._engine.backward(value)
+        with self.clock.measure("step"):
+            self._engine.step()
         return value.detach().float()
 
     def learning_rate(self) -> float:

@@ -13,6 +13,7 @@ import torch
 
 from jobs.models.family import Batch
 from jobs.training.sharded_state import ShardedState
+from jobs.training.timing import Stopwatch
 
 LossFunction = Callable[[torch.nn.Module, Batch], torch.Tensor]
 MeasureFunction = Callable[[torch.nn.Module, Batch], torch.Tensor]
@@ -20,6 +21,9 @@ MeasureFunction = Callable[[torch.nn.Module, Batch], torch.Tensor]
 
 class Engine(Protocol):
     """One worker's share of the model, its optimizer and their state."""
+
+    clock: Stopwatch
+    """Where `train_step` books its seconds."""
 
     @property
     def model(self) -> torch.nn.Module:

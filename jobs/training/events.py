@@ -36,6 +36,8 @@ class Started:
     unit: str
     first_step: int
     """0, or the step of the checkpoint that training goes on from."""
+    useful_s: float = 0.0
+    """Seconds of the steps before it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,18 @@ class Progress:
     learning_rate: float
     units_per_s: float
     """Tokens or samples per second, over all workers."""
+    gradient_norm: float | None = None
+    """Of the last step, before clipping; None if it is not known."""
+    mfu: float | None = None
+    """Share of what the devices are capable of in matrix products; None if it is not known."""
+    memory_bytes: int = 0
+    """At most so far, at the first worker."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """At the first worker, by part: data, forward, backward, step, checkpoint, evaluate."""
+    useful_s: float = 0.0
+    """Seconds of all steps that are part of the run, since it first began."""
+    warm_up_s: float = 0.0
+    """What the first step since the last start took longer than the second."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,9 @@ def train_steps(
         is_stopping: whether this worker has been asked to stop, asked after each step.
     """
     for step in range(first_step, config.steps):
-        batches = feed.micro_batches(step, masked(step))
+        rows_masked = masked(step)
+        with engine.clock.measure("data"):
+            batches = feed.micro_batches(step, rows_masked)
         engine.model.train()
         seed_everything(config.seed, step, feed.copy)
         rate = learning_rate(

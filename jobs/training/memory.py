@@ -23,3 +23,5 @@ class RunMemory(StrictModel):
     """What past losses say of the next."""
     quarantine: tuple[int, ...] = ()
     """Rows that are masked wherever they come up, sorted."""
+    useful_s: float = 0.0
+    """Seconds that its steps took, each counted once."""

@@ -67,7 +67,9 @@ class PipelineEngine(DeepSpeedEngine):
 
         self._engine.module.loss_fn = loss_of
         self._expect(micro_batches[0])
-        value: torch.Tensor = self._engine.train_batch(map(_as_pair, micro_batches))
+        # Forward and backward passes of several micro-batches are under way at once.
+        with self.clock.measure("pipeline"):
+            value: torch.Tensor = self._engine.train_batch(map(_as_pair, micro_batches))
         return value.detach().float()
 
     def measure(self, measure: MeasureFunction, batch: Batch) -> torch.Tensor:

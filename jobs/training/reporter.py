@@ -22,9 +22,11 @@ from jobs.training.events import (
     Saved,
     Started,
 )
+from jobs.training.goodput import Goodput
 
 LogMetrics = Callable[[dict[str, float], int], None]
 LogDict = Callable[[dict[str, Any], str], None]
+LogFault = Callable[[Fault], None]
 
 
 def say(text: str) -> None:
@@ -42,16 +44,22 @@ class Reporter:
         units_per_step: int,
         log_metrics: LogMetrics,
         log_dict: LogDict = lambda _values, _name: None,
+        log_fault: LogFault = lambda _fault: None,
+        goodput: Goodput | None = None,
         say: Callable[[str], None] = say,
     ) -> None:
         self._steps = steps
         self._units_per_step = units_per_step
         self._log_metrics = log_metrics
         self._log_dict = log_dict
+        self._log_fault = log_fault
+        self._goodput = goodput
         self._say = say
         self._unit = "units"
 
     def __call__(self, event: Event) -> None:
+        if self._goodput is not None:
+            self._goodput.observe(event)
         self._handlers[type(event)](self, event)
 
     def _started(self, event: Started) -> None:
@@ -69,16 +77,23 @@ class Reporter:
         self._say(
             f"step {event.step:>{width}}/{self._steps}  loss {event.loss:.4f}"
             f"  lr {event.learning_rate:.2e}  {event.units_per_s:,.0f} {self._unit}/s"
+            f"{'' if event.mfu is None else f'  MFU {event.mfu:.0%}'}"
             f"  ETA {format_duration(remaining_s)}"
         )
-        self._log_metrics(
-            {
-                "train/loss": event.loss,
-                "train/learning_rate": event.learning_rate,
-                f"train/{self._unit}_per_s": event.units_per_s,
-            },
-            event.step,
-        )
+        self._log_metrics(self._metrics_of(event), event.step)
+
+    def _metrics_of(self, event: Progress) -> dict[str, float]:
+        measured = {
+            "train/loss": event.loss,
+            "train/learning_rate": event.learning_rate,
+            f"train/{self._unit}_per_s": event.units_per_s,
+            "train/gradient_norm": event.gradient_norm,
+            "train/mfu": event.mfu,
+            "memory/peak_bytes": event.memory_bytes or None,
+            "train/goodput": None if self._goodput is None else self._goodput.share(),
+            **{f"seconds/{part}": seconds for part, seconds in event.seconds.items()},
+        }
+        return {name: value for name, value in measured.items() if value is not None}
 
     def _evaluated(self, event: Evaluated) -> None:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
@@ -105,6 +120,7 @@ class Reporter:
 
     def _fault(self, event: Fault) -> None:
         self._say(f"{event.kind} at step {event.step}: {event.text}")
+        self._log_fault(event)
 
     _handlers: dict[type, Callable[[Reporter, Any], None]] = {  # noqa: RUF012 - a constant table
         Started: _started,

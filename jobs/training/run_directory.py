@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -46,8 +47,16 @@ class RunState(StrictModel):
     tracking_run_id: str = ""
     dataset_digest: str = ""
     """The data that it is trained on: other data makes another run of the same config."""
+    began_at: float = 0.0
+    """When it was first driven, in seconds since 1970; 0 if it has not been."""
     result: dict[str, JsonValue] | None = None
     """Set once the model is registered: the run is finished."""
+
+    def driven(self, tracking_run_id: str) -> RunState:
+        """As it is while somebody drives it."""
+        began_at = self.began_at or time.time()
+        update = {"tracking_run_id": tracking_run_id, "began_at": began_at}
+        return self.model_copy(update=update)
 
 
 class RunDirectory:

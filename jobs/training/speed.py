@@ -1,4 +1,7 @@
-"""How fast training goes, evaluations and checkpoints not counted.
+"""How fast training goes, evaluations and checkpoints not counted, and how much of it is of use.
+
+The first step after a start also compiles, fills caches and waits for other workers: as useful
+counts only what the second one takes.
 
 meter = SpeedMeter(units_per_step=4096)
 meter.count()
@@ -14,11 +17,28 @@ from collections.abc import Callable, Iterator
 
 
 class SpeedMeter:
-    """Units (tokens, samples) per second since it was last asked."""
+    """Units (tokens, samples) per second since it was last asked.
 
-    def __init__(self, units_per_step: int, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        useful_s: seconds of the steps that were taken, and kept, before.
+    """
+
+    def __init__(
+        self,
+        units_per_step: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        useful_s: float = 0.0,
+    ) -> None:
         self._units_per_step = units_per_step
         self._clock = clock
+        self.useful_s = useful_s
+        """Seconds of all steps that are part of the run."""
+        self.warm_up_s = 0.0
+        """What the first step took longer than the second."""
+        self._num_counted = 0
+        self._first_s = 0.0
+        self._step_began_at = clock()
         self._restart()
 
     def _restart(self) -> None:
@@ -29,6 +49,15 @@ class SpeedMeter:
     def count(self) -> None:
         """One more step is done."""
         self._num_steps += 1
+        self._num_counted += 1
+        now = self._clock()
+        seconds, self._step_began_at = now - self._step_began_at, now
+        self.useful_s += seconds
+        if self._num_counted == 1:
+            self._first_s = seconds
+        elif self._num_counted == 2 and seconds < self._first_s:
+            self.warm_up_s = self._first_s - seconds
+            self.useful_s -= self.warm_up_s
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -36,7 +65,9 @@ class SpeedMeter:
         try:
             yield
         finally:
-            self._paused_s += self._clock() - began_at
+            seconds = self._clock() - began_at
+            self._paused_s += seconds
+            self._step_began_at += seconds
 
     def units_per_s(self) -> float:
         """Speed since the last call."""

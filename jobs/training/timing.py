@@ -1,4 +1,5 @@
-"""Where the seconds of training go: data, forward, backward, step, checkpoint, evaluate.
+"""Where the seconds of training go: data, forward, backward, step (of the optimizer), checkpoint,
+evaluate; a pipeline's forward, backward and step are one.
 
 On a CPU they are those of a clock. A GPU works on while Python goes ahead, so there each part of a
 step is bracketed by two events on the GPU's stream, which cost microseconds and are read when the
@@ -20,8 +21,8 @@ from typing import Literal
 
 import torch
 
-Part = Literal["data", "forward", "backward", "step", "checkpoint", "evaluate"]
-_ON_DEVICE = frozenset({"forward", "backward", "step"})
+Part = Literal["data", "forward", "backward", "step", "pipeline", "checkpoint", "evaluate"]
+_ON_DEVICE = frozenset({"forward", "backward", "step", "pipeline"})
 
 
 class Stopwatch:

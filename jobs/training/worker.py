@@ -33,10 +33,10 @@ from jobs.training.events import (
     Evaluated,
     Fault,
     Notice,
-    Progress,
     Sink,
     Started,
 )
+from jobs.training.flops import flops_per_token
 from jobs.training.healing import Healer, Masked
 from jobs.training.loop import Feed, Step, evaluate, measure_rows, train_steps
 from jobs.training.memory import RunMemory
@@ -45,9 +45,9 @@ from jobs.training.parallelism import Layout
 from jobs.training.process_group import ProcessGroup, start_process_group
 from jobs.training.recovery import RecoveryPolicy
 from jobs.training.saving import Saver
-from jobs.training.speed import SpeedMeter
 from jobs.training.step_log import STEP_LOG_FILE, StepLog, StepRecord, digest_ids
 from jobs.training.stopping import IsStopping
+from jobs.training.telemetry import Telemetry, shared_peak
 from jobs.training.watchdog import Watchdog
 
 EXPORT_DIR = "export"
@@ -63,6 +63,8 @@ class WorkerJob:
     run_dir: Path
     compiled_dir: Path | None = None
     """Where compiled code is kept for other workers and runs; None leaves that to torch."""
+    peaks_path: Path | None = None
+    """File of measured peaks of matrix products; None leaves out MFU."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class _Worker:
         torch.manual_seed(config.seed)
         model = self.family.build()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.telemetry = self._start_telemetry(model)
         self.engine: Engine = start_deepspeed(
             model,
             self.family,
@@ -159,6 +162,7 @@ class _Worker:
             self.group,
             self.layout,
         )
+        self.engine.clock = self.telemetry.clock
         self.memory = RunMemory()
         self.saver = Saver(
             self.engine,
@@ -170,6 +174,16 @@ class _Worker:
             blocking=config.checkpoint.blocking,
         )
 
+    def _start_telemetry(self, model: torch.nn.Module) -> Telemetry:
+        flops = flops_per_token(model, self.family.units_per_row)
+        path = None if flops is None else self.job.peaks_path
+        return Telemetry(
+            units_per_step=self.plan.batch_size * self.family.units_per_row,
+            group=self.group,
+            flops_per_unit=flops,
+            peak_flops=shared_peak(self.group, path, self.config.precision),
+        )
+
     def run(self) -> Outcome:
         first_step = self._resume()
         self.tell(
@@ -179,6 +193,7 @@ class _Worker:
                 device=self.group.device.type,
                 unit=self.family.unit,
                 first_step=first_step,
+                useful_s=self.memory.useful_s,
             )
         )
         started_at = time.monotonic()
@@ -194,6 +209,7 @@ class _Worker:
             self.memory = restored.memory
         step = 0 if restored is None else restored.step
         self.healer.recall(self.memory)
+        self.telemetry.restart(useful_s=self.memory.useful_s)
         if self.group.is_first:
             self.step_log = StepLog.resume(self.job.run_dir / STEP_LOG_FILE, step=step)
             before, now = self.step_log.last_world_size, self.group.world_size
@@ -234,27 +250,26 @@ class _Worker:
         if self.memory.monitor.stopped:
             return first_step
         config = self.config
-        meter = SpeedMeter(self.plan.batch_size * self.family.units_per_row)
         self.watchdog.beat()
         for step in self.healer.steps(first_step):
             self.watchdog.beat()
-            meter.count()
+            self.telemetry.count()
             self.saver.poll()
             self._log_for_audit(step)
             last = step.number == config.steps
             if last or step.number % config.log_every_steps == 0:
-                self._log(step, meter)
+                self.tell(self.telemetry.progress(step))
             # Without early stopping, the last step is measured once, by `_final_metrics`.
             if (last and config.early_stopping is not None) or (
                 not last and step.number % config.evaluate_every_steps == 0
             ):
-                with meter.paused():
+                with self.telemetry.paused("evaluate"):
                     self._observe(self._evaluate("validation", step.number), step.number)
             last = last or self.memory.monitor.stopped
             is_best = self.memory.monitor.best_step == step.number
             last = last or step.asked_to_stop
             if last or is_best or step.number % config.checkpoint.every_steps == 0:
-                with meter.paused():
+                with self.telemetry.paused("checkpoint"):
                     self._save(step.number)
             if last:
                 self.watchdog.rest()
@@ -264,7 +279,8 @@ class _Worker:
         return first_step
 
     def _save(self, step: int) -> None:
-        self.memory = self.healer.remember(self.memory)
+        memory = self.healer.remember(self.memory)
+        self.memory = memory.model_copy(update={"useful_s": self.telemetry.useful_s})
         if self.group.is_first:
             self.step_log.flush()
         self.saver.start(step, self.memory)
@@ -315,9 +331,6 @@ class _Worker:
             return last_step
         self.tell(Decided(best_step, "the best weights, which will be packaged"))
         return best_step
-
-    def _log(self, step: Step, meter: SpeedMeter) -> None:
-        self.tell(Progress(step.number, step.loss, step.learning_rate, meter.units_per_s()))
 
     def _evaluate(self, split: str, step: int) -> dict[str, float]:
         metrics = evaluate(

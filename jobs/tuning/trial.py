@@ -19,8 +19,9 @@ from typing import Any
 from cluster.errors import ConflictError, HeliostatError, JobFailedError
 from cluster.settings import Settings
 from jobs.prepare import open_catalog
-from jobs.train import SweepLink, begin, check_config, log_dataset, make_reporter, tracked
+from jobs.train import SweepLink, begin, check_config, log_dataset, peaks_path, tracked
 from jobs.training.events import Evaluated, Event, Sink
+from jobs.training.following import followed
 from jobs.training.ray_trainer import RayLauncher
 from jobs.training.run_directory import RunDirectory
 from jobs.training.worker import WorkerJob
@@ -96,13 +97,15 @@ def train_trial(trial: Trial, sweep: Sweep) -> dict[str, float]:
             state,
             sweep.link(trial),
         ) as tracker:
-            run.write(state.model_copy(update={"tracking_run_id": tracker.run_id}))
+            state = state.driven(tracker.run_id)
+            run.write(state)
             log_dataset(dataset, tracker)
             watch = _Watch(sweep.plan.metric, train_config.steps, tracker.flush)
-            report = make_reporter(train_config, dataset, tracker)
-            outcome = launcher.run(
-                WorkerJob(train_config, dataset.directory, run.path), _both(report, watch)
+            job = WorkerJob(
+                train_config, dataset.directory, run.path, peaks_path=peaks_path(settings)
             )
+            with followed(train_config, settings, dataset, run, state, tracker) as report:
+                outcome = launcher.run(job, _both(report, watch))
             value = outcome.metrics[sweep.plan.metric]
             if not math.isfinite(value):
                 raise JobFailedError(f"{sweep.plan.metric} is {value}")

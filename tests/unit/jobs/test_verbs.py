@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from cluster.cli.import_model import import_path
+from cluster.database import open_database
+from cluster.ledger import Ledger
 from cluster.model_package import ensure_local_key, golden, open_version
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
@@ -109,6 +111,16 @@ def test_a_life_in_one_process(call: Call, home: Path) -> None:
     assert lineage.run_id == trained.result["run_id"]
     assert lineage.dataset_digest == trained.result["dataset_digest"]
     assert package.manifest.profile["columns"]["pixels"]["max"] == 16.0
+
+    (used,) = Ledger(open_database(settings.database)).totals(source=trained.result["run_id"])
+    assert (used.tenant, used.kind, used.model) == ("local", "training", "tiny")
+    assert used.cpu_s > trained.result["training_seconds"] * 0.5
+    measured = open_client(settings).get_run(trained.result["run_id"]).data.metrics
+    assert measured.keys() >= {
+        "train/gradient_norm", "train/goodput", "memory/peak_bytes", "seconds/data",
+        "seconds/forward", "seconds/backward", "seconds/step", "goodput/useful",
+    }  # fmt: skip
+    assert 0 < measured["train/goodput"] < 1
 
     evaluated = call("evaluate", {"model": "tiny@candidate", "batch_size": 100})
     assert evaluated.exit_code == 0, evaluated.err

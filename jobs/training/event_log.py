@@ -1,0 +1,48 @@
+"""The faults of a run as a file, one JSON object a line, kept across restarts of the driver.
+
+log = EventLog(run.path / EVENTS_FILE)
+log.add(Fault(120, "worker_lost", "worker 1 was killed; replacing it"))
+log.counts()      # {'worker_lost': 1}
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from cluster.database import now
+from jobs.training.events import Fault
+
+EVENTS_FILE = "events.jsonl"
+
+
+class EventLog:
+    """One run's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._kinds = Counter(_kinds_in(path))
+
+    def add(self, fault: Fault) -> None:
+        self._kinds[fault.kind] += 1
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"at": now(), **asdict(fault)}) + "\n")
+
+    def counts(self) -> dict[str, int]:
+        """How many of each kind."""
+        return dict(self._kinds)
+
+
+def _kinds_in(path: Path) -> list[str]:
+    """A last line that a crash cut short is none."""
+    if not path.exists():
+        return []
+    kinds = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            kinds.append(str(json.loads(line)["kind"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kinds
