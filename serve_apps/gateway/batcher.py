@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -86,9 +87,17 @@ class Batcher:
         self._pump()
         return await future
 
-    def close(self) -> None:
-        """Refuse what waits and what comes; calls in flight still end."""
+    async def close(self, patience_s: float) -> None:
+        """Refuse what comes; what waits is still asked for, for at most `patience_s`.
+
+        Returns when all is answered; calls in flight at that moment still end.
+        """
         self._closed = True
+        deadline_s = time.monotonic() + patience_s
+        while self._queue and self._in_flight and (left_s := deadline_s - time.monotonic()) > 0:
+            await asyncio.wait(self._in_flight, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            # Landing is a callback of the task that was waited for.
+            await asyncio.sleep(0)
         error = UpstreamFailedError("this model version was just taken down")
         while self._queue:
             _fail([self._queue.popleft()], error)

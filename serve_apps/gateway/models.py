@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from cluster.errors import (
     InvalidReferenceError,
@@ -28,6 +28,9 @@ from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
 from serve_apps.gateway.routing_table import Routes, RoutingTable, ServedVersion
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 
+# As long as the release controller leaves an application up that is no longer routed to.
+_DRAIN_S = 2.0
+
 
 class Models:
     """Every model that is served."""
@@ -41,6 +44,7 @@ class Models:
         self._batchers: dict[ServedVersion, Batcher] = {}
         self._streams: Counter[str] = Counter()
         self._applications: set[str] = set()
+        self._background: set[asyncio.Task[None]] = set()
         table.on_change.append(self._follow)
 
     @property
@@ -124,12 +128,20 @@ class Models:
         """Let go of what is no longer served, before its application is deleted."""
         self._catalogue.follow(routes)
         current = set(routes.served.values())
-        for gone in set(self._batchers) - current:
-            self._batchers.pop(gone).close()
+        closing = [self._batchers.pop(gone) for gone in set(self._batchers) - current]
         applications = {served.application for served in current}
-        for application in self._applications - applications:
-            self._backend.forget(application)
+        gone_applications = self._applications - applications
         self._applications = applications
+        if closing or gone_applications:
+            task = asyncio.create_task(self._let_go(closing, gone_applications))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+    async def _let_go(self, batchers: Sequence[Batcher], applications: set[str]) -> None:
+        """Answer what waits while the applications drain, then drop their handles."""
+        await asyncio.gather(*(batcher.close(_DRAIN_S) for batcher in batchers))
+        for application in applications - self._applications:
+            self._backend.forget(application)
 
 
 async def _with_timeouts(

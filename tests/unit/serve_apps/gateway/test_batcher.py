@@ -187,13 +187,29 @@ async def test_outputs_that_mix_samples_fail_only_joined_calls() -> None:
     assert [answer["total"][0, 0] for answer in answers] == [1, 2, 3]
 
 
-async def test_closing_refuses_what_waits_and_finishes_what_flies() -> None:
+async def test_closing_answers_what_waits_and_refuses_what_comes() -> None:
+    model = Model(held=True)
+    batcher = Batcher(model, BatchLimits(max_batch_size=1))
+    tasks = await queue_up(batcher, rows(0))
+    await asyncio.sleep(0)
+    tasks += await queue_up(batcher, rows(1), rows(2))
+    closing = asyncio.create_task(batcher.close(patience_s=60))
+    await asyncio.sleep(0)
+    with pytest.raises(UpstreamFailedError):
+        await batcher.submit(rows(3))
+    model.let_go()
+    answers: list[Any] = await asyncio.gather(*tasks)
+    assert [answer["y"][0, 0] for answer in answers] == [0, 2, 4]
+    await closing
+
+
+async def test_closing_without_patience_refuses_what_waits_and_finishes_what_flies() -> None:
     model = Model(held=True)
     batcher = Batcher(model)
     tasks = await queue_up(batcher, rows(0))
     await asyncio.sleep(0)
     tasks += await queue_up(batcher, rows(1))
-    batcher.close()
+    await batcher.close(patience_s=0)
     model.let_go()
     answers: list[Any] = await asyncio.gather(*tasks, return_exceptions=True)
     assert answers[0]["y"][0, 0] == 0
