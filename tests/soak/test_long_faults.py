@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.stack, pytest.mark.soak, pytest.mark.timeout(3600)]
 
 STEPS = 1200
 TORCHRUN = Path(sys.executable).parent / "torchrun"
-# As in tests/integration/test_faults.py, over a longer run.
-TOLERANCE = 3e-2
+# See tests/integration/test_faults.py.
+TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
