@@ -12,7 +12,13 @@ import sys
 
 from benchmarks.report import make_report, write_report
 
-BENCHMARKS = ("package_verify", "train_throughput", "time_to_loss")
+BENCHMARKS = (
+    "package_verify",
+    "train_throughput",
+    "time_to_loss",
+    "checkpoint_stall",
+    "goodput",
+)
 
 
 def main(names: list[str]) -> int:

@@ -106,7 +106,7 @@ class _Bench:
         path = self._directory / "job.json"
         path.write_text(job.model_dump_json(exclude_unset=True), encoding="utf-8")
         module = ["-m", "benchmarks.training_child", str(path)]
-        lines = run([*_TORCHRUN, *module] if launcher == "local" else [sys.executable, *module])
+        lines = run([*TORCHRUN, *module] if launcher == "local" else [sys.executable, *module])
         events = [json.loads(line) for line in lines if line.startswith("{")]
         return _typical([event["units_per_s"] for event in events if event["event"] == "Progress"])
 
@@ -114,13 +114,13 @@ class _Bench:
         script = str(Path(__file__).with_name("deepspeed_peer.py"))
         arguments = [str(self._rows_path), "yes" if compiled else "no", str(STEPS)]
         lines = run(
-            [*_TORCHRUN, script, *arguments, str(MICRO_BATCH)],
+            [*TORCHRUN, script, *arguments, str(MICRO_BATCH)],
             TORCHINDUCTOR_CACHE_DIR=str(self._compiled_dir),
         )
         return _typical([float(line.split()[2]) for line in lines if line.startswith("step ")])
 
 
-_TORCHRUN = [
+TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run",
     "--standalone", "--nproc-per-node", str(WORKERS),
 ]  # fmt: skip

@@ -36,6 +36,7 @@ _OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1, "muon": 2}
 _DEFAULT_BUCKET_NUMBERS = 500_000_000
 _ASSUMED_UTILISATION = 0.4
 _MAX_WORKERS = 65_536
+_SHOWN_BYTES = 50_000
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ class Estimate:
             "framework": memory.framework,
             "allocator": memory.allocator,
         }
-        shown = ", ".join(f"{name} {_size(size)}" for name, size in kinds.items() if size)
+        shown = ", ".join(
+            f"{name} {_size(size)}" for name, size in kinds.items() if size >= _SHOWN_BYTES
+        )
         return (
             f"per worker  {_size(memory.peak_bytes)} at most (ZeRO {self.zero_stage} over "
             f"{self.plan.world_size}): {shown}"

@@ -106,6 +106,17 @@ def test_options_that_save_memory_show_in_the_plan(plan_for: Any) -> None:
     assert plain.memory.head < 0.5 * at_once.memory.head
 
 
+def test_lora_keeps_states_of_what_it_adds_alone(plan_for: Any, language_model_dir: Path) -> None:
+    base = str(language_model_dir)
+    tokenizer = {"kind": "existing", "path": base}
+    data = {**TEXT, "text": {"sequence_length": 16, "tokenizer": tokenizer}}
+    whole = plan_for(data=data, model={"family": "causal_lm", "base": base})
+    added = plan_for(data=data, model={"family": "causal_lm", "base": base, "lora": {"rank": 2}})
+    assert added.memory.weights > whole.memory.weights
+    assert added.memory.optimizer < 0.2 * whole.memory.optimizer
+    assert any("of them trained" in line for line in added.lines())
+
+
 def test_the_plan_of_layers_traced_is_that_of_all_layers(make_config: MakeConfig) -> None:
     """Two layers stand for any number: the same bytes as when each one is traced."""
     traced = []
@@ -131,14 +142,14 @@ def test_sharding_more_never_keeps_more(is_gpu: bool) -> None:
     assert kept == sorted(kept, reverse=True)
 
 
-WIDE = {"family": "causal_lm", "hidden_size": 640, "num_layers": 6, "num_heads": 10}
+WIDE = {"family": "causal_lm", "hidden_size": 512, "num_layers": 4, "num_heads": 8}
 LONG = {"family": "causal_lm", "hidden_size": 256, "num_layers": 6, "num_heads": 4}
 # model, rows at a time, tokens of a row, workers, ZeRO stage, what else the config says
 MEASURED = {
-    "weights fp32 alone ZeRO 0": (WIDE, 2, 128, 1, 0, {}),
-    "weights bf16 alone ZeRO 1": (WIDE, 2, 128, 1, 1, {"precision": "bf16"}),
-    "weights fp32 of two ZeRO 1": (WIDE, 2, 128, 2, 1, {}),
-    "weights bf16 of two ZeRO 3": (WIDE, 2, 128, 2, 3, {"precision": "bf16"}),
+    "weights fp32 alone ZeRO 0": (WIDE, 1, 128, 1, 0, {}),
+    "weights bf16 alone ZeRO 1": (WIDE, 1, 128, 1, 1, {"precision": "bf16"}),
+    "weights fp32 of two ZeRO 1": (WIDE, 1, 128, 2, 1, {}),
+    "weights bf16 of two ZeRO 3": (WIDE, 1, 128, 2, 3, {"precision": "bf16"}),
     "activations fp32 alone ZeRO 0": (LONG, 4, 512, 1, 0, {}),
     "activations bf16 alone ZeRO 1": (LONG, 4, 512, 1, 1, {"precision": "bf16"}),
     "activations recomputed fp32": (LONG, 4, 512, 1, 1, {"activation_checkpointing": True}),
@@ -147,9 +158,31 @@ MEASURED = {
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_real_run_needs_what_was_planned(name: str, make_config: MakeConfig) -> None:
+    check_plan(name, MEASURED[name], make_config)
+
+
+# A hundred million parameters, and every stage.
+LARGE = {
+        f"large {precision} of {world_size} ZeRO {stage}": (
+            {"family": "causal_lm", "hidden_size": 1024, "num_layers": 8, "num_heads": 16},
+            2, 256, world_size, stage, {"precision": precision},
+        )
+        for precision in ("fp32", "bf16")
+        for world_size in (1, 2)
+        for stage in (0, 1, 2, 3)
+}  # fmt: skip
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_run_needs_what_was_planned(name: str, make_config: MakeConfig) -> None:
+    check_plan(name, LARGE[name], make_config)
+
+
+def check_plan(name: str, case: Any, make_config: MakeConfig) -> None:
     """Growth of a worker's resident memory over two steps, over what imports take. What glibc
     keeps of freed memory is left out of both: it varies by a third from run to run."""
-    model, rows, num_tokens, world_size, stage, values = MEASURED[name]
+    model, rows, num_tokens, world_size, stage, values = case
     config = make_config(
         data={**TEXT, "text": {**TEXT["text"], "sequence_length": num_tokens}},
         model=model,
