@@ -20,6 +20,7 @@ from cluster.errors import StoppedError
 from jobs.data.dataset import Dataset
 from jobs.models.families import make_family
 from jobs.models.family import DataShape, Exported, Family
+from jobs.training.allocator import keep_freed_memory
 from jobs.training.batching import BatchPlan
 from jobs.training.checkpoint_location import open_store
 from jobs.training.compiling import keep_compiled
@@ -91,6 +92,8 @@ def run_worker(job: WorkerJob, sink: Sink, is_stopping: IsStopping = lambda: Fal
     if job.config.compile and job.compiled_dir is not None:
         keep_compiled(job.compiled_dir)
     group = start_process_group()
+    if group.device.type == "cpu":
+        keep_freed_memory()
     tell: Sink = sink if group.is_first else _tell_nobody
 
     def report_hang(seconds: float) -> None:
