@@ -51,15 +51,13 @@ def _run(stack: Stack, directory: Path, minutes: float) -> tuple[Mapping[str, fl
     config_file, log = directory / "goodput.yaml", directory / "log"
     config_file.write_text(yaml.safe_dump(_config()), encoding="utf-8")
     run = FaultyRun.start(stack, config_file, log)
-    run.wait_for_step(1, timeout_s=_START_TIMEOUT_S)
-    began_at, num_kills = time.monotonic(), 0
-    while (now_s := time.monotonic() - began_at) < minutes * 60:
-        if now_s >= _FIRST_KILL_S + num_kills * _KILL_EVERY_S and run.workers():
-            run.workers()[num_kills % 2].kill()
-            num_kills += 1
-        time.sleep(0.5)
-    run.process.send_signal(signal.SIGTERM)
-    run.wait()
+    try:
+        run.wait_for_step(1, timeout_s=_START_TIMEOUT_S)
+        num_kills = _kill_workers(run, minutes)
+        run.process.send_signal(signal.SIGTERM)
+        run.wait()
+    finally:
+        run.process.kill()
     match = re.search(r"/runs/([0-9a-f]{32})", run.output)
     if match is None:
         raise RuntimeError(f"the run has no record:\n{run.output[-2000:]}")
@@ -70,6 +68,20 @@ def _run(stack: Stack, directory: Path, minutes: float) -> tuple[Mapping[str, fl
         if name.startswith("goodput/")
     }
     return shares, num_kills
+
+
+def _kill_workers(run: FaultyRun, minutes: float) -> int:
+    """How often, after so many minutes; a run that has ended is an error."""
+    began_at, num_kills = time.monotonic(), 0
+    while (now_s := time.monotonic() - began_at) < minutes * 60:
+        if run.process.poll() is not None:
+            raise RuntimeError(f"the run has ended:\n{run.output[-2000:]}")
+        workers = run.workers()
+        if workers and now_s >= _FIRST_KILL_S + num_kills * _KILL_EVERY_S:
+            workers[num_kills % len(workers)].kill()
+            num_kills += 1
+        time.sleep(0.5)
+    return num_kills
 
 
 def _config() -> dict[str, object]:

@@ -26,8 +26,8 @@ _GPU_FRAMEWORK_BYTES = round(1.5 * _GIB)
 CPU_BASELINE_BYTES = round(0.6 * _GIB)
 """Python and the imported libraries."""
 _CPU_FIRST_USE_BYTES = 60_000_000
-# What allocators keep beside what is in use: CUDA's in blocks; glibc's in a heap that is never given
-# back, for speed (`jobs.training.allocator`): measured between 0.04 and 1 with small models.
+# What allocators keep beside what is in use: CUDA's in blocks; glibc's in a heap that is never
+# given back, for speed (`jobs.training.allocator`): measured between 0.04 and 1 of small models'.
 _ALLOCATOR_SHARE = {True: 0.06, False: 0.5}
 # DeepSpeed's defaults for ZeRO 3.
 _MAX_LIVE_PARAMETERS = 1_000_000_000
