@@ -1,8 +1,13 @@
+import functools
 import itertools
 
-from benchmarks.measure import compare
+import pytest
+
+from benchmarks.measure import compare, row_of
 from benchmarks.report import make_report
 from benchmarks.run import BENCHMARKS, main
+from benchmarks.time_to_loss import Validation, first_below
+from benchmarks.train_throughput import interleaved
 
 
 class Clock:
@@ -43,4 +48,32 @@ def test_a_report_names_the_machine_and_the_versions() -> None:
 
 def test_an_unknown_benchmark_is_one_line_that_lists_the_known_ones(capsys) -> None:
     assert main(["nothing-like-it"]) == 2
-    assert all(name in capsys.readouterr().err for name in BENCHMARKS)
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in BENCHMARKS)
+
+
+def test_a_row_of_speeds_has_a_goal_from_below() -> None:
+    row = row_of(
+        "tokens/s", pairs=[(2.6, 2.0), (3.9, 3.0), (5.2, 4.0)], peer_name="a loop", at_least=1.25
+    )
+    assert (row.ours, row.peer, row.goal, row.met) == (3.9, 3.0, ">= 1.25", True)
+    assert row.ratio == pytest.approx(1.3)
+
+
+def test_rounds_run_every_arm_once_and_begin_with_another_each_time() -> None:
+    order: list[str] = []
+
+    def arm(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    arms = {name: functools.partial(arm, name) for name in "abc"}
+    assert interleaved(arms, rounds=3) == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+    assert "".join(order) == "abcbcacab"
+
+
+def test_time_to_loss_is_the_first_validation_low_enough() -> None:
+    found = [Validation(5.0, 100, 2.1), Validation(9.0, 200, 1.88), Validation(12.0, 300, 1.8)]
+    assert first_below(found, 1.886) == 9.0
+    with pytest.raises(RuntimeError, match="never 1.5 or less"):
+        first_below(found, 1.5)
