@@ -23,15 +23,21 @@ def check_speed_options(deepspeed_config: dict[str, Any], config: TrainConfig) -
         _check_muon(deepspeed_config, config, stage)
     if config.compile:
         _check_compile(config, stage)
-    if config.activation_checkpointing and not isinstance(config.model, LanguageModelConfig):
+    if config.activation_checkpointing:
+        _check_activation_checkpointing(config)
+    if isinstance(config.model, LanguageModelConfig) and config.model.mask_documents:
+        _refuse_parallelism(config, "model.mask_documents")
+
+
+def _check_activation_checkpointing(config: TrainConfig) -> None:
+    if not isinstance(config.model, LanguageModelConfig):
         raise _refusal(
             f"activation_checkpointing works on a stack of layers, and model.family "
             f"'{config.model.family}' has none",
             "activation_checkpointing",
             "set it to false, or micro_batch_size lower",
         )
-    if isinstance(config.model, LanguageModelConfig) and config.model.mask_documents:
-        _refuse_parallelism(config, "model.mask_documents", kinds=("pipeline",))
+    _refuse_parallelism(config, "activation_checkpointing")
 
 
 def _check_muon(deepspeed_config: dict[str, Any], config: TrainConfig, stage: int) -> None:
@@ -50,11 +56,11 @@ def _check_muon(deepspeed_config: dict[str, Any], config: TrainConfig, stage: in
                 "optimizer.name",
                 "remove that section and set precision to bf16",
             )
-    _refuse_parallelism(config, "optimizer.name 'muon'", kinds=("tensor", "pipeline"))
+    _refuse_parallelism(config, "optimizer.name 'muon'")
 
 
 def _check_compile(config: TrainConfig, stage: int) -> None:
-    _refuse_parallelism(config, "compile", kinds=("tensor", "pipeline"))
+    _refuse_parallelism(config, "compile")
     if stage == 3:
         raise _refusal(
             "compile cannot be combined with ZeRO stage 3, which gathers weights inside each layer",
@@ -63,8 +69,8 @@ def _check_compile(config: TrainConfig, stage: int) -> None:
         )
 
 
-def _refuse_parallelism(config: TrainConfig, what: str, *, kinds: tuple[str, ...]) -> None:
-    for kind in kinds:
+def _refuse_parallelism(config: TrainConfig, what: str) -> None:
+    for kind in ("tensor", "pipeline"):
         if getattr(config.parallelism, kind) > 1:
             raise _refusal(
                 f"{what} cannot be combined with parallelism.{kind}",

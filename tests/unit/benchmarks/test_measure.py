@@ -75,5 +75,5 @@ def test_rounds_run_every_arm_once_and_begin_with_another_each_time() -> None:
 def test_time_to_loss_is_the_first_validation_low_enough() -> None:
     found = [Validation(5.0, 100, 2.1), Validation(9.0, 200, 1.88), Validation(12.0, 300, 1.8)]
     assert first_below(found, 1.886) == 9.0
-    with pytest.raises(RuntimeError, match="never 1.5 or less"):
+    with pytest.raises(RuntimeError, match=r"never 1\.5 or less"):
         first_below(found, 1.5)

@@ -181,6 +181,8 @@ def test_compiled_to_cpp_the_losses_are_the_same_and_the_code_is_kept(
         ({**COMPILED, "zero": 3}, r"compile .* ZeRO stage 3.*stage to 2"),
         ({**COMPILED, "parallelism": {"pipeline": 2}}, r"compile .* parallelism\.pipeline"),
         ({"model": MASKED, "parallelism": {"pipeline": 2}}, r"mask_documents .*pipeline"),
+        ({"model": MASKED, "parallelism": {"tensor": 2}}, r"mask_documents .*tensor"),
+        ({**CHECKPOINTED, "parallelism": {"tensor": 2}}, r"activation_checkpointing .*tensor"),
         ({**CHECKPOINTED, "model": {"family": "cnn"}}, r"activation_checkpointing .* 'cnn'"),
     ],
 )
