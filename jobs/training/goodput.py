@@ -40,6 +40,7 @@ class Goodput:
             self._start_from(event.useful_s)
             self._settle_warm_up()
         elif isinstance(event, Progress):
+            # After a bad step, workers go back by themselves.
             self._go_back_to(event.useful_s)
             self._useful_s = event.useful_s
             if event.warm_up_s < self._warm_up_s:

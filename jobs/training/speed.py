@@ -1,7 +1,7 @@
 """How fast training goes, evaluations and checkpoints not counted, and how much of it is of use.
 
 The first step after a start also compiles, fills caches and waits for other workers: as useful
-counts only what the second one takes.
+counts only what the second one takes, once that is known.
 
 meter = SpeedMeter(units_per_step=4096)
 meter.count()
@@ -52,12 +52,13 @@ class SpeedMeter:
         self._num_counted += 1
         now = self._clock()
         seconds, self._step_began_at = now - self._step_began_at, now
-        self.useful_s += seconds
         if self._num_counted == 1:
             self._first_s = seconds
-        elif self._num_counted == 2 and seconds < self._first_s:
-            self.warm_up_s = self._first_s - seconds
-            self.useful_s -= self.warm_up_s
+            return
+        self.useful_s += seconds
+        if self._num_counted == 2:
+            self.useful_s += min(self._first_s, seconds)
+            self.warm_up_s = max(self._first_s - seconds, 0.0)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
