@@ -40,3 +40,9 @@ def test_an_exception_is_written_with_its_event(formatter: logging.Formatter) ->
     except ValueError:
         record = logging.makeLogRecord({"msg": "failed", "exc_info": sys.exc_info()})
     assert "bad weights" in formatter.format(record)
+
+
+def test_private_fields_of_others_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+    logging.getLogger("release").info("deployed", extra={"_ray_timestamp_ns": 1, "version": 3})
+    assert capsys.readouterr().err.endswith("INFO release deployed version=3\n")
