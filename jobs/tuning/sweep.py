@@ -8,18 +8,22 @@ to decide; its own record of the sweep is thrown away, the ledger is ours.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.experimental.output import AirVerbosity, ProgressReporter
 
-from cluster.errors import JobFailedError
+from cluster.errors import JobFailedError, StoppedError
 from cluster.tracking import close_run
 from jobs.training.run_directory import RunDirectory
 from jobs.tuning.config import AshaScheduler
@@ -63,7 +67,8 @@ def run_trials(
         ),
     )
     try:
-        tuner.fit()
+        with _ending_in_order(recorder.is_stopping):
+            tuner.fit()
     except TuneError as error:
         raise JobFailedError(
             f"Ray Tune failed: {str(error).strip().splitlines()[-1][:300]}",
@@ -72,6 +77,26 @@ def run_trials(
     finally:
         recorder.abandon()
         shutil.rmtree(scratch / name, ignore_errors=True)
+    if recorder.is_stopping.is_set():
+        raise StoppedError(
+            "the sweep was stopped",
+            hint="run the same command again: trials that have ended are not repeated",
+        )
+
+
+@contextlib.contextmanager
+def _ending_in_order(is_stopping: threading.Event) -> Iterator[None]:
+    """Let SIGTERM end Tune as SIGINT does: an exception would be lost in Ray's own code."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        is_stopping.set()
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_scheduler(plan: Plan) -> Any:
@@ -113,6 +138,8 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self._on_start = on_start
         self._on_end = on_end
         self._started_at: dict[int, float] = {}
+        self.is_stopping = threading.Event()
+        """The sweep is ending before its trials have; they go on with the next one."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune writes callbacks down to restore them; this one is of its process alone.
@@ -125,6 +152,8 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours, result = self._ours(trial), trial.last_result
+        if self.is_stopping.is_set() and not result.get(FINISHED):
+            return
         if error := result.get(ERROR):
             self._on_end(ours, self._record(ours, status="failed", error=error))
         elif result.get(FINISHED):
@@ -135,6 +164,8 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = self._ours(trial)
+        if self.is_stopping.is_set():
+            return
         end_interrupted_run(self._sweep, ours, "FAILED")
         error = "its process died; see the Ray dashboard"
         self._on_end(ours, self._record(ours, status="failed", error=error))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import yaml
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
 from cluster.tracking import open_client
-from tests.stack import Stack
+from tests.stack import ROOT, Stack
 
 pytestmark = pytest.mark.stack
 
@@ -42,6 +45,32 @@ def result_of(output: str) -> dict[str, Any]:
     (line,) = [line for line in output.splitlines() if line.startswith("result: ")]
     values: dict[str, Any] = json.loads(line.removeprefix("result: "))
     return values
+
+
+def test_a_sweep_that_is_told_to_end_ends_in_order(stack: Stack, tmp_path: Path) -> None:
+    """And says how to go on; a trial under way counts as not begun, not as ended."""
+    path = tmp_path / "sweep.yaml"
+    sweep = {**SWEEP, "name": "ended-sweep", "train": {**SWEEP["train"], "steps": 100_000}}
+    path.write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, "-m", "jobs.tune", "--config", str(path)],
+        env={**os.environ, **stack.environment},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            if "started" in line:
+                break
+        job.terminate()
+        out, err = job.communicate(timeout=120)
+    assert job.returncode == 143, out + err
+    assert err.strip().splitlines()[-1].startswith("the sweep was stopped; run the same command")
+    assert "Traceback" not in out + err
+    (ledger,) = (stack.settings.home / "sweeps").glob("ended-sweep-*/sweep.json")
+    assert json.loads(ledger.read_text())["trials"] == {}
 
 
 def test_the_best_trial_is_registered_and_nothing_is_repeated(stack: Stack, tmp_path: Path) -> None:
