@@ -9,7 +9,7 @@ import torch
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 
 ROWS, TOKENS, VOCABULARY = 8, 2048, 32_000
