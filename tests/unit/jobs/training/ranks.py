@@ -36,7 +36,7 @@ def run_ranks(task: Task, argument: Any, world_size: int) -> list[Any]:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(240)
     try:
         assert [worker.exitcode for worker in workers] == [0] * world_size
     finally:

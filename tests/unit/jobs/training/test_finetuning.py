@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from cluster.storage import Storage
 from jobs.data.catalog import DatasetCatalog
 from jobs.data.dataset import Dataset
+from jobs.training import compiling
 from jobs.training.config import TrainConfig
 from jobs.training.events import Event, Progress, Saved, Started
 from jobs.training.worker import Outcome, WorkerJob, run_worker
@@ -65,6 +66,7 @@ def data(root: Path, base_dir: Path) -> dict[str, Any]:
 def make(make_config: MakeConfig, base_dir: Path, data: dict[str, Any]) -> Make:
     def config(stage: int = 0, lora: dict[str, Any] | None = None, **values: Any) -> TrainConfig:
         model = {"family": "causal_lm", "base": str(base_dir), "lora": lora}
+        model["mask_documents"] = values.pop("mask_documents", False)
         return make_config(
             data=data,
             **{
@@ -146,14 +148,22 @@ def test_two_workers_make_the_model_of_one(
 @pytest.mark.parametrize(
     ("stage", "options"),
     [
-        (3, {"activation_checkpointing": True}),
+        (3, {"activation_checkpointing": True, "mask_documents": True}),
         (1, {"precision": "bf16"}),
         (0, {"optimizer": {"name": "muon", "learning_rate": 1e-2}}),
+        (2, {"compile": True}),
     ],
 )
 def test_lora_learns_with_every_option(
-    make: Make, dataset: Dataset, tmp_path: Path, stage: int, options: dict[str, Any]
+    make: Make,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: int,
+    options: dict[str, Any],
 ) -> None:
+    # What torch.compile traces; the C++ it would write takes minutes.
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     events, _ = train(WorkerJob(make(stage, LORA, **options), dataset.directory, tmp_path))
     found = losses(events)
     assert found[3] < found[2] < found[1]

@@ -62,6 +62,25 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
         {**BF16, **COMPILED, **CHECKPOINTED, "model": MASKED},
     ),
     "bf16 weights": ("bf16", 1, {"deepspeed": {"bf16": {"enabled": True}}}),
+    "muon, masked": ("muon, masked", 0, {**MUON, "model": MASKED}),
+    "muon, masked, compiled, checkpointed": (
+        "muon, masked",
+        0,
+        {**MUON, **COMPILED, **CHECKPOINTED, "model": MASKED},
+    ),
+    "muon, bf16": ("muon, bf16", 0, {**MUON, **BF16}),
+    # The table in docs/training.md: each option at each ZeRO stage that takes it.
+    **{
+        f"{name} at ZeRO {stage}": (reference, stage, values)
+        for name, (reference, values, stages) in {
+            "plain": ("plain", {}, (1, 2)),
+            "checkpointed": ("plain", CHECKPOINTED, (0, 2)),
+            "masked": ("masked", {"model": MASKED}, (0, 2)),
+            "bf16": ("bf16", BF16, (0, 2, 3)),
+            "compiled": ("plain", COMPILED, (1, 2)),
+        }.items()
+        for stage in stages
+    },
 }
 
 
@@ -148,6 +167,7 @@ def check_losses(losses: dict[str, list[float]]) -> None:
         assert losses[name][-1] < losses[name][0], name
 
 
+@pytest.mark.timeout(600)
 def test_each_option_on_two_workers_has_the_losses_of_none(
     make_text_config: MakeConfig, tmp_path: Path
 ) -> None:
