@@ -1,8 +1,9 @@
 """Freed memory stays with a process that trains on a CPU.
 
 glibc hands large blocks back to the kernel as soon as they are freed, and a training step takes
-and frees the same gigabytes each time: it would pay for every page anew. Measured on a Llama of 30
-million parameters (2 workers of one core, ZeRO 1, bf16): 1.57 CPU-seconds a step instead of 1.78.
+and frees the same gigabytes each time: it would pay for every page anew. On a Llama of 30 million
+parameters (2 workers of one core, ZeRO 1, bf16) a step took about 1.6 CPU-seconds instead of 1.8,
+in two runs on a busy machine. The price: the process keeps what it held at its peak.
 
     keep_freed_memory()
 """
