@@ -28,9 +28,10 @@ CONFIG: dict[str, Any] = {
     # Without dropout, which differs by worker, any number of workers computes the same.
     "model": {"family": "cnn", "channels": [4], "hidden_size": 16, "dropout": 0.0},
     "schedule": {"kind": "constant"},
-    "steps": 300,
+    "steps": 600,
     "batch_size": 64,
-    "micro_batch_size": 8,
+    # Small, so that steps take long enough to be interfered with.
+    "micro_batch_size": 4,
     "evaluate_every_steps": 1000,
     "log_every_steps": 5,
     "checkpoint": {"every_steps": 20},
@@ -98,7 +99,7 @@ def test_a_run_that_is_stopped_and_resized_ends_like_an_unbroken_one(
         "run_name=resized",
         command=(HELIOSTAT, "submit", "train"),
     )
-    submitted.wait_for_step(30)
+    submitted.wait_for_step(10)
     job_id = submitted.output.split()[1]
     assert stack.run_cli("jobs", "stop", job_id).returncode == 0
     assert submitted.wait() == 1
