@@ -26,7 +26,7 @@ from cluster.processing import (
 )
 from jobs.data.dataset import Dataset
 from jobs.models.config import CnnConfig
-from jobs.models.export_onnx import export_onnx
+from jobs.models.export_onnx import export_onnx, plain_copy
 from jobs.models.family import Batch, DataShape, Exported
 from jobs.models.measures import (
     CLASSIFICATION_METRICS,
@@ -96,7 +96,12 @@ class Cnn:
     def export(self, model: nn.Module, dataset: Dataset, directory: Path) -> Exported:
         config = self._config
         example = torch.zeros(2, 1, self._height, self._width)
-        export_onnx(model, {config.feature: example}, ["logits"], directory / "model.onnx")
+        export_onnx(
+            plain_copy(model, self.build()),
+            {config.feature: example},
+            ["logits"],
+            directory / "model.onnx",
+        )
         ids = torch.arange(min(_NUM_GOLDEN_ROWS, len(dataset.rows("train")))).numpy()
         pixels = dataset.rows("train").read(ids)[config.feature]
         golden = {config.feature: pixels.reshape(len(pixels), -1).astype("float32")}

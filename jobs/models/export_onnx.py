@@ -21,8 +21,7 @@ def export_onnx(
 ) -> None:
     """`example` names the inputs in call order; its batch must be at least 2, lest torch take the
     size 1 for a constant."""
-    # A bf16 section of DeepSpeed's leaves half-precision weights; clients send 32 bits.
-    model = model.float().eval()
+    model = model.eval()
     batch = torch.export.Dim("batch")
     # The exporter reports each optional library that it does without.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -39,3 +38,12 @@ def export_onnx(
             external_data=False,
             verbose=False,
         )
+
+
+def plain_copy(model: torch.nn.Module, fresh: torch.nn.Module) -> torch.nn.Module:
+    """`fresh` with the weights of `model`, in 32 bits as clients send them: what an engine has
+    taken over has hooks that cannot be exported, and may be in half precision."""
+    fresh.load_state_dict(
+        {name: value.detach().float().cpu() for name, value in model.state_dict().items()}
+    )
+    return fresh

@@ -37,7 +37,7 @@ from jobs.models.config import (
     Metric,
     MlpConfig,
 )
-from jobs.models.export_onnx import export_onnx
+from jobs.models.export_onnx import export_onnx, plain_copy
 from jobs.models.family import Batch, DataShape, Exported
 from jobs.models.measures import (
     CLASSIFICATION_METRICS,
@@ -210,7 +210,12 @@ class Tabular:
 
     def export(self, model: nn.Module, dataset: Dataset, directory: Path) -> Exported:
         example = torch.zeros(2, len(self._table.feature_names))
-        export_onnx(model, {FEATURES: example}, [self._task.output], directory / "model.onnx")
+        export_onnx(
+            plain_copy(model, self.build()),
+            {FEATURES: example},
+            [self._task.output],
+            directory / "model.onnx",
+        )
         rows = dataset.rows("train")
         golden = rows.read(np.arange(min(_NUM_GOLDEN_ROWS, len(rows))))[FEATURES]
         return Exported("graph", directory, {FEATURES: golden}, self._processing())
