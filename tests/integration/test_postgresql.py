@@ -124,7 +124,7 @@ def test_writers_of_releases_wait_for_each_other(postgresql_url: str) -> None:
         with store.writing() as tables:
             if tables.deployments("m"):
                 return False
-            tables.create("m", version, "sha256:0", {}, "asked")
+            tables.create("m", version, "sha256:0", {}, "asked", requested_by="ops")
             return True
 
     with ThreadPoolExecutor(8) as pool:
