@@ -25,6 +25,8 @@ from cluster.errors import ConflictError, InputError, MachineError, as_machine_e
 from cluster.settings import Settings
 from cluster.storage import Storage
 
+_COPY_BYTES = 1024**2
+
 
 def restore_backup(path: Path, home: Path, load: Callable[[Path], Settings]) -> BackupIndex:
     """Make `home` what it was when the backup was taken; it must not hold anything yet.
@@ -79,11 +81,9 @@ def _unpack(path: Path, stage: Path) -> BackupIndex:
         with tarfile.open(path, "r:") as tar:
             found = {}
             for member in tar:
-                if not member.isreg():
-                    raise _damaged(path, f"{member.name} is no plain file")
-                # The filter refuses names that lead out of the stage.
-                tar.extract(member, stage, filter="data")
-                found[member.name] = stage / member.name
+                if not member.isreg() or not _is_inner(member.name):
+                    raise _damaged(path, f"{member.name} is no plain file of a backup")
+                found[member.name] = _extract(tar, member, stage)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist", hint="give the path of a backup") from None
     except (tarfile.TarError, EOFError) as error:
@@ -98,6 +98,23 @@ def _unpack(path: Path, stage: Path) -> BackupIndex:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
                 raise _damaged(path, f"{name} has changed")
     return index
+
+
+def _is_inner(name: str) -> bool:
+    """Whether a name stays below where it is unpacked."""
+    return not any(part in ("", ".", "..") for part in name.split("/"))
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, stage: Path) -> Path:
+    """By hand: tarfile's own filters came with Python 3.11.4."""
+    target = stage / member.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = tar.extractfile(member)
+    assert source is not None, "a plain file has content"
+    with source, target.open("xb") as file:
+        target.chmod(member.mode & 0o755)
+        shutil.copyfileobj(source, file, _COPY_BYTES)
+    return target
 
 
 def _read_index(path: Path, file: Path) -> BackupIndex:

@@ -32,7 +32,9 @@ def _binary(name: str) -> str | None:
 
 def _as_server_user() -> list[str]:
     """PostgreSQL refuses to run as root; its Debian package brings a user for it."""
-    return ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    # Root's own PATH may lack the folder.
+    runuser = shutil.which("runuser") or "/usr/sbin/runuser"
+    return [runuser, "-u", "postgres", "--"] if os.getuid() == 0 else []
 
 
 @pytest.fixture(scope="module")

@@ -44,5 +44,9 @@ def test_an_exception_is_written_with_its_event(formatter: logging.Formatter) ->
 
 def test_private_fields_of_others_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging()
-    logging.getLogger("release").info("deployed", extra={"_ray_timestamp_ns": 1, "version": 3})
+    record = logging.makeLogRecord(
+        {"name": "release", "msg": "deployed", "levelname": "INFO", "levelno": logging.INFO}
+    )
+    record._private, record.version = 1, 3
+    logging.getLogger("release").handle(record)
     assert capsys.readouterr().err.endswith("INFO release deployed version=3\n")
