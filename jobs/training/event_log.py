@@ -8,12 +8,15 @@ log.counts()      # {'worker_lost': 1}
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 from cluster.database import now
 from jobs.training.events import Fault
+
+logger = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
 
@@ -26,9 +29,13 @@ class EventLog:
         self._kinds = Counter(_kinds_in(path))
 
     def add(self, fault: Fault) -> None:
+        """A disk that takes no more lines must not end the training: the count still rises."""
         self._kinds[fault.kind] += 1
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"at": now(), **asdict(fault)}) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"at": now(), **asdict(fault)}) + "\n")
+        except OSError as error:
+            logger.warning("%s does not get this fault: %s", self.path, error.strerror)
 
     def counts(self) -> dict[str, int]:
         """How many of each kind."""

@@ -162,6 +162,15 @@ def test_faults_are_kept_across_drivers(tmp_path: Path) -> None:
     assert (last["step"], last["kind"], last["text"]) == (9, "worker_lost", "worker 1")
 
 
+def test_faults_are_counted_where_no_line_can_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = EventLog(tmp_path / "no such directory" / "events.jsonl")
+    log.add(Fault(7, "loss_spike", "back to step 5"))
+    assert log.counts() == {"loss_spike": 1}
+    assert "No such file or directory" in caplog.text
+
+
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     return Ledger(open_database(f"sqlite:///{tmp_path / 'ledger.db'}"))
