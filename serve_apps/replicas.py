@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
 from cluster.errors import MachineError
-from cluster.model_package import ModelPackage, open_base, open_version
+from cluster.model_package import ModelPackage, open_base, open_digest
 from cluster.observability.logs import configure_logging
 from cluster.settings import load_settings
 from serve_apps.description import Description
@@ -31,16 +30,11 @@ SYSTEM_OPTIONS: dict[str, Any] = {
 """Serve options of everything that serves."""
 
 
-@dataclass(frozen=True)
-class _Digest:
-    digest: str
-
-
 def open_package_of(digest: str) -> ModelPackage:
     """The verified package with this digest, in a replica that begins."""
     settings = load_settings()
     configure_logging(settings.log_format)
-    return open_version(_Digest(digest), settings)
+    return open_digest(digest, settings)
 
 
 def open_base_of(adapter: ModelPackage) -> ModelPackage:

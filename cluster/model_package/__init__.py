@@ -6,6 +6,7 @@ transformers, onnxruntime or model_signing; the functions load what they need.
     writing   write_package(model_dir, name=…, kind=…, storage=…, signer=…) -> PublishedPackage
     reading   open_package(digest, storage=…, trust=…, cache_dir=…)         -> ModelPackage
               open_version(version, settings)                               -> ModelPackage
+              open_digest(digest, settings)                                 -> ModelPackage
               open_base(adapter, settings)                                  -> ModelPackage
               verify_directory(path, trust)                                 -> ModelPackage
     golden    golden.replay(package), golden.check_graph(manifest, run),
@@ -24,7 +25,7 @@ from cluster.model_package.manifest import (
     Lineage,
     Manifest,
 )
-from cluster.model_package.opening import open_base, open_version
+from cluster.model_package.opening import open_base, open_digest, open_version
 from cluster.model_package.reader import (
     ModelPackage,
     fetched,
@@ -58,6 +59,7 @@ __all__ = [
     "fetched",
     "golden",
     "open_base",
+    "open_digest",
     "open_package",
     "open_version",
     "package_key",

@@ -3,12 +3,12 @@
 Knows of a version only its digest.
 
     package = open_version(registry.resolve(ModelRef.parse("digits")), settings)
+    package = open_digest("sha256:…", settings)
     base = open_base(adapter, settings)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.errors import NotFoundError, PackageError
@@ -27,18 +27,18 @@ class HasDigest(Protocol):
 
 def open_version(version: HasDigest, settings: Settings) -> ModelPackage:
     """Fetch, verify and cache the package of a version; see `open_package`."""
+    return open_digest(version.digest, settings)
+
+
+def open_digest(digest: str, settings: Settings) -> ModelPackage:
+    """Fetch, verify and cache a package; see `open_package`."""
     return open_package(
-        version.digest,
+        digest,
         storage=Storage.open(settings.storage_root),
         trust=TrustStore(settings.keys_dir),
         cache_dir=settings.package_cache_dir,
         allow_unsigned=settings.allow_unsigned,
     )
-
-
-@dataclass(frozen=True)
-class _Digest:
-    digest: str
 
 
 def open_base(adapter: ModelPackage, settings: Settings) -> ModelPackage:
@@ -51,7 +51,7 @@ def open_base(adapter: ModelPackage, settings: Settings) -> ModelPackage:
     info = adapter.manifest.adapter
     assert info is not None, "a verified adapter names its base"
     try:
-        base = open_version(_Digest(info.base_digest), settings)
+        base = open_digest(info.base_digest, settings)
     except NotFoundError as error:
         raise NotFoundError(
             f"the base of adapter {adapter.digest} is not there: {error.message}",
