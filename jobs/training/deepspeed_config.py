@@ -31,7 +31,7 @@ def make_deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any
     # Muon's matrices must stay whole.
     stage = 0 if config.optimizer.name == "muon" else _DEFAULT_ZERO_STAGE
     zero = raw.setdefault("zero_optimization", {"stage": stage})
-    if isinstance(zero, dict) and "offload_optimizer" in zero:
+    if "offload_optimizer" in zero:
         # Our optimizers are torch's; DeepSpeed's own would have to be compiled.
         raw.setdefault("zero_force_ds_cpu_optimizer", False)
     # Ours are torch's element-wise optimizers, which ZeRO may shard whatever their type.
@@ -41,11 +41,6 @@ def make_deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any
     check_speed_options(raw, config)
     _refuse_what_cannot_be_saved(raw)
     return raw
-
-
-def zero_stage(deepspeed_config: dict[str, Any]) -> int:
-    """The ZeRO stage of a finished ds_config."""
-    return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def _settle_owned_keys(raw: dict[str, Any], config: TrainConfig, plan: BatchPlan) -> None:
@@ -80,19 +75,17 @@ def _adopts(raw: dict[str, Any], key: str, config: TrainConfig, field: str) -> b
 
 def _settle_precision(raw: dict[str, Any], config: TrainConfig) -> None:
     for key, ours in (("bf16", config.precision == "bf16"), ("fp16", False)):
-        section = raw.get(key)
-        if not isinstance(section, dict) or "enabled" not in section:
-            continue
-        if section["enabled"] == _AUTO:
+        section = raw.get(key, {})
+        if section.get("enabled") == _AUTO:
             section["enabled"] = ours
-        elif section["enabled"] and not ours and "precision" in config.model_fields_set:
+        elif section.get("enabled") and not ours and "precision" in config.model_fields_set:
             raise _contradiction(f"{key}.enabled", True, "precision", config.precision)
 
 
 def _settle_optimizer(raw: dict[str, Any], config: TrainConfig) -> None:
-    section = raw.get("optimizer")
-    if not isinstance(section, dict):
+    if "optimizer" not in raw:
         return
+    section = raw["optimizer"]
     ours = config.optimizer
     parameters: dict[str, Any] = section.setdefault("params", {})
     values = {
@@ -109,19 +102,19 @@ def _settle_optimizer(raw: dict[str, Any], config: TrainConfig) -> None:
             parameters[key] = value
         elif theirs is not None and theirs != value and field in ours.model_fields_set:
             raise _contradiction(f"optimizer.params.{key}", theirs, f"optimizer.{field}", value)
-    if "name" in ours.model_fields_set and str(section.get("type", "")).lower() != ours.name:
-        raise _contradiction("optimizer.type", section.get("type"), "optimizer.name", ours.name)
-    if str(section.get("type", "")).lower() in ("adam", "adamw"):
+    if "name" in ours.model_fields_set and section["type"].lower() != ours.name:
+        raise _contradiction("optimizer.type", section["type"], "optimizer.name", ours.name)
+    if section["type"].lower() in ("adam", "adamw"):
         # The fused variants are compiled on first use.
         parameters.setdefault("torch_adam", True)
 
 
 def _settle_scheduler(raw: dict[str, Any], config: TrainConfig) -> None:
-    section = raw.get("scheduler")
-    if not isinstance(section, dict):
+    if "scheduler" not in raw:
         return
+    section = raw["scheduler"]
     if "schedule" in config.model_fields_set:
-        raise _contradiction("scheduler", section.get("type"), "schedule", config.schedule.kind)
+        raise _contradiction("scheduler", section["type"], "schedule", config.schedule.kind)
     parameters: dict[str, Any] = section.setdefault("params", {})
     values = {
         "warmup_min_lr": 0.0,
@@ -136,11 +129,8 @@ def _settle_scheduler(raw: dict[str, Any], config: TrainConfig) -> None:
 
 def _refuse_what_cannot_be_saved(raw: dict[str, Any]) -> None:
     """Checkpoints hold what lies in memory, and is stepped by one optimizer."""
-    zero = raw["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
-        section = zero.get(part) if isinstance(zero, dict) else None
-        if not isinstance(section, dict):
-            continue
+        section = raw["zero_optimization"].get(part, {})
         for key, only in (("device", ("cpu", "none")), ("ratio", (1, 1.0))):
             if section.get(key, only[0]) not in only:
                 name = f"deepspeed.zero_optimization.{part}.{key}"

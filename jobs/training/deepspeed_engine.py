@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from cluster.errors import ConfigError
 from jobs.models.family import Batch
 from jobs.training.config import TrainConfig
+from jobs.training.deepspeed_section import enabled
 from jobs.training.deepspeed_state import common_of, set_common, state_of
 from jobs.training.engine import LossFunction, MeasureFunction
 from jobs.training.optimizers import make_optimizer
@@ -108,9 +109,8 @@ def precision(
     config: TrainConfig, deepspeed_config: dict[str, Any], group: ProcessGroup
 ) -> AbstractContextManager[None]:
     """Context in which a forward pass has the run's precision."""
-    in_bf16 = deepspeed_config.get("bf16", {}).get("enabled", False)
-    enabled = config.precision == "bf16" or in_bf16
-    return torch.autocast(group.device.type, torch.bfloat16, enabled=enabled)
+    in_bf16 = config.precision == "bf16" or bool(enabled(deepspeed_config, "bf16"))
+    return torch.autocast(group.device.type, torch.bfloat16, enabled=in_bf16)
 
 
 class DeepSpeedEngine:

@@ -3,11 +3,14 @@
 DeepSpeed checks the rest when it is given the whole.
 
     check_shape({"zero_optimization": {"stage": 2}})
+    zero_stage({"zero_optimization": {"stage": 2}})                            # 2
+    enabled({"bf16": {"enabled": True}}, "bf16", "fp16")                       # ['bf16']
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -39,6 +42,16 @@ def check_shape(section: Mapping[str, JsonValue]) -> None:
     stage = _mapping(section, "zero_optimization").get("stage", 0)
     if isinstance(stage, bool) or stage not in (*_STAGES, "auto"):
         raise ValueError(f"zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+
+
+def zero_stage(deepspeed_config: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a finished ds_config."""
+    return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def enabled(deepspeed_config: Mapping[str, Any], *names: str) -> list[str]:
+    """Those of the named sections that a finished ds_config switches on."""
+    return [name for name in names if deepspeed_config.get(name, {}).get("enabled")]
 
 
 def _mapping(section: Mapping[str, JsonValue], name: str) -> dict[str, JsonValue]:

@@ -15,9 +15,9 @@ from typing import Any
 from cluster.errors import ConfigError
 from jobs.models.config import CausalLmConfig, PretrainedLmConfig
 from jobs.training.config import TrainConfig
+from jobs.training.deepspeed_section import enabled, zero_stage
 
 _MAX_STAGE = {"tensor": 2, "pipeline": 1}
-_HALF_PRECISION = ("bf16", "fp16", "torch_autocast")
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _refuse_their_tensor_size(deepspeed_config: dict[str, Any], tensor: int) -> 
 
 def _refuse_zero_stage(deepspeed_config: dict[str, Any], kind: str) -> None:
     zero = deepspeed_config.get("zero_optimization", {})
-    stage, largest = int(zero.get("stage", 0)), _MAX_STAGE[kind]
+    stage, largest = zero_stage(deepspeed_config), _MAX_STAGE[kind]
     if stage > largest:
         raise _refusal(
             f"parallelism.{kind} cannot be combined with ZeRO stage {stage}",
@@ -179,14 +179,12 @@ def _refuse_zero_stage(deepspeed_config: dict[str, Any], kind: str) -> None:
 
 
 def _refuse_half_precision(deepspeed_config: dict[str, Any], kind: str) -> None:
-    for key in _HALF_PRECISION:
-        section = deepspeed_config.get(key)
-        if isinstance(section, dict) and section.get("enabled"):
-            raise _refusal(
-                f"parallelism.{kind} cannot be combined with deepspeed.{key}",
-                kind,
-                "remove that section and set precision to bf16",
-            )
+    for key in enabled(deepspeed_config, "bf16", "fp16", "torch_autocast"):
+        raise _refusal(
+            f"parallelism.{kind} cannot be combined with deepspeed.{key}",
+            kind,
+            "remove that section and set precision to bf16",
+        )
 
 
 def _refusal(message: str, kind: str, hint: str) -> ConfigError:

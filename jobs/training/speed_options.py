@@ -12,13 +12,12 @@ from typing import Any
 from cluster.errors import ConfigError
 from jobs.models.config import LanguageModelConfig
 from jobs.training.config import TrainConfig
-
-_HALF_PRECISION = ("bf16", "fp16")
+from jobs.training.deepspeed_section import enabled, zero_stage
 
 
 def check_speed_options(deepspeed_config: dict[str, Any], config: TrainConfig) -> None:
     """Raises ConfigError for a combination that does not work."""
-    stage = int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+    stage = zero_stage(deepspeed_config)
     if config.optimizer.name == "muon":
         _check_muon(deepspeed_config, config, stage)
     if config.compile:
@@ -48,14 +47,12 @@ def _check_muon(deepspeed_config: dict[str, Any], config: TrainConfig, stage: in
             "optimizer.name",
             "set deepspeed.zero_optimization.stage to 0, or optimizer.name to adamw",
         )
-    for key in _HALF_PRECISION:
-        section = deepspeed_config.get(key)
-        if isinstance(section, dict) and section.get("enabled"):
-            raise _refusal(
-                f"optimizer.name 'muon' cannot be combined with deepspeed.{key}",
-                "optimizer.name",
-                "remove that section and set precision to bf16",
-            )
+    for key in enabled(deepspeed_config, "bf16", "fp16"):
+        raise _refusal(
+            f"optimizer.name 'muon' cannot be combined with deepspeed.{key}",
+            "optimizer.name",
+            "remove that section and set precision to bf16",
+        )
     _refuse_parallelism(config, "optimizer.name 'muon'")
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from cluster.errors import ConfigError, MissingToolError
 from jobs.training.batching import BatchPlan
-from jobs.training.deepspeed_config import make_deepspeed_config, zero_stage
+from jobs.training.deepspeed_config import make_deepspeed_config
+from jobs.training.deepspeed_section import zero_stage
 from jobs.training.toolchain import require_compiler
 from tests.unit.jobs.training.conftest import MakeConfig
 

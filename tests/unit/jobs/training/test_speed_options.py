@@ -18,7 +18,8 @@ from jobs.models.family import DataShape
 from jobs.training import compiling
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
-from jobs.training.deepspeed_config import make_deepspeed_config, zero_stage
+from jobs.training.deepspeed_config import make_deepspeed_config
+from jobs.training.deepspeed_section import zero_stage
 from jobs.training.deepspeed_setup import start_deepspeed
 from jobs.training.loop import Feed, train_steps
 from jobs.training.parallelism import Layout
