@@ -153,11 +153,7 @@ def check_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """The ds_config that workers will use; raises before anything is started."""
     if config.launcher == "ray":
         check_worker_counts(config)
-    plan = BatchPlan.make(
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        world_size=Layout.of(config, world_size).num_copies,
-    )
+    plan = BatchPlan.of(config, Layout.of(config, world_size).num_copies)
     deepspeed_config = make_deepspeed_config(config, plan)
     require_compiler(deepspeed_config)
     if config.compile:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError
+from jobs.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,15 @@ class BatchPlan:
     micro_batch_size: int
     accumulation_steps: int
     world_size: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, num_copies: int) -> BatchPlan:
+        """Of a run with so many copies of the model; raises ConfigError as `make` does."""
+        return cls.make(
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            world_size=num_copies,
+        )
 
     @classmethod
     def make(cls, *, batch_size: int, micro_batch_size: int | None, world_size: int) -> BatchPlan:

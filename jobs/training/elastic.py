@@ -45,11 +45,7 @@ def check_worker_counts(config: TrainConfig) -> None:
 
 def _can_share(config: TrainConfig, count: int) -> bool:
     try:
-        BatchPlan.make(
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            world_size=count,
-        )
+        BatchPlan.of(config, count)
     except ConfigError:
         return False
     return True

@@ -20,7 +20,8 @@ from jobs.models.families import make_family
 from jobs.models.family import DataShape, Family
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
-from jobs.training.deepspeed_config import make_deepspeed_config, zero_stage
+from jobs.training.deepspeed_config import make_deepspeed_config
+from jobs.training.deepspeed_section import enabled, zero_stage
 from jobs.training.devices import Device, find_device
 from jobs.training.expected_shape import expected_shape
 from jobs.training.flops import flops_per_token
@@ -148,7 +149,7 @@ def estimate(config: TrainConfig, world_size: int, peaks: Path | None = None) ->
         peaks: file of measured peaks of this machine, if there is one.
     """
     layout = Layout.of(config, world_size)
-    plan = _batch_plan(config, layout)
+    plan = BatchPlan.of(config, layout.num_copies)
     deepspeed_config = make_deepspeed_config(config, plan)
     stage = zero_stage(deepspeed_config)
     shape = expected_shape(config.data)
@@ -175,20 +176,12 @@ def estimate(config: TrainConfig, world_size: int, peaks: Path | None = None) ->
     )
 
 
-def _batch_plan(config: TrainConfig, layout: Layout) -> BatchPlan:
-    return BatchPlan.make(
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        world_size=layout.num_copies,
-    )
-
-
 def _footprint(
     config: TrainConfig, deepspeed_config: dict[str, Any], shape: DataShape, device: Device
 ) -> Footprint:
     def prepare(model: Any) -> None:
         if config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         if device.is_gpu and hasattr(model, "set_attn_implementation"):
             # Fake tensors are on a CPU, where attention is our own.
             model.set_attn_implementation("sdpa")
@@ -232,8 +225,7 @@ def _workload(
 
 
 def _is_in_half_precision(deepspeed_config: dict[str, Any]) -> bool:
-    sections = (deepspeed_config.get(name, {}) for name in ("bf16", "fp16"))
-    return any(isinstance(section, dict) and section.get("enabled") for section in sections)
+    return bool(enabled(deepspeed_config, "bf16", "fp16"))
 
 
 def _best(

@@ -130,11 +130,7 @@ class _Worker:
         self.job, self.config, self.group, self.tell = job, config, group, tell
         self.dataset = Dataset.open(job.dataset_dir, verify=group.is_first)
         self.layout = Layout.of(config, group.world_size)
-        self.plan = BatchPlan.make(
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            world_size=self.layout.num_copies,
-        )
+        self.plan = BatchPlan.of(config, self.layout.num_copies)
         self.family: Family = make_family(config.model, DataShape.of(self.dataset.info))
         check_metrics(config, self.family)
         self.store = open_store(config.checkpoint, job.run_dir, self.dataset.info.digest)
