@@ -37,8 +37,13 @@ class PythonTopicsSource(StrictModel):
     kind: Literal["python_topics"]
 
 
+def holds_credentials(location: str) -> bool:
+    """Whether a URL names a user or a key before its host."""
+    return "@" in location.partition("://")[2].partition("/")[0]
+
+
 def _without_a_secret(value: str) -> str:
-    if "@" in value.partition("://")[2].partition("/")[0]:
+    if holds_credentials(value):
         # The config is stored with the dataset and shown with every run.
         raise ValueError("credentials belong in the environment (AWS_ACCESS_KEY_ID, …)")
     return value

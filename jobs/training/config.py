@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from cluster.config import StrictModel
-from jobs.data.config import DataConfig, Name
+from jobs.data.config import DataConfig, Name, holds_credentials
 from jobs.models.config import Metric, ModelConfig
 from jobs.training.deepspeed_section import check_shape
 
@@ -147,7 +147,7 @@ class CheckpointConfig(StrictModel):
     @field_validator("location")
     @classmethod
     def _no_secrets(cls, value: str) -> str:
-        if "@" in value.partition("://")[2].partition("?")[0].split("/")[0]:
+        if holds_credentials(value):
             raise ValueError(
                 "it holds credentials, and a config is stored with its run: give them in the "
                 "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
