@@ -114,16 +114,7 @@ class Storage:
 
     def write_bytes(self, key: str, data: bytes) -> None:
         """Write or replace one file, whole or not at all."""
-        with _errors_named(self.path(key)):
-            if self._folder is None:
-                with self._filesystem.open_output_stream(self._full(key)) as stream:
-                    stream.write(data)
-                return
-            with self.staging() as stage:
-                (stage / "file").write_bytes(data)
-                _sync_tree(stage)
-                self._parent(key)
-                (stage / "file").replace(self._folder / key)
+        self.write_chunks(key, [data])
 
     def write_chunks(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write or replace one large file, whole or not at all, without holding it in memory.
