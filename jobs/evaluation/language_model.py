@@ -21,15 +21,13 @@ from torch.nn import functional
 from cluster.errors import InputError
 from cluster.model_package import ModelPackage
 from cluster.model_package.language_model import load_reference, load_tokenizer
-from jobs.data.dataset import TOKENIZER_FILE, Dataset
+from jobs.data.dataset import LOSS_MASK, TOKENIZER_FILE, TOKENS, Dataset
 from jobs.data.packing import pack
 from jobs.data.rows import Array
 from jobs.evaluation.config import EvaluateConfig
 from jobs.evaluation.evaluation import BatchClock, Evaluation, Values
 from jobs.evaluation.figures import row_loss_figure
 from jobs.models.causal_lm import language_metrics
-
-_LOSS_MASK = "loss_mask"
 
 
 @torch.inference_mode()
@@ -102,17 +100,17 @@ def _rows(package: ModelPackage, dataset: Dataset, config: EvaluateConfig) -> _R
     length = dataset.text.sequence_length
     rows = dataset.rows(config.split)
     columns = rows.read(np.arange(len(rows)))
-    tokens = columns["tokens"]
+    tokens = columns[TOKENS]
     counts = np.ones((len(tokens), length), dtype=np.uint8)
-    if _LOSS_MASK in columns:
-        counts = np.unpackbits(columns[_LOSS_MASK], axis=1, count=length + 1)[:, 1:]
+    if LOSS_MASK in columns:
+        counts = np.unpackbits(columns[LOSS_MASK], axis=1, count=length + 1)[:, 1:]
     theirs = Tokenizer.from_file(str(dataset.tokenizer_path))
     counted = tokens[:, 1:][counts.astype(bool)]
     text = theirs.decode(counted.tolist(), skip_special_tokens=True)
     num_bytes = len(text.encode("utf-8"))
     if _split_alike(package.model_dir / TOKENIZER_FILE, dataset.tokenizer_path):
         return _Rows(tokens, counts, num_bytes)
-    if _LOSS_MASK in columns:
+    if LOSS_MASK in columns:
         raise InputError(
             f"dataset '{dataset.info.name}' was prepared with another tokenizer than the model's",
             hint="set data.text.tokenizer to the model's own",

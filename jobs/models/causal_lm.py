@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from cluster.errors import InputError
-from jobs.data.dataset import Dataset
+from jobs.data.dataset import DOCUMENT_STARTS, TOKENS, Dataset
 from jobs.models.config import CausalLmConfig, LanguageModelConfig, Metric
 from jobs.models.decoder import losses_by_token, prepare_decoder, summed_loss
-from jobs.models.documents import DOCUMENT_STARTS, document_positions
+from jobs.models.documents import document_positions
 from jobs.models.family import Batch, DataShape, Exported
 from jobs.models.text_export import copy_tokenizer, generation_config, golden_prompts
 from jobs.models.weighting import ROW_WEIGHT, token_weights, unpack_bits
@@ -54,7 +54,7 @@ class LanguageModel:
     def num_units(self, batch: Batch) -> torch.Tensor:
         weights_BT = _weights(batch)
         if weights_BT is None:
-            return torch.tensor(batch["tokens"][:, 1:].numel(), dtype=torch.float64)
+            return torch.tensor(batch[TOKENS][:, 1:].numel(), dtype=torch.float64)
         return weights_BT.double().sum()
 
     def row_losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -81,7 +81,7 @@ class LanguageModel:
         """What keeps the documents of a row apart, if they are to be."""
         if not self._config.mask_documents:
             return {}
-        starts_BT = unpack_bits(batch[DOCUMENT_STARTS], batch["tokens"].shape[1])[:, :-1]
+        starts_BT = unpack_bits(batch[DOCUMENT_STARTS], batch[TOKENS].shape[1])[:, :-1]
         return {"position_ids": document_positions(starts_BT)}
 
     def metrics(self, sums: torch.Tensor) -> dict[str, float]:
@@ -136,12 +136,12 @@ class CausalLm(LanguageModel):
 
 def _split(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """What a model reads, and what it is to predict."""
-    tokens = batch["tokens"].long()
+    tokens = batch[TOKENS].long()
     return tokens[:, :-1], tokens[:, 1:]
 
 
 def _weights(batch: Batch) -> torch.Tensor | None:
-    return token_weights(batch, batch["tokens"].shape[1] - 1)
+    return token_weights(batch, batch[TOKENS].shape[1] - 1)
 
 
 def language_metrics(loss: float, num_correct: float, num_tokens: float) -> dict[str, float]:

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import torch
 
-DOCUMENT_STARTS = "document_starts"
-"""One bit per token of a row, as `numpy.packbits` packs them: 1 if a document begins with it."""
-
 
 def document_positions(starts_BT: torch.Tensor) -> torch.Tensor:
     """Distance of each token from the first of its document; a row's first token begins one."""

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from jobs.data.dataset import TOKENS
 from jobs.models.family import Batch
 
 Precision = Callable[[], AbstractContextManager[None]]
@@ -113,4 +114,4 @@ def cut(model: Any, precision: Precision = contextlib.nullcontext) -> list[Recip
 
 def inputs(batch: Batch) -> torch.Tensor:
     """What the first layer takes."""
-    return batch["tokens"].long()[:, :-1]
+    return batch[TOKENS].long()[:, :-1]

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 
 import torch
 
+from jobs.data.dataset import LOSS_MASK
+
 ROW_WEIGHT = "row_weight"
-LOSS_MASK = "loss_mask"
-"""One bit per token of a row, as `numpy.packbits` packs them: 1 if it is to be predicted."""
 
 
 def weighted_sum(row_losses: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

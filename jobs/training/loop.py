@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from jobs.data.dataset import LOSS_MASK
 from jobs.data.rows import Array, Rows
 from jobs.data.sampler import Ids, global_batch, ids_for_rank
 from jobs.models.family import Batch, Family
-from jobs.models.weighting import LOSS_MASK, ROW_WEIGHT
+from jobs.models.weighting import ROW_WEIGHT
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
 from jobs.training.engine import Engine, LossFunction
