@@ -18,6 +18,9 @@ from sqlalchemy.engine import Connection
 from cluster.database import alias_history, aliases
 from cluster.errors import ConflictError
 
+ALIASES_LOCK = 7233543
+"""For `begin_alone`: whoever moves an alias, or removes what one may point to."""
+
 _HISTORY_TITLE = "## Aliases: who moved them, when and why"
 _MAX_PAGE_CHARACTERS = 4500
 """MLflow stores 5000."""

@@ -82,6 +82,19 @@ alias_history = sa.Table(
     sa.Column("at", sa.String(32), nullable=False),
 )
 
+# What packages were measured to be, after they were made; only ever added to.
+evaluations = sa.Table(
+    "evaluations",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.String(32), nullable=False),
+    sa.Column("digest", sa.String(71), nullable=False, index=True),
+    sa.Column("dataset_digest", sa.String(71), nullable=False),
+    sa.Column("split", sa.String(32), nullable=False),
+    sa.Column("metrics", sa.JSON, nullable=False),
+    sa.Column("run_id", sa.String(64), nullable=False),
+)
+
 # Desired and observed state of each served version; the release controller is the only writer.
 deployments = sa.Table(
     "deployments",

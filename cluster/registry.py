@@ -15,15 +15,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Engine
 
 from cluster import database
 from cluster.alias_mirror import AliasEdit, mirror, read_edits
 from cluster.aliases import (
+    ALIASES_LOCK,
     Alias,
     AliasChange,
     describe_history,
@@ -31,39 +31,28 @@ from cluster.aliases import (
     read_alias,
     read_history,
 )
-from cluster.database import aliases, deployments, model_versions
+from cluster.database import begin_alone, model_versions
 from cluster.errors import ConflictError, HeliostatError, NotFoundError, NotRunningError
-from cluster.model_package.card import model_card, version_tags
+from cluster.evaluations import EvaluationRecord, read_evaluations, write_evaluation
 from cluster.model_package.reader import package_key
 from cluster.model_package.writer import PublishedPackage
 from cluster.model_ref import CHAMPION, ModelRef, check_name
+from cluster.model_versions import ModelVersion as ModelVersion
+from cluster.model_versions import (
+    is_referred_to,
+    read_versions,
+    refuse_aliased,
+    refuse_base,
+    refuse_deployed,
+    require_listed,
+)
 from cluster.security.audit import AuditLog
 from cluster.settings import Settings
 from cluster.storage import Storage
 from cluster.tracking import open_client
-
-DIGEST_TAG = "heliostat.digest"
+from cluster.version_mirror import forget_version, number_version
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelVersion:
-    """One package under one name."""
-
-    name: str
-    version: int
-    digest: str
-    location: str
-    kind: str
-    run_id: str | None
-    parent_digest: str | None
-    created_at: str
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def ref(self) -> ModelRef:
-        return ModelRef(self.name, version=self.version)
 
 
 class ModelRegistry:
@@ -91,7 +80,14 @@ class ModelRegistry:
         client = open_client(self._settings)
         with _mlflow_errors(self._settings):
             taken = {version.version for version in self.list_versions(name)}
-            number = _mlflow_version(client, name, published, run_id, taken)
+            number = number_version(
+                client,
+                name,
+                published,
+                run_id=run_id,
+                taken=taken,
+                parent=self._find_package(published.manifest.lineage.parent_digest),
+            )
         row = {
             "name": name,
             "version": number,
@@ -121,7 +117,7 @@ class ModelRegistry:
         current = self.get_alias(ref.name, wanted)
         if current is not None:
             return self._version(ref.name, current.version)
-        known = self._require_model(ref.name)
+        known = self.versions_of(ref.name)
         there = ", ".join(
             f"{v.version} ({', '.join(v.aliases) or 'no alias'})" for v in known[-10:]
         )
@@ -130,21 +126,24 @@ class ModelRegistry:
             hint=f"it has versions {there}; write {ref.name}/{known[-1].version} for the newest",
         )
 
+    def versions_of(self, name: str) -> list[ModelVersion]:
+        """A model's versions, by number; at least one.
+
+        Raises:
+            NotFoundError: no such model, naming those there are.
+        """
+        if known := self.list_versions(name):
+            return known
+        names = ", ".join(sorted({v.name for v in self.list_versions()}))
+        raise NotFoundError(
+            f"model '{name}' does not exist",
+            hint=f"there are: {names}" if names else "make one: `heliostat models import --help`",
+        )
+
     def list_versions(self, name: str | None = None) -> list[ModelVersion]:
         """All versions, by name and number."""
-        query = sa.select(model_versions).order_by(model_versions.c.name, model_versions.c.version)
-        if name is not None:
-            query = query.where(model_versions.c.name == name)
         with self._engine.connect() as connection:
-            rows = connection.execute(query).mappings().all()
-            pointers = connection.execute(sa.select(aliases)).mappings().all()
-        names: dict[tuple[str, int], list[str]] = {}
-        for pointer in pointers:
-            names.setdefault((pointer["name"], pointer["version"]), []).append(pointer["alias"])
-        return [
-            ModelVersion(**row, aliases=tuple(sorted(names.get((row["name"], row["version"]), ()))))
-            for row in rows
-        ]
+            return read_versions(connection, name)
 
     def get_alias(self, name: str, alias: str) -> Alias | None:
         """Where an alias points now; its revision is what `set_alias` can be held to."""
@@ -175,10 +174,30 @@ class ModelRegistry:
         if version is not None:
             self._version(name, version)
         change = AliasChange(name, alias, None, version, actor, reason, database.now())
-        with self._engine.begin() as connection:
+        with begin_alone(self._engine, ALIASES_LOCK) as connection:
+            if version is not None:
+                require_listed(connection, name, version)
             if not move_alias(connection, change, expected_revision):
                 return
         self.mirror_aliases(name)
+
+    def last_target(self, name: str, alias: str) -> ModelVersion | None:
+        """Where an alias points or, if it was removed, pointed last; None if that is deleted."""
+        moves = [change for change in self.history(name) if change.alias == alias]
+        if not moves:
+            return None
+        number = moves[-1].to_version or moves[-1].from_version
+        return next((v for v in self.list_versions(name) if v.version == number), None)
+
+    def add_evaluation(self, evaluation: EvaluationRecord) -> None:
+        """Keep what a package was measured to be."""
+        with self._engine.begin() as connection:
+            write_evaluation(connection, evaluation)
+
+    def evaluations(self, digest: str) -> list[EvaluationRecord]:
+        """What a package was measured to be: the newest of each dataset and split."""
+        with self._engine.connect() as connection:
+            return read_evaluations(connection, digest)
 
     def history(self, name: str) -> list[AliasChange]:
         """Every move of the model's aliases, oldest first.
@@ -189,59 +208,57 @@ class ModelRegistry:
         with self._engine.connect() as connection:
             changes = read_history(connection, name)
         if not changes:
-            self._require_model(name)
+            self.versions_of(name)
         return changes
 
     def delete_version(self, name: str, version: int) -> None:
-        """Remove a version, and its package unless another name lists it.
+        """Remove a version, and its package unless something else refers to it.
 
         Raises:
             ConflictError: an alias points to it, it is deployed, or an adapter needs it.
+            NotRunningError: the MLflow server does not answer; nothing is removed.
         """
         found = self._version(name, version)
-        if found.aliases:
-            raise ConflictError(
-                f"{found.ref} is {' and '.join(found.aliases)}",
-                hint="move the alias to another version first (`heliostat models alias`)",
-            )
         client = open_client(self._settings)
-        with self._engine.begin() as connection:
-            _refuse_deployed(connection, found)
-            _refuse_base(connection, found)
+        with begin_alone(self._engine, ALIASES_LOCK) as connection:
+            refuse_aliased(connection, found)
+            refuse_deployed(connection, found)
+            refuse_base(connection, found)
             connection.execute(
                 sa.delete(model_versions).where(
                     model_versions.c.name == name, model_versions.c.version == version
                 )
             )
-            others = connection.scalar(
-                sa.select(sa.func.count()).where(model_versions.c.digest == found.digest)
-            )
+            is_needed = is_referred_to(connection, found.digest)
+        # From here on it is deleted; what cannot be done now is only tidiness.
+        try:
             with _mlflow_errors(self._settings):
-                _delete_in_mlflow(client, name, version)
-        if not others:
+                forget_version(client, name, version)
+        except NotRunningError as error:
+            _logger.warning("%s is deleted, and still shown in MLflow: %s", found.ref, error)
+        if is_needed:
+            return
+        try:
             Storage.open(self._settings.storage_root).delete_dir(package_key(found.digest))
+        except NotRunningError as error:
+            _logger.warning("its package stays until `heliostat gc`: %s", error.message)
 
     def _version(self, name: str, version: int) -> ModelVersion:
         for found in self.list_versions(name):
             if found.version == version:
                 return found
-        known = self._require_model(name)
+        known = self.versions_of(name)
         numbers = ", ".join(str(v.version) for v in known[-10:])
         raise NotFoundError(
             f"model '{name}' has no version {version}", hint=f"it has versions {numbers}"
         )
 
-    def _require_model(self, name: str) -> list[ModelVersion]:
-        if known := self.list_versions(name):
-            return known
-        names = ", ".join(sorted({v.name for v in self.list_versions()}))
-        raise NotFoundError(
-            f"model '{name}' does not exist",
-            hint=f"there are: {names}" if names else "make one: `heliostat models import --help`",
-        )
-
     def _find_digest(self, name: str, digest: str) -> ModelVersion | None:
         return next((v for v in self.list_versions(name) if v.digest == digest), None)
+
+    def _find_package(self, digest: str) -> ModelRef | None:
+        """The first version of any name that lists a package."""
+        return next((v.ref for v in self.list_versions() if v.digest == digest), None)
 
     def _lost_race(self, client: Any, name: str, number: int, digest: str) -> ModelVersion:
         """Somebody else inserted the same package, or took the number, in between."""
@@ -253,7 +270,7 @@ class ModelRegistry:
             )
         if known.version != number:
             with _mlflow_errors(self._settings):
-                _delete_in_mlflow(client, name, number)
+                forget_version(client, name, number)
         return known
 
     def mirror_aliases(self, name: str) -> None:
@@ -285,80 +302,6 @@ class ModelRegistry:
         client = open_client(self._settings)
         with _mlflow_errors(self._settings):
             return read_edits(client, name)
-
-
-def _refuse_deployed(connection: Connection, version: ModelVersion) -> None:
-    query = sa.select(deployments.c.state).where(
-        deployments.c.name == version.name, deployments.c.version == version.version
-    )
-    if (state := connection.scalar(query)) is not None:
-        raise ConflictError(
-            f"{version.ref} is deployed ({state})",
-            hint=f"take it down first: `heliostat undeploy {version.name}`",
-        )
-
-
-def _refuse_base(connection: Connection, version: ModelVersion) -> None:
-    """An adapter is of no use without the package it was trained on."""
-    of_package = model_versions.c.digest == version.digest
-    listed = sa.select(sa.func.count()).where(of_package)
-    adapters = sa.select(model_versions.c.name, model_versions.c.version).where(
-        model_versions.c.kind == "adapter", model_versions.c.parent_digest == version.digest
-    )
-    adapter = connection.execute(adapters).first()
-    if adapter is not None and connection.scalar(listed) == 1:
-        raise ConflictError(
-            f"{version.ref} is the base of adapter {adapter.name}/{adapter.version}",
-            hint="delete the adapter first, or register its merged model",
-        )
-
-
-def _mlflow_version(
-    client: Any, name: str, published: PublishedPackage, run_id: str | None, taken: set[int]
-) -> int:
-    """The number MLflow has or gives for this package, none of those `taken` in SQL."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    for found in client.search_model_versions(f"name = '{name}'"):
-        # Left by a registration that was interrupted before SQL knew of it.
-        if found.tags.get(DIGEST_TAG) == published.digest and int(found.version) not in taken:
-            return int(found.version)
-    while True:
-        created = client.create_model_version(
-            name,
-            source=_source(published),
-            run_id=run_id,
-            tags=version_tags(published.digest, published.manifest, published.location),
-            description=model_card(published.digest, published.manifest),
-            await_creation_for=0,
-        )
-        if int(created.version) not in taken:
-            return int(created.version)
-        # MLflow counts from 1 again after the model was deleted in its UI.
-        _delete_in_mlflow(client, name, int(created.version))
-
-
-def _source(published: PublishedPackage) -> str:
-    """MLflow refuses local paths as sources; the package's identity says as much."""
-    if "://" in published.location:
-        return published.location
-    return f"heliostat://{package_key(published.digest)}"
-
-
-def _delete_in_mlflow(client: Any, name: str, version: int) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.delete_model_version(name, str(version))
-    except MlflowException as error:
-        # Somebody else deleted it before: that is what was wanted.
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
 
 
 @contextmanager

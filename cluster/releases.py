@@ -20,12 +20,10 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from cluster.aliases import AliasChange, move_alias, read_alias, read_history
+from cluster.aliases import ALIASES_LOCK, AliasChange, move_alias, read_alias, read_history
 from cluster.database import aliases, begin_alone, deployments, now, routes
 from cluster.errors import ConflictError
 from cluster.model_ref import CHAMPION
-
-_LOCK = 7233543
 
 State = Literal["deploying", "warming", "parity", "champion", "standby", "failed", "retiring"]
 
@@ -113,7 +111,7 @@ class ReleaseStore:
     @contextmanager
     def writing(self) -> Iterator[ReleaseWriter]:
         """One transaction that no other writer runs beside; an error undoes all of it."""
-        with begin_alone(self._engine, _LOCK) as connection:
+        with begin_alone(self._engine, ALIASES_LOCK) as connection:
             yield ReleaseWriter(connection)
 
 

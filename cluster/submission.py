@@ -59,6 +59,11 @@ def git_commit(source_dir: Path) -> str:
     return f"{commit}-dirty" if commit and _git(source_dir, "status", "--porcelain") else commit
 
 
+def has_commit(source_dir: Path, commit: str) -> bool:
+    """Whether the checkout knows a commit, asking no remote."""
+    return bool(_git(source_dir, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"))
+
+
 class Jobs:
     """The jobs of one cluster."""
 

@@ -2,7 +2,7 @@
 
 Metrics wait in a bounded queue for a background thread. A server that cannot be reached stops a run
 before it begins; one that goes away later costs metrics and a warning, never the training. Knows
-nothing of models and jobs. With `registry.py` the only module that imports mlflow, on first use.
+nothing of models and jobs. The only module that imports mlflow, on first use.
 
     with RunTracker.start(settings, "digits", "first try", params={"lr": 1e-3}) as tracker:
         tracker.log_metrics({"loss": 0.3}, step=10)
@@ -28,10 +28,11 @@ from cluster.settings import Settings
 
 _REACHABLE_TIMEOUT_S = 3
 _REQUEST_TIMEOUT_S = 30
-# MLflow's own limits for one batch and one parameter.
+# MLflow's own limits.
 _MAX_METRICS = 1_000
 _MAX_PARAMS = 100
 _MAX_PARAM_CHARACTERS = 6_000
+_MAX_DATASET_DIGEST = 36
 _SAMPLING_INTERVAL_S = 5
 
 _logger = logging.getLogger(__name__)
@@ -170,6 +171,15 @@ class RunTracker:
             artifact_file, lambda: self._client.log_dict(self.run_id, dict(values), artifact_file)
         )
 
+    def log_dataset(self, name: str, digest: str, *, source: str, context: str) -> None:
+        """Link a dataset, so that the run's page shows it.
+
+        Args:
+            source: where it lies.
+            context: what it is used for: 'training', 'evaluation'.
+        """
+        self._try("the dataset", lambda: self._link_dataset(name, digest, source, context))
+
     def log_figure(self, figure: Any, artifact_file: str) -> None:
         """Keep a matplotlib figure with the run, drawn in the format of the name's ending."""
         self._try(
@@ -210,6 +220,15 @@ class RunTracker:
         else:
             failed = issubclass(kind, Exception) and not issubclass(kind, StoppedError)
             self.finish("FAILED" if failed else "KILLED")
+
+    def _link_dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        short = digest.removeprefix("sha256:")[:_MAX_DATASET_DIGEST]
+        where = json.dumps({"uri": source, "digest": digest})
+        dataset = Dataset(name, short, source_type="heliostat", source=where)
+        tags = [InputTag("mlflow.data.context", context)]
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags)])
 
     def _try(self, what: str, write: Callable[[], Any]) -> None:
         try:

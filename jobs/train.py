@@ -171,6 +171,8 @@ def check_family(start: Start, dataset: Dataset) -> None:
 def log_dataset(dataset: Dataset, tracker: RunTracker) -> None:
     """What was trained on, and what cleaning did to it."""
     tracker.log_dict(dataset.info.model_dump(mode="json"), "dataset.json")
+    info, source = dataset.info, str(dataset.directory)
+    tracker.log_dataset(info.name, info.digest, source=source, context="training")
     if dataset.info.table is not None:
         tracker.log_metrics(dataset.info.table.counts(), 0)
 

@@ -21,7 +21,7 @@ FLOORS = {
 }
 # Heavy library → the path prefixes that may import it.
 DOORS = {
-    "mlflow": ("cluster/registry.py", "cluster/tracking.py"),
+    "mlflow": ("cluster/tracking.py",),
     "deepspeed": ("jobs/training/",),
     "ray.data": ("jobs/data/ray_execution.py",),
     "ray.train": ("jobs/",),

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import HeliostatError, JobFailedError
-from cluster.model_ref import CANDIDATE, ModelRef
+from cluster.model_ref import CANDIDATE, CHAMPION, ModelRef
 from cluster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ def run_demo(*, fast: bool = False) -> None:
         _ask_digits(customer, settings, registry)
         _step("Ask as a customer: continue a sentence")
         _ask_language_model(customer, settings, registry)
+    _step("Where the answers came from: verified from the package down to data and commit")
+    for model in (DIGITS, LANGUAGE_MODEL):
+        _print_origin(settings, registry, model)
     console.print(f"\nThe demo took {time.monotonic() - started:.0f} s.\n")
     _heliostat("up")  # it is up; this prints the card
 
@@ -174,6 +177,17 @@ def _stream(customer: httpx.Client, body: dict[str, Any]) -> Any:
             data = line.removeprefix("data: ")
             if data != line and data != "[DONE]":
                 yield from (choice["text"] for choice in json.loads(data)["choices"])
+
+
+def _print_origin(settings: Settings, registry: ModelRegistry, model: DemoModel) -> None:
+    """Of the version that has the traffic."""
+    from cluster.cli.lineage import print_lineage
+    from cluster.lineage import trace
+    from cluster.model_package import open_version
+
+    version = registry.resolve(ModelRef(model.name, alias=CHAMPION))
+    console.print(f"[bold]{version.ref}[/bold]")
+    print_lineage(trace(open_version(version, settings), settings))
 
 
 def _manifest(settings: Settings, registry: ModelRegistry, model: DemoModel) -> Any:

@@ -6,7 +6,6 @@ a verb runs.
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import json
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.errors import NotRunningError, UsageError
+from cluster.errors import NotFoundError, NotRunningError, UsageError
 from cluster.model_ref import CANDIDATE, ModelRef, check_name
-from cluster.settings import load_settings
+from cluster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from cluster.model_package import ModelPackage
@@ -58,7 +57,9 @@ def list_models(
     """Every version with its aliases."""
     from cluster.cli.output import print_table
 
-    rows = [_row(version) for version in _registry().list_versions(name)]
+    registry = _registry()
+    versions = registry.versions_of(name) if name else registry.list_versions()
+    rows = [_row(version) for version in versions]
     shown = rows if as_json else [{**row, "digest": row["digest"][:19]} for row in rows]
     columns = ("name", "version", "aliases", "kind", "created_at", "digest")
     print_table(shown, columns, as_json=as_json, empty="no models: `heliostat models import`")
@@ -73,14 +74,17 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """A version's origin, interface, metrics and files, from its verified package."""
+    from cluster.cli.model_details import print_comparison, print_details
+
     if other is not None:
-        _compare([_details(ref), _details(other)], as_json)
+        print_comparison([_details(ref), _details(other)], as_json=as_json)
         return
     details = _details(ref)
+    _warn_of_edits(details["name"])
     if as_json:
         print(json.dumps(details, indent=2, ensure_ascii=False))
     else:
-        _print_details(details)
+        print_details(details)
 
 
 @app.command("verify")
@@ -88,30 +92,38 @@ def verify(
     target: Annotated[
         str, typer.Argument(help="NAME, NAME@ALIAS or NAME/VERSION, or a package's directory.")
     ],
+    data: Annotated[
+        bool, typer.Option(help="Read every file of the dataset; else its description alone.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Check signature, digests and files of a stored package; exit code 1 if anything is wrong."""
-    from cluster.model_package import TrustStore, fetched, open_version, verify_directory
+    """Check a stored package and all it came from, down to data and commit; asks no server.
+
+    Exit code 1 if anything is wrong; what is not here to be checked is said to be absent.
+    """
+    from cluster.model_package import TrustStore, fetched, open_copy, verify_directory
     from cluster.storage import Storage
 
     settings = load_settings()
     trust = TrustStore(settings.keys_dir)
     if Path(target).is_dir():
         package = verify_directory(Path(target), trust, allow_unsigned=settings.allow_unsigned)
-        _print_verified(package, as_json)
+        _print_verified(package, settings, data, as_json)
         return
     version = _registry().resolve(ModelRef.parse(target))
-    storage = Storage.open(settings.storage_root)
     try:
+        storage = Storage.open(settings.storage_root)
         with fetched(version.digest, storage, settings.package_cache_dir) as copy:
             package = verify_directory(
                 copy, trust, digest=version.digest, allow_unsigned=settings.allow_unsigned
             )
-            _print_verified(package, as_json)
+            _print_verified(package, settings, data, as_json)
     except NotRunningError as error:
-        # The reader verifies its own copy again; without one, this error is what there is to say.
+        copied = open_copy(version.digest, settings)
+        if copied is None:
+            raise
         typer.echo(f"warning: {error.message}; reading this machine's copy", err=True)
-        _print_verified(open_version(version, settings), as_json)
+        _print_verified(copied, settings, data, as_json)
 
 
 @app.command("history")
@@ -123,21 +135,30 @@ def history(name: str, as_json: JsonOption = False) -> None:
     rows = [vars(change) for change in registry.history(name)]
     columns = ("at", "alias", "from_version", "to_version", "actor", "reason")
     print_table(rows, columns, as_json=as_json, empty="no alias was ever set")
-    with contextlib.suppress(NotRunningError):
-        for edit in registry.foreign_edits(name):
-            typer.echo(f"warning: {edit}; that moves nothing, and will be undone", err=True)
+    _warn_of_edits(name)
 
 
 @app.command("alias")
 def alias(
     name: str,
     alias: str,
-    version: int,
+    version: Annotated[int | None, typer.Argument(help="Its number.", show_default=False)] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the alias away instead.")] = False,
     reason: Annotated[str, typer.Option(help="Kept in the history.")] = "by hand",
 ) -> None:
-    """Point an alias to a version by hand; a release does it for `champion`."""
-    _registry().set_alias(name, alias, version, actor=_actor(), reason=reason)
-    print(f"{name}@{alias} is version {version}")
+    """Point an alias to a version by hand, or take it away; a release does it for `champion`."""
+    if remove == (version is not None):
+        raise UsageError(
+            "an alias is moved to a version or removed", hint="give a version number, or --remove"
+        )
+    registry = _registry()
+    registry.versions_of(name)
+    if remove and registry.get_alias(name, alias) is None:
+        raise NotFoundError(
+            f"model '{name}' has no alias '{alias}'", hint=f"see `heliostat models list {name}`"
+        )
+    registry.set_alias(name, alias, version, actor=_actor(), reason=reason)
+    print(f"{name}@{alias} is {'removed' if remove else f'version {version}'}")
 
 
 @app.command("delete")
@@ -158,38 +179,24 @@ def delete(
 
 
 def _details(ref: str) -> dict[str, Any]:
+    from cluster.cli.model_details import describe
     from cluster.model_package import open_version
 
-    version = _registry().resolve(ModelRef.parse(ref))
-    return {**_row(version), **_describe(open_version(version, load_settings()))}
+    registry = _registry()
+    version = registry.resolve(ModelRef.parse(ref))
+    return {
+        **_row(version),
+        **describe(open_version(version, load_settings())),
+        "evaluations": [vars(found) for found in registry.evaluations(version.digest)],
+    }
 
 
-def _compare(versions: list[dict[str, Any]], as_json: bool) -> None:
-    """Metrics and size of two versions, and the difference of the second to the first."""
-    from cluster.cli.output import print_table
-
-    first, second = versions
-    labels = [f"{version['name']}/{version['version']}" for version in versions]
-    values = [
-        {**version["metrics"], "size_mb": sum(version["files"].values()) / 1e6}
-        for version in versions
-    ]
-    rows = []
-    for metric in sorted(values[0].keys() | values[1].keys()):
-        a, b = (found.get(metric) for found in values)
-        row: dict[str, Any] = {"metric": metric, labels[0]: a, labels[1]: b}
-        row["difference"] = b - a if a is not None and b is not None else None
-        rows.append(row)
-    shown = rows if as_json else [{k: _number(v) for k, v in row.items()} for row in rows]
-    columns = ("metric", *dict.fromkeys(labels), "difference")
-    print_table(shown, columns, as_json=as_json, empty="neither has metrics")
-    datasets = {version["lineage"]["dataset_digest"] for version in (first, second)}
-    if len(datasets) > 1 and not as_json:
-        print("they were measured on different datasets")
-
-
-def _number(value: Any) -> Any:
-    return f"{value:.5g}" if isinstance(value, float) else value
+def _warn_of_edits(name: str) -> None:
+    try:
+        for edit in _registry().foreign_edits(name):
+            typer.echo(f"warning: {edit}; that moves nothing, and will be undone", err=True)
+    except NotRunningError as error:
+        typer.echo(f"warning: edits in MLflow are not looked for: {error.message}", err=True)
 
 
 def _registry() -> ModelRegistry:
@@ -202,52 +209,20 @@ def _row(version: ModelVersion) -> dict[str, Any]:
     return {**vars(version), "aliases": list(version.aliases)}
 
 
-def _describe(package: ModelPackage) -> dict[str, Any]:
-    from cluster.processing import public_inputs, public_outputs
+def _print_verified(package: ModelPackage, settings: Settings, data: bool, as_json: bool) -> None:
+    from cluster.cli.lineage import print_lineage
+    from cluster.cli.model_details import describe, print_details
+    from cluster.lineage import trace
 
-    manifest = package.manifest
-    model = manifest.language_model
-    return {
-        "digest": package.digest,
-        "signer": package.signer,
-        "kind": manifest.kind,
-        "made_at": manifest.created_at,
-        "lineage": manifest.lineage.model_dump(),
-        "language_model": model.model_dump(mode="json") if model else None,
-        "inputs": [str(spec) for spec in public_inputs(manifest)],
-        "outputs": [str(spec) for spec in public_outputs(manifest)],
-        "metrics": manifest.metrics,
-        "files": {name: entry.size_bytes for name, entry in sorted(manifest.files.items())},
-    }
-
-
-def _print_verified(package: ModelPackage, as_json: bool) -> None:
-    details = {"verified": True, **_describe(package)}
+    links = list(trace(package, settings, with_data=data))
+    details = {"verified": True, **describe(package), "chain": [vars(link) for link in links]}
     if as_json:
         print(json.dumps(details, indent=2, ensure_ascii=False))
         return
     print(f"verified: {package.digest}")
-    _print_details({k: details[k] for k in ("signer", "kind", "made_at", "lineage", "files")})
-
-
-def _print_details(details: dict[str, Any]) -> None:
-    """Nested values below their name; what is empty is left out."""
-    for name, value in details.items():
-        label = name.replace("_", " ")
-        if isinstance(value, dict):
-            filled = {key: item for key, item in value.items() if item not in ("", None)}
-            if filled:
-                print(f"{label}:")
-                for key, item in filled.items():
-                    if name == "files":
-                        print(f"  {key}: {item:,} bytes")
-                    else:
-                        print(f"  {key.replace('_', ' ')}: {item}")
-        elif isinstance(value, list):
-            if value:
-                print(f"{label}: {', '.join(str(item) for item in value)}")
-        elif value not in ("", None):
-            print(f"{label}: {value}")
+    print_details({k: details[k] for k in ("signer", "kind", "made_at", "files")})
+    print("lineage:")
+    print_lineage(links)
 
 
 def _actor() -> str:

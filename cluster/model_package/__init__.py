@@ -7,6 +7,7 @@ transformers, onnxruntime or model_signing; the functions load what they need.
     reading   open_package(digest, storage=…, trust=…, cache_dir=…)         -> ModelPackage
               open_version(version, settings)                               -> ModelPackage
               open_digest(digest, settings)                                 -> ModelPackage
+              open_copy(digest, settings)                                   -> ModelPackage | None
               open_base(adapter, settings)                                  -> ModelPackage
               verify_directory(path, trust)                                 -> ModelPackage
     golden    golden.replay(package), golden.check_graph(manifest, run),
@@ -25,7 +26,7 @@ from cluster.model_package.manifest import (
     Lineage,
     Manifest,
 )
-from cluster.model_package.opening import open_base, open_digest, open_version
+from cluster.model_package.opening import open_base, open_copy, open_digest, open_version
 from cluster.model_package.reader import (
     ModelPackage,
     fetched,
@@ -59,6 +60,7 @@ __all__ = [
     "fetched",
     "golden",
     "open_base",
+    "open_copy",
     "open_digest",
     "open_package",
     "open_version",

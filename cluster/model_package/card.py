@@ -2,10 +2,12 @@
 
 Pure text from the manifest; knows nothing of MLflow.
 
-    model_card(digest, manifest)     # Markdown
+    model_card(digest, manifest, CardLinks(run="#/experiments/1/runs/abc"))     # Markdown
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from cluster.model_package.manifest import Manifest
 from cluster.processing import public_inputs, public_outputs
@@ -13,6 +15,15 @@ from cluster.processing import public_inputs, public_outputs
 MAX_CHARACTERS = 5_000
 """What MLflow's database keeps of a description."""
 _MAX_FILES = 20
+
+
+@dataclass(frozen=True)
+class CardLinks:
+    """Pages of what a version came from; empty where there is none."""
+
+    run: str = ""
+    """It also shows the dataset and the commit."""
+    parent: str = ""
 
 
 def version_tags(digest: str, manifest: Manifest, location: str) -> dict[str, str]:
@@ -32,11 +43,11 @@ def version_tags(digest: str, manifest: Manifest, location: str) -> dict[str, st
     return {f"heliostat.{name}": value for name, value in tags.items() if value}
 
 
-def model_card(digest: str, manifest: Manifest) -> str:
+def model_card(digest: str, manifest: Manifest, links: CardLinks = CardLinks()) -> str:
     """Markdown for the version's page."""
     sections = [
         f"# {manifest.name}",
-        _facts(digest, manifest),
+        _facts(digest, manifest, links),
         _interface(manifest),
         _table("Metrics", ("metric", "value"), [(n, f"{v:.6g}") for n, v in _metrics(manifest)]),
         _table(
@@ -49,16 +60,17 @@ def model_card(digest: str, manifest: Manifest) -> str:
     return "\n\n".join(section for section in sections if section)[:MAX_CHARACTERS]
 
 
-def _facts(digest: str, manifest: Manifest) -> str:
+def _facts(digest: str, manifest: Manifest, links: CardLinks) -> str:
     lineage = manifest.lineage
     rows = [
         ("digest", f"`{digest}`"),
         ("kind", manifest.kind),
         ("made", f"{manifest.created_at} by {lineage.source or 'an unknown tool'}"),
-        ("data", f"`{lineage.dataset_digest}`" if lineage.dataset_digest else ""),
-        ("commit", f"`{lineage.git_commit}`" if lineage.git_commit else ""),
-        ("adapts", f"`{manifest.adapter.base_digest}`" if manifest.adapter else ""),
-        ("derived from", f"`{lineage.parent_digest}`" if lineage.parent_digest else ""),
+        ("run", _linked(lineage.run_id, links.run)),
+        ("data", _linked(lineage.dataset_digest, links.run)),
+        ("commit", _linked(lineage.git_commit, links.run)),
+        ("adapts", _linked(manifest.adapter.base_digest, links.parent) if manifest.adapter else ""),
+        ("derived from", _linked(lineage.parent_digest, links.parent)),
     ]
     if info := manifest.language_model:
         rows += [
@@ -67,6 +79,13 @@ def _facts(digest: str, manifest: Manifest) -> str:
             ("context", f"{info.max_context_tokens:,} tokens"),
         ]
     return _table("", ("", ""), [row for row in rows if row[1]])
+
+
+def _linked(identity: str, page: str) -> str:
+    """An identity as code, leading to its page if it has one; empty if there is none."""
+    if not identity:
+        return ""
+    return f"[`{identity}`]({page})" if page else f"`{identity}`"
 
 
 def _interface(manifest: Manifest) -> str:

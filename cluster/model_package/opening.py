@@ -9,13 +9,16 @@ Knows of a version only its digest.
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
-from cluster.errors import NotFoundError, PackageError
-from cluster.model_package.reader import ModelPackage, open_package
+from cluster.errors import NotFoundError, NotRunningError, PackageError
+from cluster.model_package.reader import ModelPackage, open_cached, open_package, package_key
 from cluster.model_package.signing import TrustStore
 from cluster.settings import Settings
 from cluster.storage import Storage
+
+_logger = logging.getLogger(__name__)
 
 
 class HasDigest(Protocol):
@@ -31,10 +34,31 @@ def open_version(version: HasDigest, settings: Settings) -> ModelPackage:
 
 
 def open_digest(digest: str, settings: Settings) -> ModelPackage:
-    """Fetch, verify and cache a package; see `open_package`."""
+    """Fetch, verify and cache a package; see `open_package`.
+
+    While storage is down, this machine's copy is verified and used, and a warning says so.
+    """
+    try:
+        storage = Storage.open(settings.storage_root)
+        storage.exists(package_key(digest))
+    except NotRunningError as error:
+        if (copy := open_copy(digest, settings)) is None:
+            raise
+        _logger.warning("%s; package %s is this machine's verified copy", error.message, digest)
+        return copy
     return open_package(
         digest,
-        storage=Storage.open(settings.storage_root),
+        storage=storage,
+        trust=TrustStore(settings.keys_dir),
+        cache_dir=settings.package_cache_dir,
+        allow_unsigned=settings.allow_unsigned,
+    )
+
+
+def open_copy(digest: str, settings: Settings) -> ModelPackage | None:
+    """This machine's copy of a package, without asking storage; see `open_cached`."""
+    return open_cached(
+        digest,
         trust=TrustStore(settings.keys_dir),
         cache_dir=settings.package_cache_dir,
         allow_unsigned=settings.allow_unsigned,

@@ -105,16 +105,10 @@ def open_package(
         NotFoundError: no such package in storage.
         PackageError: it cannot be trusted; the class says why.
     """
-    key = package_key(digest)
-    entry = cache_dir / key.rpartition("/")[2]
-    if entry.exists():
-        try:
-            return verify_directory(entry, trust, digest=digest, allow_unsigned=allow_unsigned)
-        except UnknownKeyError:
-            raise
-        except PackageError as error:
-            _logger.warning("cached package %s is dropped and fetched again: %s", digest, error)
-            _discard(entry)
+    cached = open_cached(digest, trust=trust, cache_dir=cache_dir, allow_unsigned=allow_unsigned)
+    if cached is not None:
+        return cached
+    entry = _entry(digest, cache_dir)
     with fetched(digest, storage, cache_dir) as incoming:
         package = verify_directory(incoming, trust, digest=digest, allow_unsigned=allow_unsigned)
         for name in list_files(incoming):
@@ -124,6 +118,31 @@ def open_package(
             incoming.rename(entry)
             return dataclasses.replace(package, path=entry)
     return verify_directory(entry, trust, digest=digest, allow_unsigned=allow_unsigned)
+
+
+def open_cached(
+    digest: str, *, trust: TrustStore, cache_dir: Path, allow_unsigned: bool = False
+) -> ModelPackage | None:
+    """This machine's copy of a package, verified in full again; None if there is none to trust.
+
+    Raises:
+        UnknownKeyError: it is whole, and signed by a key that is not trusted here.
+    """
+    entry = _entry(digest, cache_dir)
+    if not entry.exists():
+        return None
+    try:
+        return verify_directory(entry, trust, digest=digest, allow_unsigned=allow_unsigned)
+    except UnknownKeyError:
+        raise
+    except PackageError as error:
+        _logger.warning("cached package %s is dropped, to be fetched again: %s", digest, error)
+        _discard(entry)
+        return None
+
+
+def _entry(digest: str, cache_dir: Path) -> Path:
+    return cache_dir / package_key(digest).rpartition("/")[2]
 
 
 @contextlib.contextmanager

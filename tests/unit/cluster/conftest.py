@@ -17,9 +17,15 @@ from tests.servers import free_port, start_server, stop_server
 
 
 @pytest.fixture(scope="session")
-def mlflow_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def mlflow_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the MLflow server keeps its database and its artifacts."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="session")
+def mlflow_port(mlflow_home: Path) -> Iterator[int]:
     """Port of a real MLflow server with an empty database."""
-    home = tmp_path_factory.mktemp("mlflow")
+    home = mlflow_home
     port = free_port()
     command = [
         str(Path(sys.executable).parent / "mlflow"),

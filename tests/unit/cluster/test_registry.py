@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from cluster import database
 from cluster.database import deployments, open_database
 from cluster.errors import ConflictError, NotFoundError, NotRunningError
+from cluster.garbage import find_garbage
 from cluster.model_package import Golden, Kind, Lineage, Manifest, PublishedPackage
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
@@ -67,20 +68,54 @@ def test_mlflow_shows_what_a_version_is_and_links_its_run(
     registry: ModelRegistry, settings: Settings, name: str
 ) -> None:
     with RunTracker.start(settings, "e", "r") as run:
-        pass
+        run.log_dataset("digits", "sha256:da7a", source="/there", context="training")
+    parent = package(settings)
+    registry.register(f"{name}-base", parent)
     published = package(
-        settings, source="jobs.train", dataset_digest="data", git_commit="abc", parent_digest="p"
-    )
+        settings, source="jobs.train", run_id=run.run_id, dataset_digest="data", git_commit="abc",
+        parent_digest=parent.digest,
+    )  # fmt: skip
     registry.register(name, published, run_id=run.run_id)
-    shown = open_client(settings).get_model_version(name, "1")
+    client = open_client(settings)
+    shown = client.get_model_version(name, "1")
     assert shown.run_id == run.run_id
+    page = run.url.partition("/#/")[2]
+    for link in (
+        f"| run | [`{run.run_id}`](#/{page}) |",
+        f"| data | [`data`](#/{page}) |",
+        f"| commit | [`abc`](#/{page}) |",
+        f"| derived from | [`{parent.digest}`](#/models/{name}-base/versions/1) |",
+    ):
+        assert link in shown.description
+    (used,) = client.get_run(run.run_id).inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("digits", "da7a")
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
     assert shown.tags["heliostat.digest"] == published.digest
     assert shown.tags["heliostat.kind"] == "graph"
     assert shown.tags["heliostat.dataset"] == "data"
     assert shown.tags["heliostat.commit"] == "abc"
-    assert shown.tags["heliostat.parent"] == "p"
+    assert shown.tags["heliostat.parent"] == parent.digest
     assert published.digest in shown.description
     assert "accuracy" in shown.description
+
+
+def test_a_run_that_was_deleted_is_no_reason_not_to_register(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    registry.register(name, package(settings, run_id="gone"), run_id="0" * 32)
+    assert "| run | `gone` |" in open_client(settings).get_model_version(name, "1").description
+
+
+def test_packages_do_not_pass_through_mlflow(
+    registry: ModelRegistry, settings: Settings, mlflow_home: Path, name: str
+) -> None:
+    before = sorted((mlflow_home / "artifacts").rglob("*"))
+    published = package(settings)
+    (Path(published.location) / "weights").write_bytes(b"w" * 10**6)
+    registry.register(name, published)
+    assert sorted((mlflow_home / "artifacts").rglob("*")) == before
+    source = open_client(settings).get_model_version(name, "1").source
+    assert source.removeprefix("heliostat://packages/") == published.digest.removeprefix("sha256:")
 
 
 def test_an_interrupted_registration_is_finished_not_repeated(
@@ -321,6 +356,102 @@ def test_only_what_nobody_uses_is_deleted(
     assert not Path(published.location).exists()
     assert registry.list_versions() == []
     assert registry.register(name, package(settings)).version == 2
+
+
+def test_the_package_that_another_was_derived_from_stays(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    parent = package(settings)
+    registry.register(name, parent)
+    child = registry.register(name, package(settings, parent_digest=parent.digest))
+    registry.delete_version(name, 1)
+    assert Path(parent.location).exists()
+    assert registry.list_versions(name) == [child]
+
+
+def test_a_version_that_is_deleted_gets_no_alias(settings: Settings, name: str) -> None:
+    """Whoever is first, no alias points to nothing."""
+    registry = ModelRegistry.open(settings)
+    registry.register(name, package(settings))
+    barrier = threading.Barrier(2)
+    outcomes: list[str] = []
+
+    def attempt(what: str) -> None:
+        barrier.wait()
+        try:
+            move(registry, name, 1) if what == "move" else registry.delete_version(name, 1)
+            outcomes.append(what)
+        except (ConflictError, NotFoundError):
+            pass
+
+    threads = [threading.Thread(target=attempt, args=(what,)) for what in ("move", "delete")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 1
+    assert [v.version for v in registry.list_versions(name)] == (
+        [1] if outcomes[0] == "move" else []
+    )
+    assert (registry.get_alias(name, "champion") is not None) == (outcomes[0] == "move")
+
+
+def test_nothing_is_deleted_while_mlflow_is_down(
+    registry: ModelRegistry, settings: Settings, settings_without_server: Settings, name: str
+) -> None:
+    published = package(settings)
+    registry.register(name, published)
+    with pytest.raises(NotRunningError):
+        ModelRegistry.open(settings_without_server).delete_version(name, 1)
+    assert Path(published.location).exists()
+    assert len(registry.list_versions(name)) == 1
+
+
+def test_storage_that_is_down_leaves_the_package_to_be_collected(
+    registry: ModelRegistry, settings: Settings, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = package(settings)
+    (Path(published.location) / "weights").write_bytes(b"w")
+    registry.register(name, published)
+    blocked = settings.home / "file"
+    blocked.touch()
+    down = settings.model_copy(update={"storage_url": str(blocked / "storage")})
+    with caplog.at_level(logging.WARNING):
+        ModelRegistry.open(down).delete_version(name, 1)
+    assert "stays until `heliostat gc`" in caplog.text
+    assert registry.list_versions(name) == []
+    assert [garbage.kind for garbage in find_garbage(settings, older_than_s=0)] == ["package"]
+
+
+@pytest.mark.parametrize(
+    "change", ["UPDATE alias_history SET reason = ''", "DELETE FROM alias_history"]
+)
+def test_the_history_only_grows(
+    registry: ModelRegistry, settings: Settings, name: str, change: str
+) -> None:
+    registry.register(name, package(settings))
+    move(registry, name, 1)
+    with (
+        pytest.raises(sa.exc.DatabaseError, match="only ever added to"),
+        open_database(settings.database).begin() as connection,
+    ):
+        connection.execute(sa.text(change))
+    assert [c.reason for c in registry.history(name)] == ["why"]
+
+
+def test_an_alias_that_was_removed_has_a_last_target(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    registry.register(name, package(settings))
+    registry.register(name, package(settings))
+    assert registry.last_target(name, "champion") is None
+    move(registry, name, 2)
+    move(registry, name, None)
+    found = registry.last_target(name, "champion")
+    assert found is not None
+    assert found.version == 2
+    registry.delete_version(name, 2)
+    assert registry.last_target(name, "champion") is None
 
 
 def test_the_base_of_an_adapter_stays_as_long_as_it(

@@ -17,6 +17,7 @@ import yaml
 from cluster.cli.import_model import import_path
 from cluster.database import open_database
 from cluster.ledger import Ledger
+from cluster.lineage import trace
 from cluster.model_package import ensure_local_key, golden, open_version
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
@@ -111,6 +112,10 @@ def test_a_life_in_one_process(call: Call, home: Path) -> None:
     assert lineage.run_id == trained.result["run_id"]
     assert lineage.dataset_digest == trained.result["dataset_digest"]
     assert package.manifest.profile["columns"]["pixels"]["max"] == 16.0
+    links = {link.what: link for link in trace(package, settings)}
+    assert links.keys() == {"package", "dataset", "commit", "run"}
+    assert (links["dataset"].state, links["dataset"].note.split(",")[0]) == ("verified", "digits")
+    assert links["commit"].state in ("verified", "recorded")
 
     (used,) = Ledger(open_database(settings.database)).totals(source=trained.result["run_id"])
     assert (used.tenant, used.kind, used.model) == ("local", "training", "tiny")

@@ -24,8 +24,12 @@ from cluster.errors import (
     UnknownKeyError,
     UsageError,
 )
+from cluster.evaluations import EvaluationRecord
 from cluster.model_package import ensure_local_key
+from cluster.model_ref import ModelRef
+from cluster.registry import ModelRegistry
 from cluster.settings import Settings
+from cluster.tracking import open_client
 
 
 @pytest.fixture
@@ -83,9 +87,28 @@ def test_an_onnx_file_becomes_a_candidate_that_can_be_shown_and_verified(
     assert verified["verified"] is True
     assert verified["digest"] == listed["digest"]
     assert list(verified["files"]) == ["model/model.onnx"]
+    chain = [(link["what"], link["state"]) for link in verified["chain"]]
+    assert chain == [("package", "verified"), ("dataset", "unknown"), ("commit", "unknown")]
+    assert f"package    verified  {listed['digest']}" in run("verify", f"{name}/1").stdout
     assert name in run("list").stdout
     assert listed["digest"] in run("verify", listed["location"]).stdout
     assert "accuracy" not in run("show", f"{name}/1").stdout
+
+
+def test_two_versions_are_compared_by_evaluations_on_the_same_data(
+    home: Path, graph: Path, name: str, settings: Settings
+) -> None:
+    registry = ModelRegistry.open(settings)
+    for version, accuracy in ((1, 0.5), (2, 0.75)):
+        run("import", str(graph), "--name", name)
+        digest = registry.resolve(ModelRef(name, version=version)).digest
+        for value in (0.1, accuracy):  # the newest counts
+            record = EvaluationRecord(digest, "sha256:da7a", "test", {"accuracy": value}, "r")
+            registry.add_evaluation(record)
+    assert "accuracy: 0.75" in run("show", f"{name}/2").stdout
+    rows = {row["metric"]: row for row in read("show", f"{name}/1", f"{name}/2")}
+    assert rows.keys() == {"size_mb", "test/accuracy on da7a"}
+    assert rows["test/accuracy on da7a"]["difference"] == 0.25
 
 
 def test_two_versions_are_shown_side_by_side(home: Path, graph: Path, name: str) -> None:
@@ -99,21 +122,27 @@ def test_two_versions_are_shown_side_by_side(home: Path, graph: Path, name: str)
     assert "has versions 1, 2" in fails(NotFoundError, "show", f"{name}/1", f"{name}/3")
 
 
+@pytest.mark.parametrize("storage", ["folder", "s3"])
 def test_this_machines_copy_verifies_while_storage_is_down(
-    home: Path, graph: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    home: Path, graph: Path, name: str, storage: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     for number in (1, 2):
         run("import", str(graph), "--name", name)
         if number == 1:
             run("show", f"{name}/1")  # makes the copy
-    monkeypatch.setenv(
-        "HELIOSTAT_STORAGE_URL",
-        "s3://a:b@bucket/root?scheme=http&endpoint_override=127.0.0.1%3A9&region=us-east-1",
-    )
+    url = "s3://a:b@bucket/root?scheme=http&endpoint_override=127.0.0.1%3A9&region=us-east-1"
+    (tmp_path / "unmounted").touch()
+    url = url if storage == "s3" else str(tmp_path / "unmounted" / "storage")
+    monkeypatch.setenv("HELIOSTAT_STORAGE_URL", url)
     verified = run("verify", f"{name}/1")
     assert "reading this machine's copy" in verified.stderr
     assert "verified: sha256:" in verified.stdout
-    fails(NotRunningError, "verify", f"{name}/2")
+    if storage == "folder":  # S3's client tries for seconds
+        assert read("show", f"{name}/1")["name"] == name
+        assert "is this machine's verified copy" in caplog.text
+        fails(NotRunningError, "show", f"{name}/2")
+        fails(NotRunningError, "verify", f"{name}/2")
 
 
 def test_a_tampered_package_does_not_verify(home: Path, graph: Path, name: str) -> None:
@@ -142,6 +171,39 @@ def test_aliases_move_by_hand_with_a_history(home: Path, graph: Path, name: str)
     assert changes[1]["reason"] == "because"
     assert changes[1]["actor"].startswith("cli")
     assert "because" in run("history", name).stdout
+
+
+def test_the_last_version_is_deleted_once_its_alias_is_removed(
+    home: Path, graph: Path, name: str
+) -> None:
+    run("import", str(graph), "--name", name)
+    assert "--remove" in fails(ConflictError, "delete", f"{name}/1", "--yes")
+    assert "no alias 'champion'" in fails(NotFoundError, "alias", name, "champion", "--remove")
+    assert "--remove" in fails(UsageError, "alias", name, "candidate")
+    fails(UsageError, "alias", name, "candidate", "1", "--remove")
+    assert "removed" in run("alias", name, "candidate", "--remove", "--reason", "done").stdout
+    (_, last) = read("history", name)
+    assert (last["from_version"], last["to_version"], last["reason"]) == (1, None, "done")
+    run("delete", f"{name}/1", "--yes")
+    assert f"'{name}' does not exist" in fails(NotFoundError, "list", name)
+
+
+def test_without_mlflow_reading_goes_on_and_says_what_it_did_not_look_at(
+    home: Path, graph: Path, name: str, monkeypatch: pytest.MonkeyPatch, settings: Settings,
+    settings_without_server: Settings,
+) -> None:  # fmt: skip
+    run("import", str(graph), "--name", name)
+    open_client(settings).set_registered_model_alias(name, "best", "1")
+    verbs = (("show", f"{name}@candidate"), ("history", name))
+    for verb, target in verbs:
+        assert f"alias 'best' of '{name}' was moved in MLflow" in run(verb, target).stderr
+    monkeypatch.setenv("HELIOSTAT_MLFLOW_PORT", str(settings_without_server.mlflow_port))
+    assert read("list", name)[0]["aliases"] == ["candidate"]
+    assert read("verify", f"{name}/1")["verified"] is True
+    for verb, target in verbs:
+        found = run(verb, target)
+        assert "candidate" in found.stdout
+        assert "edits in MLflow are not looked for" in found.stderr
 
 
 def test_versions_are_deleted_when_nothing_points_to_them(
