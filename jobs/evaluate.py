@@ -3,7 +3,8 @@
     python -m jobs.evaluate --config configs/evaluate/digits.yaml
     python -m jobs.evaluate --config configs/evaluate/digits.yaml --set model=digits/3
 
-The package is verified before it is loaded, and never changed: results go to MLflow.
+The package is verified before it is loaded, and never changed: results go to the registry and, with
+slices and figures, to MLflow.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import json
 from collections.abc import Callable
 
 from cluster.errors import InputError
-from cluster.model_package import ModelPackage, open_version
+from cluster.evaluations import EvaluationRecord
+from cluster.model_package import ModelPackage, open_base, open_version
+from cluster.model_package.adapter import load_adapted
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
@@ -26,17 +29,13 @@ from jobs.evaluation.graph import evaluate_graph
 from jobs.evaluation.language_model import evaluate_language_model
 from jobs.prepare import describe, open_catalog
 
-Evaluator = Callable[[ModelPackage, Dataset, EvaluateConfig], Evaluation]
-
-EVALUATORS: dict[str, Evaluator] = {
-    "graph": evaluate_graph,
-    "language_model": evaluate_language_model,
-}
+Evaluator = Callable[[ModelPackage, Dataset, EvaluateConfig, Settings], Evaluation]
 
 
 def evaluate(config: EvaluateConfig, settings: Settings) -> None:
     """Measure, print and log."""
-    version = ModelRegistry.open(settings).resolve(ModelRef.parse(config.model))
+    registry = ModelRegistry.open(settings)
+    version = registry.resolve(ModelRef.parse(config.model))
     evaluator = find_evaluator(version)
     package = open_version(version, settings)
     dataset = find_dataset(config, package, settings)
@@ -57,8 +56,9 @@ def evaluate(config: EvaluateConfig, settings: Settings) -> None:
         parent_run_id=version.run_id,
     ) as tracker:
         print(f"run {tracker.url}", flush=True)
-        evaluation = evaluator(package, dataset, config)
-        log_evaluation(evaluation, config.split, tracker)
+        evaluation = evaluator(package, dataset, config, settings)
+        log_evaluation(evaluation, dataset, config.split, tracker)
+    registry.add_evaluation(record(version, dataset, config.split, evaluation, tracker))
     print(f"{name} on {config.split}: {shown(evaluation.metrics)}")
     for part, metrics in evaluation.slices.items():
         print(f"  {part}: {shown(metrics)}")
@@ -74,14 +74,26 @@ def evaluate(config: EvaluateConfig, settings: Settings) -> None:
     print("result: " + json.dumps(result), flush=True)
 
 
-def log_evaluation(evaluation: Evaluation, split: str, tracker: RunTracker) -> None:
-    """Metrics, slices and figures, on the run."""
+def log_evaluation(
+    evaluation: Evaluation, dataset: Dataset, split: str, tracker: RunTracker
+) -> None:
+    """Metrics, slices, figures and the data, on the run."""
+    info, source = dataset.info, str(dataset.directory)
+    tracker.log_dataset(info.name, info.digest, source=source, context="evaluation")
     metrics = {**evaluation.metrics, "ms_per_row": evaluation.ms_per_row}
     tracker.log_metrics({f"{split}/{key}": value for key, value in metrics.items()}, 0)
     if evaluation.slices:
         tracker.log_dict(evaluation.slices, f"{split}_slices.json")
     for file_name, figure in evaluation.figures.items():
         tracker.log_figure(figure, f"{split}/{file_name}")
+
+
+def record(
+    version: ModelVersion, dataset: Dataset, split: str, evaluation: Evaluation, tracker: RunTracker
+) -> EvaluationRecord:
+    """What the registry keeps of it."""
+    digest = dataset.info.digest
+    return EvaluationRecord(version.digest, digest, split, evaluation.metrics, tracker.run_id)
 
 
 def shown(metrics: dict[str, float]) -> str:
@@ -97,6 +109,32 @@ def check(config: EvaluateConfig, settings: Settings) -> None:
         for line in inspect(config.data):
             print(line)
     print(f"config is valid; would evaluate {version.name}/{version.version} on {config.split}")
+
+
+def _evaluate_graph(
+    package: ModelPackage, dataset: Dataset, config: EvaluateConfig, _settings: Settings
+) -> Evaluation:
+    return evaluate_graph(package, dataset, config)
+
+
+def _evaluate_language_model(
+    package: ModelPackage, dataset: Dataset, config: EvaluateConfig, _settings: Settings
+) -> Evaluation:
+    return evaluate_language_model(package, dataset, config)
+
+
+def _evaluate_adapter(
+    package: ModelPackage, dataset: Dataset, config: EvaluateConfig, settings: Settings
+) -> Evaluation:
+    model = load_adapted(open_base(package, settings).model_dir, package.model_dir)
+    return evaluate_language_model(package, dataset, config, model)
+
+
+EVALUATORS: dict[str, Evaluator] = {
+    "graph": _evaluate_graph,
+    "language_model": _evaluate_language_model,
+    "adapter": _evaluate_adapter,
+}
 
 
 def find_evaluator(version: ModelVersion) -> Evaluator:

@@ -6,17 +6,24 @@
 
 Both are measured on the same rows, as their clients would meet them. A refused version loses the
 alias `candidate`, if it had it, to the champion. The decision and its evidence are kept in MLflow
-and in the alias history.
+and in the alias history, the measurements in the registry. Aliases that others move meanwhile are
+noticed: such a decision is not carried out.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from cluster.errors import InputError, JobFailedError, NotFoundError
+from cluster.errors import (
+    ConflictError,
+    InputError,
+    JobFailedError,
+    NotFoundError,
+    PackageError,
+)
 from cluster.model_package import ModelPackage, open_version
 from cluster.model_ref import CANDIDATE, CHAMPION, ModelRef
 from cluster.registry import ModelRegistry, ModelVersion
@@ -25,7 +32,7 @@ from cluster.statistics.paired import PairedResult, compare_means, compare_propo
 from cluster.tracking import RunTracker
 from jobs._entrypoint import run_job
 from jobs.data.dataset import Dataset
-from jobs.evaluate import find_dataset, find_evaluator, log_evaluation
+from jobs.evaluate import find_dataset, find_evaluator, log_evaluation, record
 from jobs.evaluation.config import EvaluateConfig
 from jobs.evaluation.evaluation import Evaluation
 from jobs.models.config import HIGHER_IS_BETTER
@@ -35,45 +42,42 @@ from jobs.promotion.policy import PromotionDecision, PromotionPolicy, PromotionS
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """A version and what it did on the service's split."""
+class Contest:
+    """Whom to compare, and the aliases as they were when it began."""
 
-    version: ModelVersion
-    package: ModelPackage
-    evaluation: Evaluation
-
-    def value(self, config: ServiceConfig) -> float:
-        return self.evaluation.metrics[config.metric]
+    candidate: ModelVersion
+    champion: ModelVersion | None
+    """The version that is champion or, where none is, was the last one."""
+    revisions: dict[str, int]
+    """Of the aliases; 0 for one that does not exist."""
 
 
 def promote(config: ServiceConfig, settings: Settings) -> None:
-    """Measure, decide, record, and move the alias."""
+    """Measure, decide, move the alias, and record."""
     registry = ModelRegistry.open(settings)
-    version, champion = find_versions(config, registry)
+    contest = find_contest(config, registry)
+    version = contest.candidate
     package = open_version(version, settings)
     dataset = find_dataset(_evaluation_config(config, version), package, settings)
     print(describe(dataset.info), flush=True)
-    with _tracked(config, version, champion, dataset, settings) as tracker:
+    with _tracked(config, contest, dataset, settings) as tracker:
         print(f"run {tracker.url}", flush=True)
-        candidate = _measure(config, version, package, dataset)
-        log_evaluation(candidate.evaluation, config.split, tracker)
-        state = _state(config, candidate, _measure_champion(config, champion, dataset, settings))
-        policy = PromotionPolicy(config.metric, config.objective, config.budget)
-        decision = policy.decide(state)
+        state = _measure_both(config, contest, package, dataset, settings, tracker)
+        decision = PromotionPolicy(config.metric, config.objective, config.budget).decide(state)
         promoted = decision.promote or config.force
         reason = decision.reason if decision.promote else _forced(config, decision)
+        _require_unmoved(contest, registry)
+        if promoted:
+            _give_alias(contest, registry, config, reason)
+        else:
+            _take_alias(contest, registry, config, reason)
+        evidence = _evidence(config, contest, state, decision)
         tracker.set_tags({"promoted": str(promoted).lower(), "reason": reason})
-        tracker.log_dict(_record(config, version, champion, state, decision), "decision.json")
+        tracker.log_dict(evidence, "decision.json")
     if promoted:
-        registry.set_alias(
-            version.name, CANDIDATE, version.version, actor=config.actor, reason=reason
-        )
         print(f"{version.ref} is {CANDIDATE} of service {config.service}: {reason}")
         print(f"deploy it: heliostat deploy {version.name}@{CANDIDATE}")
-    else:
-        _take_alias_from(version, champion, registry, config, reason)
-    result = {**_record(config, version, champion, state, decision), "run_id": tracker.run_id}
-    print("result: " + json.dumps(result), flush=True)
+    print("result: " + json.dumps({**evidence, "run_id": tracker.run_id}), flush=True)
     if not promoted:
         raise JobFailedError(
             f"{version.ref} is not promoted: {reason}",
@@ -83,34 +87,45 @@ def promote(config: ServiceConfig, settings: Settings) -> None:
 
 def check(config: ServiceConfig, settings: Settings) -> None:
     """There is a candidate, and it can be evaluated."""
-    version, champion = find_versions(config, ModelRegistry.open(settings))
+    contest = find_contest(config, ModelRegistry.open(settings))
+    champion = contest.champion
     against = f"with champion {champion.ref}" if champion else "with the objective alone"
-    print(f"config is valid; would compare {version.ref} {against} by {config.metric}")
+    print(f"config is valid; would compare {contest.candidate.ref} {against} by {config.metric}")
 
 
-def find_versions(
-    config: ServiceConfig, registry: ModelRegistry
-) -> tuple[ModelVersion, ModelVersion | None]:
-    """The candidate, and the champion if there is one.
+def find_contest(config: ServiceConfig, registry: ModelRegistry) -> Contest:
+    """The candidate, and the champion if there is or was one.
 
     Raises:
         InputError: the candidate is the champion, of another model, or of a kind without metrics;
             or it is forced without a reason.
         NotFoundError: there is no such version.
     """
-    if config.force and not config.reason:
+    if config.force and not config.reason.strip():
         raise InputError(
             "force is set without a reason", hint="say why: --set reason=WHY", param="reason"
         )
+    current = {alias: registry.get_alias(config.model, alias) for alias in (CANDIDATE, CHAMPION)}
+    version = _find_candidate(config, registry)
+    if (now := current[CHAMPION]) is not None and now.version == version.version:
+        raise InputError(
+            f"{version.ref} is the champion already",
+            hint="name another with --set candidate=NAME/VERSION",
+            param="candidate",
+        )
+    champion = registry.last_target(config.model, CHAMPION)
+    if champion is not None and champion.version == version.version:
+        # It comes back after everything was undeployed: it has nobody to beat.
+        champion = None
+    revisions = {alias: found.revision if found else 0 for alias, found in current.items()}
+    return Contest(version, champion, revisions)
+
+
+def _find_candidate(config: ServiceConfig, registry: ModelRegistry) -> ModelVersion:
     if config.candidate:
         version = registry.resolve(ModelRef.parse(config.candidate))
     else:
-        versions = registry.list_versions(config.model)
-        if not versions:
-            raise NotFoundError(
-                f"model '{config.model}' does not exist", hint="train or import it first"
-            )
-        version = versions[-1]
+        version = registry.versions_of(config.model)[-1]
     if version.name != config.model:
         raise InputError(
             f"candidate {version.ref} is no version of the service's model '{config.model}'",
@@ -118,16 +133,7 @@ def find_versions(
             param="candidate",
         )
     find_evaluator(version)
-    alias = registry.get_alias(config.model, CHAMPION)
-    if alias is None:
-        return version, None
-    if alias.version == version.version:
-        raise InputError(
-            f"{version.ref} is the champion already",
-            hint="name another with --set candidate=NAME/VERSION",
-            param="candidate",
-        )
-    return version, registry.resolve(ModelRef(config.model, version=alias.version))
+    return version
 
 
 def _evaluation_config(config: ServiceConfig, version: ModelVersion) -> EvaluateConfig:
@@ -140,44 +146,62 @@ def _evaluation_config(config: ServiceConfig, version: ModelVersion) -> Evaluate
     )
 
 
+def _measure_both(
+    config: ServiceConfig,
+    contest: Contest,
+    package: ModelPackage,
+    dataset: Dataset,
+    settings: Settings,
+    tracker: RunTracker,
+) -> PromotionState:
+    """What the policy decides on; both measurements are kept in the registry."""
+    registry = ModelRegistry.open(settings)
+    candidate = _measure(config, contest.candidate, package, dataset, settings)
+    log_evaluation(candidate, dataset, config.split, tracker)
+    registry.add_evaluation(record(contest.candidate, dataset, config.split, candidate, tracker))
+    state = PromotionState(
+        candidate=candidate.metrics[config.metric],
+        package_bytes=sum(file.size_bytes for file in package.manifest.files.values()),
+        ms_per_row=candidate.ms_per_row,
+    )
+    if contest.champion is None:
+        return state
+    try:
+        theirs = open_version(contest.champion, settings)
+        champion = _measure(config, contest.champion, theirs, dataset, settings)
+        registry.add_evaluation(record(contest.champion, dataset, config.split, champion, tracker))
+        state = replace(state, champion=champion.metrics[config.metric])
+        return replace(state, comparison=_compare(config, candidate, champion))
+    except (InputError, NotFoundError, PackageError) as error:
+        return replace(state, incomparable=f"{contest.champion.ref}: {error.message}")
+
+
 def _measure(
-    config: ServiceConfig, version: ModelVersion, package: ModelPackage, dataset: Dataset
-) -> _Measured:
-    evaluation = find_evaluator(version)(package, dataset, _evaluation_config(config, version))
+    config: ServiceConfig,
+    version: ModelVersion,
+    package: ModelPackage,
+    dataset: Dataset,
+    settings: Settings,
+) -> Evaluation:
+    evaluator = find_evaluator(version)
+    evaluation = evaluator(package, dataset, _evaluation_config(config, version), settings)
     if config.metric not in evaluation.row_values:
         raise InputError(
             f"{version.ref} has no metric '{config.metric}' row by row",
             hint=f"expected one of: {', '.join(evaluation.row_values)}",
             param="metric",
         )
-    return _Measured(version, package, evaluation)
+    return evaluation
 
 
-def _measure_champion(
-    config: ServiceConfig, champion: ModelVersion | None, dataset: Dataset, settings: Settings
-) -> _Measured | None:
-    if champion is None:
-        return None
-    return _measure(config, champion, open_version(champion, settings), dataset)
-
-
-def _state(
-    config: ServiceConfig, candidate: _Measured, champion: _Measured | None
-) -> PromotionState:
-    files = candidate.package.manifest.files
-    return PromotionState(
-        candidate=candidate.value(config),
-        package_bytes=sum(file.size_bytes for file in files.values()),
-        ms_per_row=candidate.evaluation.ms_per_row,
-        champion=champion.value(config) if champion else None,
-        comparison=_compare(config, candidate, champion) if champion else None,
-    )
-
-
-def _compare(config: ServiceConfig, candidate: _Measured, champion: _Measured) -> PairedResult:
-    ours, theirs = (
-        measured.evaluation.row_values[config.metric] for measured in (candidate, champion)
-    )
+def _compare(config: ServiceConfig, candidate: Evaluation, champion: Evaluation) -> PairedResult:
+    if candidate.rows_digest != champion.rows_digest:
+        raise InputError(
+            f"it splits the text into other tokens, so the '{config.metric}' of its rows is that "
+            "of other things",
+            hint="compare their bits per byte with jobs.evaluate",
+        )
+    ours, theirs = candidate.row_values[config.metric], champion.row_values[config.metric]
     if config.metric not in HIGHER_IS_BETTER:
         ours, theirs = -ours, -theirs
     is_share = bool(np.isin(ours, (0.0, 1.0)).all() and np.isin(theirs, (0.0, 1.0)).all())
@@ -191,21 +215,43 @@ def _forced(config: ServiceConfig, decision: PromotionDecision) -> str:
     return f"forced: {config.reason}; without force it would be refused: {decision.reason}"
 
 
-def _take_alias_from(
-    version: ModelVersion,
-    champion: ModelVersion | None,
-    registry: ModelRegistry,
-    config: ServiceConfig,
-    reason: str,
+def _require_unmoved(contest: Contest, registry: ModelRegistry) -> None:
+    """Raises ConflictError if the comparison was with a champion that is none any more."""
+    name = contest.candidate.name
+    champion = registry.get_alias(name, CHAMPION)
+    if (champion.revision if champion else 0) != contest.revisions[CHAMPION]:
+        raise ConflictError(
+            f"the champion of '{name}' was moved while {contest.candidate.ref} was compared",
+            hint="run it again, to compare with the new one",
+        )
+
+
+def _give_alias(
+    contest: Contest, registry: ModelRegistry, config: ServiceConfig, reason: str
+) -> None:
+    """Also where it has the alias already: its history shows that it passed, or was forced."""
+    registry.set_alias(
+        contest.candidate.name,
+        CANDIDATE,
+        contest.candidate.version,
+        actor=config.actor,
+        reason=reason,
+        expected_revision=contest.revisions[CANDIDATE],
+    )
+
+
+def _take_alias(
+    contest: Contest, registry: ModelRegistry, config: ServiceConfig, reason: str
 ) -> None:
     """Training makes its version `candidate`; a refused one must not be deployed by that name."""
+    version = contest.candidate
     current = registry.get_alias(version.name, CANDIDATE)
     if current is None or current.version != version.version:
         return
     registry.set_alias(
         version.name,
         CANDIDATE,
-        champion.version if champion else None,
+        contest.champion.version if contest.champion else None,
         actor=config.actor,
         reason=f"{version.ref} refused: {reason}",
         expected_revision=current.revision,
@@ -213,12 +259,9 @@ def _take_alias_from(
 
 
 def _tracked(
-    config: ServiceConfig,
-    version: ModelVersion,
-    champion: ModelVersion | None,
-    dataset: Dataset,
-    settings: Settings,
+    config: ServiceConfig, contest: Contest, dataset: Dataset, settings: Settings
 ) -> RunTracker:
+    version, champion = contest.candidate, contest.champion
     return RunTracker.start(
         settings,
         config.experiment,
@@ -236,17 +279,13 @@ def _tracked(
     )
 
 
-def _record(
-    config: ServiceConfig,
-    version: ModelVersion,
-    champion: ModelVersion | None,
-    state: PromotionState,
-    decision: PromotionDecision,
+def _evidence(
+    config: ServiceConfig, contest: Contest, state: PromotionState, decision: PromotionDecision
 ) -> dict[str, object]:
     return {
         "service": config.service,
-        "candidate": str(version.ref),
-        "champion": str(champion.ref) if champion else None,
+        "candidate": str(contest.candidate.ref),
+        "champion": str(contest.champion.ref) if contest.champion else None,
         "metric": config.metric,
         "measured": asdict(state),
         "promoted": decision.promote or config.force,

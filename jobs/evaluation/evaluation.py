@@ -19,7 +19,7 @@ import numpy.typing as npt
 from cluster.errors import InputError
 from jobs.data.dataset import Dataset
 from jobs.data.rows import Array
-from jobs.data.table_info import FEATURES
+from jobs.data.table_info import FEATURES, LABEL
 
 Values = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -37,10 +37,27 @@ class Evaluation:
     """By metric, the values that it is the mean of, in the order of the split's rows."""
     ms_per_row: float
     """Median over batches, processing included."""
+    rows_digest: str = ""
+    """Of what the rows are to this model: values can be paired where it is the same."""
     slices: dict[str, dict[str, float]] = field(default_factory=dict)
     """Metrics of parts of the split, by what the rows have in common."""
     figures: Mapping[str, Any] = field(default_factory=dict)
     """Matplotlib figures, by file name."""
+
+
+def require_finite(what: str, values: Array) -> None:
+    """Raises InputError if a row of `values` holds something that is no number.
+
+    Args:
+        what: its name, for the error.
+    """
+    rows = values.reshape(len(values), -1)
+    if values.dtype.kind == "f" and not (is_finite := np.isfinite(rows).all(axis=1)).all():
+        row = int(np.flatnonzero(~is_finite)[0])
+        raise InputError(
+            f"the model's '{what}' of row {row} is no finite number",
+            hint="mend the model, or leave such rows out",
+        )
 
 
 class BatchClock:
@@ -82,17 +99,26 @@ def row_slices(dataset: Dataset, split: str, column: str) -> dict[str, Mask]:
     values = _column(dataset, split, column)
     distinct = np.unique(values)
     if len(distinct) <= _MAX_SLICES:
-        names = dataset.info.class_names if values.dtype.kind in "iu" else ()
+        names = dataset.info.class_names if column == LABEL else ()
         return {
             f"{column}={names[int(value)] if names else format(value, 'g')}": values == value
             for value in distinct
         }
-    edges = np.quantile(values, np.linspace(0, 1, _NUM_RANGES + 1))
-    ranges = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, _NUM_RANGES - 1)
-    return {
-        f"{column} from {edges[i]:.4g} to {edges[i + 1]:.4g}": ranges == i
-        for i in range(_NUM_RANGES)
-    }
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, _NUM_RANGES + 1)))
+    last = len(edges) - 2
+    ranges = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, last)
+    shown = _distinct_texts(edges)
+    return {f"{column} from {shown[i]} to {shown[i + 1]}": ranges == i for i in range(last + 1)}
+
+
+def _distinct_texts(numbers: Array) -> list[str]:
+    """Numbers in as few digits as tell them apart."""
+    texts: list[str] = []
+    for digits in (4, 8, 17):
+        texts = [format(float(number), f".{digits}g") for number in numbers]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 def _column(dataset: Dataset, split: str, column: str) -> Array:

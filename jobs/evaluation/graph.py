@@ -19,7 +19,13 @@ from cluster.processing import Array, TensorSpec, postprocess, preprocess, publi
 from jobs.data.dataset import Dataset
 from jobs.data.table_info import LABEL, TARGET
 from jobs.evaluation.config import EvaluateConfig
-from jobs.evaluation.evaluation import BatchClock, Evaluation, row_slices, slice_metrics
+from jobs.evaluation.evaluation import (
+    BatchClock,
+    Evaluation,
+    require_finite,
+    row_slices,
+    slice_metrics,
+)
 from jobs.evaluation.outcomes import Classification, Regression
 
 _PREDICTION, _PROBABILITIES = "prediction", "probabilities"
@@ -43,6 +49,12 @@ def _evaluate_classifier(
     names = dataset.info.class_names
     label, output = config.label or LABEL, config.output or LABEL
     answers = _answers(package, dataset, config, output, label)
+    if answers.expected.dtype.kind not in "iu" or answers.expected.max() >= len(names):
+        raise InputError(
+            f"column '{label}' holds no numbers of the classes {', '.join(names[:10])}",
+            hint="set label to the column of class numbers",
+            param="label",
+        )
     numbers = {name: i for i, name in enumerate(names)}
     predicted = np.array([numbers.get(_text(value), -1) for value in answers.predicted])
     probabilities = answers.others.get(_PROBABILITIES)
@@ -66,6 +78,13 @@ def _evaluate_regression(
 ) -> Evaluation:
     target, output = config.label or TARGET, config.output or _PREDICTION
     answers = _answers(package, dataset, config, output, target)
+    for name, values in ((f"column '{target}'", answers.expected), (output, answers.predicted)):
+        if values.dtype.kind not in "fiu":
+            raise InputError(
+                f"{name} holds no numbers, and the dataset has no classes",
+                hint="set label and output to what is to be predicted, and what predicts it",
+                param="label" if values is answers.expected else "output",
+            )
     outcome = Regression(answers.expected.astype(np.float64), answers.predicted.astype(np.float64))
     return Evaluation(
         metrics=outcome.metrics(),
@@ -117,9 +136,24 @@ def _answers(
         batches.append(outputs)
         expected.append(columns[column])
     joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    for name in {output, _PROBABILITIES} & joined.keys():
+        require_finite(name, joined[name])
     return _Answers(
-        joined.pop(output).reshape(-1), np.concatenate(expected), joined, clock.ms_per_row
+        _one_per_row(joined.pop(output), len(rows), output, "output"),
+        _one_per_row(np.concatenate(expected), len(rows), column, "label"),
+        joined,
+        clock.ms_per_row,
     )
+
+
+def _one_per_row(values: Array, num_rows: int, name: str, param: str) -> Array:
+    if values.size != num_rows:
+        raise InputError(
+            f"'{name}' has {values.size / num_rows:g} values per row, expected one",
+            hint=f"set {param} to another",
+            param=param,
+        )
+    return values.reshape(-1)
 
 
 def _needed_inputs(package: ModelPackage, dataset: Dataset, column: str) -> list[TensorSpec]:

@@ -8,6 +8,7 @@ causal language model can be measured on any text dataset.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -25,17 +26,23 @@ from jobs.data.dataset import LOSS_MASK, TOKENIZER_FILE, TOKENS, Dataset
 from jobs.data.packing import pack
 from jobs.data.rows import Array
 from jobs.evaluation.config import EvaluateConfig
-from jobs.evaluation.evaluation import BatchClock, Evaluation, Values
+from jobs.evaluation.evaluation import BatchClock, Evaluation, Values, require_finite
 from jobs.evaluation.figures import row_loss_figure
 from jobs.models.causal_lm import language_metrics
 
 
 @torch.inference_mode()
 def evaluate_language_model(
-    package: ModelPackage, dataset: Dataset, config: EvaluateConfig
+    package: ModelPackage,
+    dataset: Dataset,
+    config: EvaluateConfig,
+    model: torch.nn.Module | None = None,
 ) -> Evaluation:
     """Loss in nats per token, perplexity, bits per byte of text, and how often the next token is
     the likeliest one.
+
+    Args:
+        model: with the package's tokenizer; None means the package's own.
 
     Raises:
         InputError: the dataset holds no text, too little for one row, or is to be sliced.
@@ -48,14 +55,14 @@ def evaluate_language_model(
         )
     torch.set_num_threads(config.num_threads)
     rows = _rows(package, dataset, config)
-    model = load_reference(package.model_dir)
+    model = model or load_reference(package.model_dir)
     clock = BatchClock()
     losses, hits = np.zeros(len(rows.tokens)), np.zeros(len(rows.tokens))
     for start in range(0, len(rows.tokens), config.batch_size):
         part = slice(start, start + config.batch_size)
         with clock.batch(len(rows.tokens[part])):
             losses[part], hits[part] = _measure(model, rows.tokens[part], rows.counts[part])
-    return _evaluation(rows, losses, hits, clock)
+    return _evaluation(rows, losses, hits, clock, config)
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,18 @@ def _measure(model: torch.nn.Module, tokens: Array, counts: Array) -> tuple[Valu
     return (loss * weights).sum(1).double().numpy(), (hits * weights).sum(1).double().numpy()
 
 
-def _evaluation(rows: _Rows, losses: Values, hits: Values, clock: BatchClock) -> Evaluation:
+def _evaluation(
+    rows: _Rows, losses: Values, hits: Values, clock: BatchClock, config: EvaluateConfig
+) -> Evaluation:
     num_tokens = rows.counts.sum(axis=1).astype(np.float64)
     counted = num_tokens > 0
+    if not counted.any():
+        raise InputError(
+            f"split '{config.split}' has no token that is to be predicted",
+            hint="choose another split, or data with longer answers",
+            param="split",
+        )
+    require_finite("loss", losses)
     total = float(losses.sum())
     metrics = language_metrics(total, float(hits.sum()), float(num_tokens.sum()))
     if rows.num_bytes:
@@ -91,6 +107,7 @@ def _evaluation(rows: _Rows, losses: Values, hits: Values, clock: BatchClock) ->
     return Evaluation(
         metrics=metrics,
         row_values={"loss": row_losses, "next_token_accuracy": hits[counted] / num_tokens[counted]},
+        rows_digest=hashlib.sha256(rows.tokens[counted].astype("<i8").tobytes()).hexdigest(),
         ms_per_row=clock.ms_per_row,
         figures={"row_losses.png": row_loss_figure(row_losses)},
     )
@@ -116,7 +133,8 @@ def _rows(package: ModelPackage, dataset: Dataset, config: EvaluateConfig) -> _R
             hint="set data.text.tokenizer to the model's own",
             param="data.text.tokenizer",
         )
-    ids = load_tokenizer(package.model_dir)(text, add_special_tokens=False, verbose=False)
+    tokenizer = load_tokenizer(package.model_dir)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)
     packed = pack(np.asarray(ids["input_ids"], dtype=np.int64), length, 2**32)
     if not len(packed):
         raise InputError(
@@ -125,7 +143,10 @@ def _rows(package: ModelPackage, dataset: Dataset, config: EvaluateConfig) -> _R
             hint="lower data.text.sequence_length",
             param="data.text.sequence_length",
         )
-    return _Rows(packed, np.ones((len(packed), length), dtype=np.uint8), num_bytes)
+    # Less than the whole text: its end may fill no row.
+    text = tokenizer.decode(packed[:, 1:].reshape(-1).tolist(), skip_special_tokens=True)
+    counts = np.ones((len(packed), length), dtype=np.uint8)
+    return _Rows(packed, counts, len(text.encode("utf-8")))
 
 
 def _split_alike(ours: Path, theirs: Path) -> bool:

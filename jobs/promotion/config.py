@@ -53,7 +53,7 @@ class ServiceConfig(StrictModel):
     """Promote whatever the comparison says; recorded as forced."""
     reason: str = ""
     """Why it is forced; required with `force`."""
-    actor: str = "jobs.promote"
+    actor: str = Field("jobs.promote", min_length=1, max_length=128)
     """Who asks, for the alias history."""
     experiment: str = "promote"
     """MLflow experiment."""

@@ -25,6 +25,8 @@ class PromotionState:
     champion: float | None = None
     comparison: PairedResult | None = None
     """Of the row values, turned so that higher is better; None without a champion."""
+    incomparable: str = ""
+    """Why there is a champion and no comparison with it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class PromotionPolicy:
         for reason in (self._misses_objective(state), self._costs_too_much(state)):
             if reason:
                 return PromotionDecision(False, reason)
+        if state.incomparable:
+            return PromotionDecision(
+                False,
+                f"{self._reached(state)}, but cannot be compared with champion "
+                f"{state.incomparable}",
+            )
         if state.comparison is None:
             return PromotionDecision(
                 True, f"{self._reached(state)}; there is no champion to compare with"
