@@ -2,7 +2,8 @@
 
     packages that no version lists       from deleted versions, and from jobs that died before
                                          they registered what they had written
-    checkpoints of finished runs         their model is packaged
+    checkpoints of finished runs         their model is packaged; also where `checkpoint.location`
+                                         put them elsewhere
     what interrupted writers left        in the storage's staging folder
 
 What is younger than a grace period is left alone, since somebody may be about to refer to it.
@@ -15,23 +16,28 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from cluster import database
 from cluster.database import deployments, model_versions
+from cluster.errors import HeliostatError
 from cluster.settings import Settings
 from cluster.storage import Storage, StoredDirectory
 
 _PACKAGES = "packages"
 # Of a run directory, as the training job lays it out.
 _RUNS, _RUN_STATE, _RUN_LOCK, _CHECKPOINTS = "runs", "run.json", "lock", "checkpoints"
+_LOCATION, _NAME = "checkpoint_location", "checkpoint_name"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,12 @@ class Garbage:
 
     kind: Literal["package", "checkpoints", "staging"]
     key: str
-    """Of a package or staging folder in storage, or a path below home."""
+    """Of a package or staging folder in storage, a path below home, or where checkpoints are."""
     size_bytes: int
     age_s: float
     reason: str
+    run: str = ""
+    """Directory of the run that checkpoints belong to."""
 
 
 def find_garbage(settings: Settings, *, older_than_s: float) -> list[Garbage]:
@@ -52,7 +60,7 @@ def find_garbage(settings: Settings, *, older_than_s: float) -> list[Garbage]:
     found = [
         *_packages(storage, _referenced(settings)),
         *_staging(storage),
-        *_checkpoints(settings.home / _RUNS),
+        *(found for run in _runs(settings) for found in _checkpoints(run)),
     ]
     return sorted(
         (garbage for garbage in found if garbage.age_s >= older_than_s),
@@ -63,7 +71,7 @@ def find_garbage(settings: Settings, *, older_than_s: float) -> list[Garbage]:
 def remove(garbage: Garbage, settings: Settings) -> bool:
     """Remove it; False if something refers to it by now, or a run has been taken up again."""
     if garbage.kind == "checkpoints":
-        return _remove_checkpoints(settings.home / garbage.key)
+        return _remove_checkpoints(settings.home / _RUNS / garbage.run, garbage.key)
     if garbage.kind == "package" and _name(garbage.key) in _referenced(settings):
         return False
     Storage.open(settings.storage_root).delete_dir(garbage.key)
@@ -101,35 +109,58 @@ def _name(key: str) -> str:
     return key.rpartition("/")[2]
 
 
-def _checkpoints(runs: Path) -> Iterator[Garbage]:
-    for directory in sorted(runs.glob(f"*/{_CHECKPOINTS}")):
-        files = [path.stat() for path in directory.rglob("*") if path.is_file()]
-        if files and _is_finished(directory.parent):
-            yield Garbage(
-                "checkpoints",
-                f"{_RUNS}/{directory.parent.name}/{_CHECKPOINTS}",
-                sum(file.st_size for file in files),
-                time.time() - max(file.st_mtime for file in files),
-                "the run is finished and its model packaged",
-            )
+def _runs(settings: Settings) -> list[Path]:
+    return [path.parent for path in sorted((settings.home / _RUNS).glob(f"*/{_RUN_STATE}"))]
 
 
-def _is_finished(run: Path) -> bool:
+def _checkpoints(run: Path) -> Iterator[Garbage]:
+    """Of a finished run: beside its state and elsewhere."""
+    state = _read_state(run)
+    if not state.get("result"):
+        return
+    reason = "the run is finished and its model packaged"
+    directory = run / _CHECKPOINTS
+    if files := [path.stat() for path in directory.rglob("*") if path.is_file()]:
+        size_bytes = sum(file.st_size for file in files)
+        age_s = time.time() - max(file.st_mtime for file in files)
+        key = f"{_RUNS}/{run.name}/{_CHECKPOINTS}"
+        yield Garbage("checkpoints", key, size_bytes, age_s, reason, run.name)
+    if not (state.get(_LOCATION) and state.get(_NAME)):
+        return
+    try:
+        storage = Storage.open(state[_LOCATION])
+        saved = storage.directories(state[_NAME])
+    except HeliostatError as error:
+        _logger.warning("checkpoints of run %s are left alone: %s", run.name, error.message)
+        return
+    if saved:
+        size_bytes = sum(each.size_bytes for each in saved)
+        age_s = time.time() - max(each.modified_at_s for each in saved)
+        key = storage.path(state[_NAME])
+        yield Garbage("checkpoints", key, size_bytes, age_s, reason, run.name)
+
+
+def _read_state(run: Path) -> dict[str, Any]:
+    """What a run says of itself; empty where that cannot be read."""
     try:
         state = json.loads((run / _RUN_STATE).read_bytes())
     except (OSError, ValueError):
-        return False
-    return isinstance(state, dict) and bool(state.get("result"))
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
-def _remove_checkpoints(directory: Path) -> bool:
+def _remove_checkpoints(run: Path, key: str) -> bool:
     """Under the run's own lock, so that no training begins there meanwhile."""
     try:
-        with (directory.parent / _RUN_LOCK).open("a") as lock:
+        with (run / _RUN_LOCK).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_finished(directory.parent):
+            state = _read_state(run)
+            if not state.get("result"):
                 return False
-            shutil.rmtree(directory, ignore_errors=True)
+            if key == f"{_RUNS}/{run.name}/{_CHECKPOINTS}":
+                shutil.rmtree(run / _CHECKPOINTS, ignore_errors=True)
+            else:
+                Storage.open(state[_LOCATION]).delete_dir(state[_NAME])
     except BlockingIOError:
         return False
     return True

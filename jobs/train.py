@@ -31,7 +31,7 @@ from jobs.models.families import make_family
 from jobs.models.family import DataShape
 from jobs.prepare import describe, open_catalog
 from jobs.training.batching import BatchPlan
-from jobs.training.checkpoint_location import forget, open_store
+from jobs.training.checkpoint_location import forget, open_store, store_name
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.elastic import check_worker_counts
@@ -126,8 +126,16 @@ def train_and_register(
 
 def begin(run: RunDirectory, config: TrainConfig, dataset: Dataset) -> RunState:
     """What a run on this data goes on from."""
-    store = open_store(config.checkpoint, run.path, dataset.info.digest)
-    return run.begin(config.resume, dataset.info.digest, notify=say, forget=lambda: forget(store))
+    digest, location = dataset.info.digest, config.checkpoint.location
+    store = open_store(config.checkpoint, run.path, digest)
+    state = run.begin(config.resume, digest, notify=say, forget=lambda: forget(store))
+    if not location:
+        return state
+    elsewhere = {
+        "checkpoint_location": location,
+        "checkpoint_name": store_name(run.path, digest),
+    }
+    return state.model_copy(update=elsewhere)
 
 
 def check(config: TrainConfig, settings: Settings) -> None:

@@ -25,14 +25,21 @@ def open_store(config: CheckpointConfig, run_dir: Path, dataset_digest: str) -> 
     """
     if not config.location:
         return FolderStore(run_dir / CHECKPOINTS_DIR, keep=config.keep)
-    # Elsewhere no run.json tells whether the data has changed, so the name does.
-    name = f"{run_dir.name}-{dataset_digest.removeprefix('sha256:')[:12]}"
+    name = store_name(run_dir, dataset_digest)
     place, mark, options = config.location.partition("?")
     storage = Storage.open(f"{place.rstrip('/')}/{name}{mark}{options}")
     folder = storage.local_path(CHECKPOINTS_DIR)
     if folder is not None:
         return FolderStore(folder, keep=config.keep)
     return ObjectStore(storage, keep=config.keep)
+
+
+def store_name(run_dir: Path, dataset_digest: str) -> str:
+    """What a run's checkpoints are called in `checkpoint.location`.
+
+    There no run.json tells whether the data has changed, so the name does.
+    """
+    return f"{run_dir.name}-{dataset_digest.removeprefix('sha256:')[:12]}"
 
 
 def forget(store: CheckpointStore) -> None:

@@ -47,6 +47,10 @@ class RunState(StrictModel):
     tracking_run_id: str = ""
     dataset_digest: str = ""
     """The data that it is trained on: other data makes another run of the same config."""
+    checkpoint_location: str = ""
+    """Where the checkpoints are kept, if elsewhere; `heliostat gc` reads it, and the name."""
+    checkpoint_name: str = ""
+    """Their directory there."""
     began_at: float = 0.0
     """When it was first driven, in seconds since 1970; 0 if it has not been."""
     result: dict[str, JsonValue] | None = None

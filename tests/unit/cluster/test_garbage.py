@@ -132,3 +132,44 @@ def test_checkpoints_go_only_when_their_run_is_finished_and_at_rest(tmp_path: Pa
     assert remove(found, settings)
     assert not (tmp_path / "runs/done/checkpoints").exists()
     assert (tmp_path / "runs/open/checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_checkpoints_elsewhere_go_with_their_run_and_nobody_elses(
+    tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    location = str(tmp_path / "elsewhere")
+    if kind == "s3":
+        root: str = request.getfixturevalue("s3_root")
+        location = root.replace("/root?", f"/{uuid.uuid4().hex}?")
+    storage = Storage.open(location)
+    for name, result in (("done", {"version": 1}), ("open", None)):
+        for step in (1, 2):
+            storage.write_bytes(f"{name}-da7a/step-{step}/state", b"s" * 100)
+        run = tmp_path / "home" / "runs" / name
+        run.mkdir(parents=True)
+        state = {"checkpoint_location": location, "checkpoint_name": f"{name}-da7a"}
+        (run / "run.json").write_text(json.dumps({**state, "result": result}))
+    settings = Settings(home=tmp_path / "home")
+    assert find_garbage(settings, older_than_s=DAY_S) == []
+    (found,) = find_garbage(settings, older_than_s=0)
+    assert (found.kind, found.size_bytes) == ("checkpoints", 200)
+    assert found.key == storage.path("done-da7a")
+    assert "test:test" not in found.key
+    assert remove(found, settings)
+    assert storage.list() == ["open-da7a/step-1/state", "open-da7a/step-2/state"]
+    assert find_garbage(settings, older_than_s=0) == []
+
+
+def test_checkpoints_that_cannot_be_reached_do_not_stop_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(home=tmp_path)
+    publish(settings, tmp_path, "a")
+    (tmp_path / "file").touch()
+    run = tmp_path / "runs" / "done"
+    run.mkdir(parents=True)
+    state = {"checkpoint_location": str(tmp_path / "file" / "x"), "checkpoint_name": "done-da7a"}
+    (run / "run.json").write_text(json.dumps({**state, "result": {"version": 1}}))
+    assert [found.kind for found in find_garbage(settings, older_than_s=0)] == ["package"]
+    assert "checkpoints of run done are left alone" in caplog.text

@@ -16,6 +16,7 @@ import yaml
 
 from cluster.cli.import_model import import_path
 from cluster.database import open_database
+from cluster.garbage import find_garbage, remove
 from cluster.ledger import Ledger
 from cluster.lineage import trace
 from cluster.model_package import ensure_local_key, golden, open_version
@@ -157,6 +158,7 @@ def test_a_table_with_gaps_is_trained_on_and_its_gaps_are_logged(
         "steps": 60,
         "batch_size": 16,
         "launcher": "local",
+        "checkpoint": {"location": str(tmp_path / "elsewhere")},
     }
     refused = call("train", config, "--check")
     assert refused.exit_code == 2
@@ -170,6 +172,14 @@ def test_a_table_with_gaps_is_trained_on_and_its_gaps_are_logged(
     evaluated = call("evaluate", {"model": "sums@candidate"})
     rmse = trained.result["metrics"]["test/rmse"]
     assert evaluated.result["metrics"]["rmse"] == pytest.approx(rmse, rel=1e-4)
+
+    garbage = find_garbage(Settings(), older_than_s=0)
+    (saved,) = (found for found in garbage if found.key.startswith(str(tmp_path)))
+    assert saved.size_bytes == sum(
+        path.stat().st_size for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()
+    )
+    assert remove(saved, Settings())
+    assert not list((tmp_path / "elsewhere").rglob("step-*"))
 
 
 def test_a_worse_version_is_refused_and_a_forced_one_is_recorded(call: Call, home: Path) -> None:
