@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +20,16 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from cluster import database
+from cluster.backup import write_backup
 from cluster.errors import AuthenticationError, ConflictError, NotRunningError
+from cluster.evaluations import EvaluationRecord
 from cluster.ledger import Entry, Ledger
+from cluster.registry import ModelRegistry
 from cluster.releases import ReleaseStore
+from cluster.restore import restore_backup
 from cluster.security.api_keys import ApiKeys
+from cluster.settings import Settings
+from tests.servers import free_port
 
 
 def _binary(name: str) -> str | None:
@@ -137,6 +144,83 @@ def test_writers_of_releases_wait_for_each_other(postgresql_url: str) -> None:
     with pytest.raises(ConflictError, match="changed meanwhile"), store.writing() as tables:
         tables.promote(row, actor="tester", reason="seen before")
     assert store.weights("m") == {row.version: 1.0}
+
+
+@pytest.fixture
+def settings(postgresql_url: str, tmp_path: Path) -> Settings:
+    """A home on that server with three versions of a model, and no MLflow."""
+    name = f"m-{uuid.uuid4().hex[:8]}"
+    columns = {"name": name, "location": "l", "kind": "graph", "created_at": database.now()}
+    rows = [{**columns, "version": n, "digest": f"sha256:{name}{n}"} for n in (1, 2, 3)]
+    with database.open_database(postgresql_url).begin() as connection:
+        connection.execute(sa.insert(database.model_versions), rows)
+    return Settings(home=tmp_path / name, database_url=postgresql_url, mlflow_port=free_port())
+
+
+def test_of_writers_of_an_alias_one_wins(settings: Settings) -> None:
+    registry, name = ModelRegistry.open(settings), settings.home.name
+
+    def move(version: int) -> int:
+        try:
+            registry.set_alias(name, "best", version, actor="t", reason="r", expected_revision=seen)
+        except ConflictError:
+            return 0
+        return version
+
+    seen = 0
+    for _ in range(2):  # first the alias is new, then it exists
+        with ThreadPoolExecutor(3) as pool:
+            winners = [version for version in pool.map(move, (1, 2, 3)) if version]
+        after = registry.get_alias(name, "best")
+        assert after is not None
+        assert winners == [after.version]
+        seen = after.revision
+    assert len(registry.history(name)) == 2
+
+
+@pytest.mark.parametrize(
+    "change", ["UPDATE alias_history SET reason = ''", "TRUNCATE alias_history"]
+)
+def test_the_alias_history_only_grows(settings: Settings, change: str) -> None:
+    registry, name = ModelRegistry.open(settings), settings.home.name
+    registry.set_alias(name, "best", 1, actor="t", reason="r")
+    with (
+        pytest.raises(sa.exc.DatabaseError, match="only ever added to"),
+        database.open_database(settings.database).begin() as connection,
+    ):
+        connection.execute(sa.text(change))
+    assert [each.reason for each in registry.history(name)] == ["r"]
+
+
+def test_a_backup_moves_between_databases_and_goes_on_counting(settings: Settings) -> None:
+    """From PostgreSQL to SQLite, and from there to an empty PostgreSQL."""
+    name = settings.home.name
+    registry = ModelRegistry.open(settings)
+    registry.set_alias(name, "best", 1, actor="t", reason="r")
+    record = EvaluationRecord("sha256:0", "sha256:1", "test", {"mae": 0.5}, "run")
+    registry.add_evaluation(record)
+    server = sa.create_engine(settings.database_url, isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(sa.text("CREATE DATABASE restored"))
+    server.dispose()
+    for number, url in ((2, ""), (3, settings.database_url.rpartition("/")[0] + "/restored")):
+        settings = move_to(settings, url, number)
+        registry = ModelRegistry.open(settings)
+        assert registry.evaluations("sha256:0") == [record]
+        registry.set_alias(name, "best", number, actor="t", reason="later")
+        moves = [change.to_version for change in registry.history(name)]
+        assert moves == list(range(1, number + 1))
+    database.open_database(settings.database).dispose()
+
+
+def move_to(settings: Settings, database_url: str, number: int) -> Settings:
+    """Restore a backup of one home into a new one with another database."""
+    home = settings.home.with_name(f"home-{number}")
+    archive = settings.home.with_name(f"{number}.tar")
+    write_backup(settings, archive)
+    changed = settings.model_copy(update={"database_url": database_url})
+    restore_backup(archive, home, lambda home: changed.model_copy(update={"home": home}))
+    return changed.model_copy(update={"home": home})
 
 
 def test_an_unreachable_server_is_one_line_without_the_password() -> None:
