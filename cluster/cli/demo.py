@@ -73,7 +73,7 @@ def run_demo(*, fast: bool = False) -> None:
         _ask_language_model(customer, settings, registry)
     _step("Where the answers came from: verified from the package down to data and commit")
     for model in (DIGITS, LANGUAGE_MODEL):
-        _print_origin(settings, registry, model)
+        print_origin(settings, registry, model.name)
     console.print(f"\nThe demo took {time.monotonic() - started:.0f} s.\n")
     _heliostat("up")  # it is up; this prints the card
 
@@ -179,13 +179,13 @@ def _stream(customer: httpx.Client, body: dict[str, Any]) -> Any:
                 yield from (choice["text"] for choice in json.loads(data)["choices"])
 
 
-def _print_origin(settings: Settings, registry: ModelRegistry, model: DemoModel) -> None:
-    """Of the version that has the traffic."""
+def print_origin(settings: Settings, registry: ModelRegistry, name: str) -> None:
+    """The verified lineage of the version that has a model's traffic."""
     from cluster.cli.lineage import print_lineage
     from cluster.lineage import trace
     from cluster.model_package import open_version
 
-    version = registry.resolve(ModelRef(model.name, alias=CHAMPION))
+    version = registry.resolve(ModelRef(name, alias=CHAMPION))
     console.print(f"[bold]{version.ref}[/bold]")
     print_lineage(trace(open_version(version, settings), settings))
 

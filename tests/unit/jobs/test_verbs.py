@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.cli.demo import print_origin
 from cluster.cli.import_model import import_path
 from cluster.database import open_database
 from cluster.garbage import find_garbage, remove
@@ -97,7 +98,7 @@ def call(
     signal.signal(signal.SIGTERM, previous)
 
 
-def test_a_life_in_one_process(call: Call, home: Path) -> None:
+def test_a_life_in_one_process(call: Call, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     trained = call("train", DIGITS)
     assert trained.exit_code == 0, trained.err
     assert "registered tiny/1 (sha256:" in trained.out
@@ -117,6 +118,14 @@ def test_a_life_in_one_process(call: Call, home: Path) -> None:
     assert links.keys() == {"package", "dataset", "commit", "run"}
     assert (links["dataset"].state, links["dataset"].note.split(",")[0]) == ("verified", "digits")
     assert links["commit"].state in ("verified", "recorded")
+    registry = ModelRegistry.open(settings)
+    registry.set_alias("tiny", "champion", version.version, actor="test", reason="served")
+    print_origin(settings, registry, "tiny")
+    shown = capfd.readouterr().out.splitlines()
+    assert shown[0] == "tiny/1"
+    assert [line.split()[:2] for line in shown[1:]] == [
+        [link.what, link.state] for link in links.values()
+    ]
 
     (used,) = Ledger(open_database(settings.database)).totals(source=trained.result["run_id"])
     assert (used.tenant, used.kind, used.model) == ("local", "training", "tiny")

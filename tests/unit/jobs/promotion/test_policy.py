@@ -23,6 +23,8 @@ def state(**changes: object) -> PromotionState:
         (state(ms_per_row=6.0), False, "6 ms, and the budget is 5"),
         (state(champion=0.97, comparison=PROVEN), True, "p 0.01 <= 0.05"),
         (state(champion=0.97, comparison=UNPROVEN), False, "not shown to be less than 0.01 worse"),
+        (state(incomparable="m/1: gone"), False, "cannot be compared with champion m/1: gone"),
+        (state(candidate=0.9, incomparable="m/1: gone"), False, "objective is at least"),
         # A better mean is no proof.
         (state(champion=0.96, comparison=UNPROVEN), False, "p 0.2 > 0.05"),
     ],
