@@ -12,10 +12,12 @@ transformers, onnxruntime or model_signing; the functions load what they need.
               verify_directory(path, trust)                                 -> ModelPackage
     golden    golden.replay(package), golden.check_graph(manifest, run),
               golden.check_language_model(manifest, completions)
+    deriving  parity.certify(before, after, relative_tolerance), parity.graph_outputs(…),
+              parity.token_logits(…)
     signing   signing.ensure_local_key(keys_dir), signing.LocalSigner, signing.TrustStore
 """
 
-from cluster.model_package import golden, signing
+from cluster.model_package import golden, parity, signing
 from cluster.model_package.manifest import (
     FORMAT_VERSION,
     AdapterInfo,
@@ -65,6 +67,7 @@ __all__ = [
     "open_package",
     "open_version",
     "package_key",
+    "parity",
     "signing",
     "verify_directory",
     "write_package",

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import MissingFileError, PackageError, ParityError
+from cluster.errors import MissingFileError, PackageError
 from cluster.model_package.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     TOKENIZER,
     refuse_code_references,
 )
-from cluster.model_package.golden import logit_tolerance
 from cluster.model_package.language_model import (
     describe_language_model,
     encode_prompts,
@@ -30,6 +29,7 @@ from cluster.model_package.language_model import (
     one_line,
     quiet,
 )
+from cluster.model_package.parity import RELATIVE_TOLERANCES, certify, token_logits
 
 _HINT = "it must load on its base with peft's PeftModel, from local files"
 _GENERATION = "generation_config.json"
@@ -91,46 +91,31 @@ def load_merged(base_dir: Path, adapter_dir: Path) -> Any:
 
 
 def merge_into(
-    target: Path, base_dir: Path, adapter_dir: Path, prompts: Sequence[str]
+    target: Path,
+    base_dir: Path,
+    adapter_dir: Path,
+    prompts: Sequence[str],
+    relative_tolerance: float = RELATIVE_TOLERANCES["merge"],
 ) -> dict[str, float]:
-    """Write the merged model to an empty directory; how much its logits differ from the adapter's.
+    """Write the merged model to an empty directory; its parity certificate, see `certify`.
 
     Raises:
-        ParityError: by more than rounding explains; nothing is written then.
+        ParityError: it is not the adapter with its base; nothing is written then.
     """
-    import torch
-
     adapted = load_adapted(base_dir, adapter_dir)
     info = describe_language_model(adapter_dir, adapted.get_base_model())
-    ids = [
-        torch.tensor([row]) for row in encode_prompts(adapter_dir, prompts, info.max_context_tokens)
-    ]
-    before = list(_logits(adapted, ids))
+    ids = encode_prompts(adapter_dir, prompts, info.max_context_tokens)
+    before = token_logits(adapted, ids)
     merged = _merge(adapted)
-    pairs = zip(before, _logits(merged, ids), strict=True)
-    difference = max(float((old - new).abs().max()) for old, new in pairs)
-    tolerance = logit_tolerance([logits.numpy() for logits in before])
-    if not difference <= tolerance:
-        raise ParityError(
-            f"merging changes logits by {difference:.3g}, expected at most {tolerance:.3g}",
-            hint="its weights are too large to be added; package the adapter unmerged",
-        )
+    parity = certify(before, token_logits(merged, ids), relative_tolerance)
     with one_line("the merged model cannot be saved", hint=_HINT), quiet():
         merged.save_pretrained(target)
     for path in sorted(adapter_dir.iterdir()):
         if path.name not in _OF_THE_ADAPTER:
             shutil.copyfile(path, target / path.name)
-    return {"largest_difference": difference, "tolerance": tolerance}
+    return parity
 
 
 def _merge(adapted: Any) -> Any:
     with one_line("the adapter cannot be merged", hint=_HINT), quiet():
         return adapted.merge_and_unload(safe_merge=True).eval()
-
-
-def _logits(model: Any, prompts: Sequence[Any]) -> Iterator[Any]:
-    import torch
-
-    for ids in prompts:
-        with torch.inference_mode():
-            yield model(ids, use_cache=False).logits.float()

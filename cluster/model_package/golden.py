@@ -90,14 +90,18 @@ def check_graph(manifest: Manifest, run: RunGraph) -> None:
     Raises:
         ParityError: an output differs by more than the tolerance.
     """
-    specs = {spec.name: spec for spec in public_inputs(manifest)}
-    inputs = {
-        name: _from_json(specs[name], values) for name, values in manifest.golden.inputs.items()
-    }
-    outputs = postprocess(manifest, run(preprocess(manifest, inputs)))
+    outputs = postprocess(manifest, run(preprocess(manifest, graph_inputs(manifest))))
     for spec in public_outputs(manifest):
         expected = _from_json(spec, manifest.golden.outputs[spec.name])
         _compare(spec.name, expected, outputs[spec.name], manifest.golden.tolerance)
+
+
+def graph_inputs(manifest: Manifest) -> dict[str, Array]:
+    """A graph's golden inputs, as clients send them."""
+    specs = {spec.name: spec for spec in public_inputs(manifest)}
+    return {
+        name: _from_json(specs[name], values) for name, values in manifest.golden.inputs.items()
+    }
 
 
 class Continuation:
@@ -141,7 +145,7 @@ def compute_language_model(
     """Golden outputs of a language model, from its fp32 reference."""
     found = continue_prompts(model, prompts, end_tokens)
     top = [np.argsort(-logits)[:NUM_TOP_LOGITS] for logits in found.first_logits]
-    tolerance = logit_tolerance(found.first_logits)
+    tolerance = _RELATIVE_LOGIT_TOLERANCE * max(map(_largest, found.first_logits))
     if not math.isfinite(tolerance) or any(math.isnan(m) for row in found.margins for m in row):
         raise PackageError(
             "the model's logits are not finite", hint="its weights are broken; train it again"
@@ -158,11 +162,6 @@ def compute_language_model(
         },
         tolerance=tolerance,
     )
-
-
-def logit_tolerance(logits: Sequence[Array]) -> float:
-    """Largest difference of two logits that sums in another order explain."""
-    return _RELATIVE_LOGIT_TOLERANCE * max(_largest(array) for array in logits)
 
 
 def check_language_model(

@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from cluster.model_package import (
     Lineage,
     LocalSigner,
-    ModelPackage,
     open_base,
     open_version,
     write_package,
 )
 from cluster.model_package.adapter import merge_into
+from cluster.model_package.parity import golden_texts
 from cluster.model_ref import CANDIDATE
-from cluster.processing.text import TextProcessor
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.storage import Storage
@@ -52,7 +50,7 @@ def merge_version(
     """
     package = open_version(adapter, settings)
     manifest, storage = package.manifest, Storage.open(settings.storage_root)
-    prompts = _prompts(package)
+    prompts = golden_texts(package)
     base = open_base(package, settings)
     with merged(base.model_dir, package.model_dir, prompts, storage) as (directory, parity):
         published = write_package(
@@ -78,9 +76,3 @@ def merge_version(
     reason = f"{adapter.ref} merged into its base"
     registry.set_alias(version.name, CANDIDATE, version.version, actor=actor, reason=reason)
     return version
-
-
-def _prompts(package: ModelPackage) -> list[str]:
-    text = TextProcessor.load(package.model_dir)
-    inputs: Any = package.manifest.golden.inputs
-    return [text.decode(prompt) for prompt in inputs["prompts"]]
