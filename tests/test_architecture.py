@@ -30,11 +30,24 @@ DOORS = {
     "vllm": ("serve_apps/llm/vllm.py",),
     "onnxruntime": ("cluster/runtimes/",),
     "model_signing": ("cluster/model_package/",),
+    "skops": ("cluster/model_package/sklearn_trust.py",),
+    "skl2onnx": ("cluster/model_package/sklearn_estimator.py",),
     "sqlalchemy": ("cluster/",),
 }
 # Modules that every command loads must stay quick to import.
 LIGHT = ("cluster", "cluster.settings", "cluster.cli.app", "cluster.model_package")
-HEAVY = ("torch", "ray", "mlflow", "transformers", "deepspeed", "pandas", "onnxruntime", "sklearn")
+HEAVY = (
+    "torch",
+    "ray",
+    "mlflow",
+    "transformers",
+    "deepspeed",
+    "pandas",
+    "onnxruntime",
+    "sklearn",
+    "skops",
+    "skl2onnx",
+)
 TOP_LEVEL = {
     "pyproject.toml", "constraints.txt", "Makefile", "README.md", "README.zh-CN.md",
     "CHANGELOG.md", "SECURITY.md", "LICENSE", "cluster", "jobs", "serve_apps", "configs",

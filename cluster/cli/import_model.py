@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.errors import HeliostatError
-from cluster.model_package import Lineage, LocalSigner, PublishedPackage, package_key, write_package
+from cluster.errors import HeliostatError, InputError
+from cluster.model_package import (
+    Lineage,
+    LocalSigner,
+    ModelPackage,
+    PublishedPackage,
+    open_version,
+    package_key,
+    write_package,
+)
 from cluster.model_package.importing import prepare_import
-from cluster.model_ref import CANDIDATE
+from cluster.model_ref import CANDIDATE, ModelRef
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.storage import Storage
@@ -17,15 +25,21 @@ from cluster.tracking import require_server
 Say = Callable[[str], None]
 
 
-def import_path(path: Path, name: str, settings: Settings, *, say: Say) -> ModelVersion:
+def import_path(
+    path: Path, name: str, settings: Settings, *, say: Say, base: str | None = None
+) -> ModelVersion:
     """Package the model at `path`, register it as `name` and make it the candidate.
+
+    Args:
+        base: NAME, NAME@ALIAS or NAME/VERSION of what an adapter was trained on.
 
     Raises:
         HeliostatError: one line, naming what is wrong with the model or which part is down.
     """
     storage = Storage.open(settings.storage_root)
+    base_package = _open_base(base, settings) if base is not None else None
     with storage.staging() as stage:
-        prepared = prepare_import(path, stage)
+        prepared = prepare_import(path, stage, base_package)
         # Before the long work: without the server nothing can be registered.
         require_server(settings)
         signer = LocalSigner(settings.keys_dir)
@@ -39,9 +53,24 @@ def import_path(path: Path, name: str, settings: Settings, *, say: Say) -> Model
             kind=prepared.kind,
             storage=storage,
             signer=signer,
+            processing=prepared.processing,
+            golden_inputs=prepared.golden_inputs,
             lineage=Lineage(source="import"),
+            profile=prepared.profile,
+            base=base_package,
+            parity=prepared.parity,
         )
     return _register(ModelRegistry.open(settings), name, published, storage)
+
+
+def _open_base(reference: str, settings: Settings) -> ModelPackage:
+    version = ModelRegistry.open(settings).resolve(ModelRef.parse(reference))
+    if version.kind != "language_model":
+        raise InputError(
+            f"--base {version.ref} is of kind '{version.kind}', expected a language model",
+            hint="name what the adapter was trained on",
+        )
+    return open_version(version, settings)
 
 
 def _register(

@@ -1,7 +1,8 @@
 """Prepare somebody's own model for packaging: choose its files, refuse what is not safe to serve.
 
-Takes a Hugging Face causal-LM directory or an ONNX file as other tools leave them, and fills a
-clean directory for `write_package`. Knows nothing of storage and registry.
+Takes what other tools leave: a Hugging Face causal-LM directory, a peft directory, an ONNX file, a
+scikit-learn estimator saved with skops; and fills a clean directory for `write_package`. Knows
+nothing of storage and registry.
 
     prepared = prepare_import(Path("my-model"), stage)
     write_package(stage, name="mine", kind=prepared.kind, …)
@@ -10,16 +11,26 @@ clean directory for `write_package`. Knows nothing of storage and registry.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cluster.errors import ForbiddenFileError, InputError, PackageError
-from cluster.model_package.files import GRAPH, check_file_name
+from pydantic import JsonValue
+
+from cluster.errors import ForbiddenFileError, InputError, MissingFileError, PackageError
+from cluster.model_package.files import ADAPTER_CONFIG, GRAPH, TOKENIZER, check_file_name
 from cluster.model_package.manifest import Kind
+from cluster.model_package.reader import ModelPackage
+from cluster.processing import Array, Processing
 
 _PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_PICKLES = (".pkl", ".pickle", ".joblib")
+# What an adapter that comes without a tokenizer takes over from its base.
+_TOKENIZER_FILES = (
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 # Below this an ONNX graph is kept in one file; protobuf allows no more than 2 GiB.
 _MAX_INLINE_BYTES = 1024**3
 
@@ -31,10 +42,18 @@ class PreparedImport:
     kind: Kind
     notes: tuple[str, ...]
     """What was left out or changed, for the user."""
+    processing: Processing | None = None
+    golden_inputs: dict[str, Array] | None = None
+    profile: dict[str, JsonValue] = field(default_factory=dict)
+    parity: dict[str, float] = field(default_factory=dict)
+    """Of a converted model: how far it is from what it was converted from."""
 
 
-def prepare_import(source: Path, stage: Path) -> PreparedImport:
-    """Fill `stage` (an empty directory) from a model directory or an `.onnx` file.
+def prepare_import(source: Path, stage: Path, base: ModelPackage | None = None) -> PreparedImport:
+    """Fill `stage` (an empty directory) from a model directory or a single file.
+
+    Args:
+        base: what an adapter was trained on.
 
     Raises:
         InputError: there is nothing that can be imported.
@@ -42,29 +61,105 @@ def prepare_import(source: Path, stage: Path) -> PreparedImport:
     """
     if not source.exists():
         raise InputError(f"'{source}' does not exist", hint="check the path")
+    if source.is_dir() and (source / ADAPTER_CONFIG).is_file():
+        return _prepare_adapter(source, stage, base)
+    if base is not None:
+        raise InputError(
+            f"'{source}' is no adapter, and only those have a base",
+            hint="leave --base out, or point to a peft directory",
+        )
     if source.is_dir():
         return _prepare_directory(source, stage)
     if not source.is_file():
         raise InputError(f"'{source}' is no plain file", hint="point to the file itself")
-    if source.suffix == ".onnx":
+    return _prepare_file(source, stage)
+
+
+def _prepare_file(source: Path, stage: Path) -> PreparedImport:
+    suffix = source.suffix.lower()
+    if suffix == ".onnx":
         return _prepare_graph(source, stage)
-    if source.suffix.lower() in (*_PICKLED_WEIGHTS, ".joblib", ".pickle"):
+    if suffix == ".skops":
+        return _prepare_estimator(source, stage)
+    if suffix == ".safetensors":
+        return _prepare_weights(source, stage)
+    if suffix in (*_PICKLED_WEIGHTS, *_PICKLES):
         raise ForbiddenFileError(
             f"'{source}' is a pickle, which can run code when it is loaded",
-            hint="save it as a Hugging Face directory with safetensors, or export it to ONNX",
+            hint="a scikit-learn estimator: where you trust it, load it and save it with "
+            "skops.io.dump(model, 'model.skops'); a network: save it as a Hugging Face directory "
+            "with safetensors, or export it to ONNX",
         )
     raise InputError(
-        f"'{source}' is neither a directory nor an .onnx file",
-        hint="point to a Hugging Face causal-LM directory or an ONNX file",
+        f"'{source}' is no model that can be imported",
+        hint="point to a Hugging Face causal-LM directory, a peft directory, or an .onnx, .skops "
+        "or .safetensors file",
     )
 
 
+def _prepare_estimator(source: Path, stage: Path) -> PreparedImport:
+    from cluster.model_package.sklearn_estimator import convert_estimator
+
+    converted = convert_estimator(source, stage / GRAPH)
+    return PreparedImport(
+        "graph",
+        converted.notes,
+        processing=converted.processing,
+        golden_inputs=converted.golden_inputs,
+        profile=converted.profile,
+        parity=converted.parity,
+    )
+
+
+def _prepare_weights(source: Path, stage: Path) -> PreparedImport:
+    """A Hugging Face directory, named by its weights; only those are taken."""
+    directory = source.parent
+    if not (directory / "config.json").is_file():
+        raise MissingFileError(
+            f"'{source}' holds tensors alone, and there is no config.json beside it",
+            hint="put the model's config.json and tokenizer into the same directory",
+        )
+    if source.name.startswith("model"):
+        return _prepare_directory(directory, stage)
+    chosen = [name for name in language_model_files(directory) if ".safetensors" not in name]
+    _refuse_link_elsewhere(directory, source)
+    shutil.copyfile(source, stage / "model.safetensors")
+    return _copy_chosen(directory, chosen, stage, (source.name,))
+
+
+def _prepare_adapter(source: Path, stage: Path, base: ModelPackage | None) -> PreparedImport:
+    if base is None:
+        raise PackageError(
+            f"'{source}' is an adapter, which computes nothing without its base",
+            hint="import that first and name it, --base NAME; or merge it (peft: "
+            "model.merge_and_unload()) and import the whole model",
+        )
+    names = [path.name for path in sorted(source.iterdir()) if path.is_file()]
+    _refuse_pickled_weights(str(source), names)
+    chosen = [name for name in names if _is_allowed(name)]
+    for name in chosen:
+        _refuse_link_elsewhere(source, source / name)
+    prepared = _copy_chosen(source, chosen, stage)
+    if TOKENIZER in chosen:
+        return PreparedImport("adapter", prepared.notes)
+    borrowed = [name for name in _TOKENIZER_FILES if (base.model_dir / name).is_file()]
+    for name in borrowed:
+        shutil.copyfile(base.model_dir / name, stage / name)
+    return PreparedImport("adapter", (*prepared.notes, "it has no tokenizer: its base's is taken"))
+
+
 def _prepare_directory(source: Path, stage: Path) -> PreparedImport:
-    chosen = language_model_files(source)
+    return _copy_chosen(source, language_model_files(source), stage)
+
+
+def _copy_chosen(
+    source: Path, chosen: Sequence[str], stage: Path, taken: Sequence[str] = ()
+) -> PreparedImport:
+    """`taken` is in the stage already."""
     for name in chosen:
         # A Hugging Face cache holds links to its blobs; a package holds the files themselves.
         shutil.copyfile(source / name, stage / name)
-    left_out = [path for path in sorted(source.iterdir()) if path.name not in chosen]
+    left_out = [p for p in sorted(source.iterdir()) if p.name not in {*chosen, *taken}]
     names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in left_out)
     return PreparedImport("language_model", (f"left out: {names}",) if names else ())
 
@@ -109,22 +204,26 @@ def _refuse_link_elsewhere(source: Path, path: Path) -> None:
 
 
 def _refuse_other_models(source: str, names: set[str]) -> None:
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         raise PackageError(
-            f"'{source}' is an adapter, which cannot be imported by itself",
+            f"'{source}' is an adapter, expected a whole model",
             hint="merge it into its base (peft: model.merge_and_unload()) and save that",
         )
+    _refuse_pickled_weights(source, names)
+    graphs = sorted(name for name in names if name.endswith(".onnx"))
+    if graphs and "config.json" not in names:
+        raise InputError(
+            f"'{source}' holds an ONNX graph", hint=f"import the file: '{source}/{graphs[0]}'"
+        )
+
+
+def _refuse_pickled_weights(source: str, names: Collection[str]) -> None:
     has_weights = any(name.endswith(".safetensors") for name in names)
     pickles = sorted(n for n in names if n.endswith(_PICKLED_WEIGHTS))
     if pickles and not has_weights:
         raise ForbiddenFileError(
             f"'{source}' has its weights in '{pickles[0]}', a pickle, and none in safetensors",
             hint="load it and save it with model.save_pretrained(DIR, safe_serialization=True)",
-        )
-    graphs = sorted(name for name in names if name.endswith(".onnx"))
-    if graphs and "config.json" not in names:
-        raise InputError(
-            f"'{source}' holds an ONNX graph", hint=f"import the file: '{source}/{graphs[0]}'"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cluster.errors import ForbiddenFileError, HeliostatError, InputError, PackageError
+from cluster.model_package import Golden, Manifest, ModelPackage
 from cluster.model_package.importing import prepare_import
 from cluster.runtimes.onnx import OnnxRuntime
+from tests.tiny_models import save_adapter
 
 
 @pytest.fixture
@@ -83,10 +86,71 @@ def test_pickles_beside_safetensors_are_left_out(llama_dir: Path, stage: Path) -
     assert "pytorch_model.bin" in prepare_import(llama_dir, stage).notes[0]
 
 
-def test_adapters_are_refused_with_the_fix(llama_dir: Path, stage: Path) -> None:
+def a_package(directory: Path) -> ModelPackage:
+    """What importing asks of a base: where its files are."""
+    shutil.copytree(directory, directory.parent / "package/model")
+    manifest = Manifest(
+        kind="language_model",
+        name="base",
+        created_at="",
+        files={},
+        golden=Golden(inputs={}, outputs={}, tolerance=0),
+    )
+    return ModelPackage(directory.parent / "package", manifest, "sha256:" + "0" * 64, None)
+
+
+def test_an_adapter_without_its_base_is_refused_with_the_fix(llama_dir: Path, stage: Path) -> None:
     (llama_dir / "adapter_config.json").write_text("{}")
-    with pytest.raises(PackageError, match="merge_and_unload"):
+    with pytest.raises(PackageError, match=r"--base NAME; or merge it .*merge_and_unload"):
         prepare_import(llama_dir, stage)
+
+
+def test_an_adapter_takes_its_bases_tokenizer_if_it_has_none(
+    llama_dir: Path, stage: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter", llama_dir)
+    for path in adapter.glob("tokenizer*"):
+        path.unlink()
+    (adapter / "optimizer.pt").write_bytes(b"x")
+    prepared = prepare_import(adapter, stage, a_package(llama_dir))
+    assert prepared.kind == "adapter"
+    assert prepared.notes == ("left out: optimizer.pt", "it has no tokenizer: its base's is taken")
+    assert names(stage) >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert "model.safetensors" not in names(stage)
+
+
+def test_an_adapters_pickle_is_refused(llama_dir: Path, stage: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", llama_dir)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ForbiddenFileError, match=r"adapter_model\.bin.*safe_serialization"):
+        prepare_import(adapter, stage, a_package(llama_dir))
+
+
+def test_only_adapters_have_a_base(llama_dir: Path, stage: Path) -> None:
+    with pytest.raises(InputError, match="no adapter"):
+        prepare_import(llama_dir, stage, a_package(llama_dir))
+
+
+def test_weights_bring_the_configuration_beside_them(llama_dir: Path, stage: Path) -> None:
+    wanted = names(llama_dir)
+    assert prepare_import(llama_dir / "model.safetensors", stage).kind == "language_model"
+    assert names(stage) == wanted
+
+
+def test_weights_of_another_name_become_the_models(llama_dir: Path, stage: Path) -> None:
+    wanted = names(llama_dir)
+    shutil.copyfile(llama_dir / "model.safetensors", llama_dir / "better.safetensors")
+    (llama_dir / "model.safetensors").write_bytes(b"worse")
+    prepared = prepare_import(llama_dir / "better.safetensors", stage)
+    assert names(stage) == wanted
+    assert (stage / "model.safetensors").read_bytes() != b"worse"
+    assert prepared.notes == ("left out: model.safetensors",)
+
+
+def test_weights_alone_are_no_model(llama_dir: Path, stage: Path) -> None:
+    (llama_dir / "config.json").unlink()
+    with pytest.raises(PackageError, match=r"no config\.json beside it"):
+        prepare_import(llama_dir / "model.safetensors", stage)
 
 
 @pytest.mark.parametrize("name", ["model.pkl", "model.pt", "model.joblib", "model.bin"])
@@ -100,7 +164,7 @@ def test_what_is_no_model_is_named(tmp_path: Path, stage: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         prepare_import(tmp_path / "none", stage)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(InputError, match="neither"):
+    with pytest.raises(InputError, match="no model that can be imported"):
         prepare_import(tmp_path / "notes.txt", stage)
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
     with pytest.raises(PackageError, match=r"bad\.onnx"):
