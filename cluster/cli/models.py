@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cluster.registry import ModelRegistry, ModelVersion
 
 app = typer.Typer(
-    help="Model versions: import, list, show, verify, move aliases.", no_args_is_help=True
+    help="Model versions: import, export, list, show, verify, move aliases.", no_args_is_help=True
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -32,21 +32,48 @@ RefArgument = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME/VERSI
 @app.command("import")
 def import_model(
     path: Annotated[
-        Path, typer.Argument(help="A Hugging Face causal-LM directory or an .onnx file.")
+        Path,
+        typer.Argument(
+            help="A Hugging Face causal-LM directory, a peft directory, or an .onnx, .skops "
+            "(scikit-learn) or .safetensors file."
+        ),
     ],
     name: Annotated[str, typer.Option(help="Name to register it under.")],
+    base: Annotated[
+        str | None, typer.Option(help="Of an adapter: the registered model it was trained on.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Package, sign and register one's own model; it becomes the name's candidate."""
     from cluster.cli.import_model import import_path
 
     check_name(name)
-    version = import_path(path, name, load_settings(), say=lambda line: typer.echo(line, err=True))
+    version = import_path(
+        path, name, load_settings(), say=lambda line: typer.echo(line, err=True), base=base
+    )
     if as_json:
         print(json.dumps(_row(version), indent=2))
         return
     print(f"{version.ref} is registered, with alias {CANDIDATE}: {version.digest}")
     print(f"serve it:  heliostat deploy {version.ref}")
+
+
+@app.command("export")
+def export_model(
+    ref: RefArgument,
+    to: Annotated[Path, typer.Option(help="A directory that is empty or not there yet.")],
+) -> None:
+    """Write a version's plain files, verified, for transformers, peft or ONNX Runtime."""
+    from cluster.model_package import open_version
+    from cluster.model_package.unpacking import unpack
+
+    version = _registry().resolve(ModelRef.parse(ref))
+    package = open_version(version, load_settings())
+    unpack(package, to)
+    print(f"{version.ref} ({version.kind}) is in {to}")
+    if (adapter := package.manifest.adapter) is not None:
+        bases = [v for v in _registry().list_versions() if v.digest == adapter.base_digest]
+        print(f"its base: {bases[0].ref if bases else adapter.base_digest}")
 
 
 @app.command("list")

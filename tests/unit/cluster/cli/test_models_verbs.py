@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -14,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from cluster.cli.models import app
 from cluster.errors import (
+    ChangedFileError,
     ConflictError,
     ExtraFileError,
     HeliostatError,
@@ -30,6 +33,7 @@ from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
 from cluster.settings import Settings
 from cluster.tracking import open_client
+from tests.tiny_models import save_adapter
 
 
 @pytest.fixture
@@ -109,6 +113,67 @@ def test_two_versions_are_compared_by_evaluations_on_the_same_data(
     rows = {row["metric"]: row for row in read("show", f"{name}/1", f"{name}/2")}
     assert rows.keys() == {"size_mb", "test/accuracy on da7a"}
     assert rows["test/accuracy on da7a"]["difference"] == 0.25
+
+
+def test_what_comes_out_loads_in_the_libraries_it_came_from(
+    home: Path, graph: Path, name: str, language_model_dir: Path, tmp_path: Path
+) -> None:
+    import onnxruntime
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter_dir = save_adapter(tmp_path / "lora", language_model_dir)
+    run("import", str(language_model_dir), "--name", name)
+    run("import", str(adapter_dir), "--name", f"{name}-lora", "--base", f"{name}@candidate")
+    run("import", str(graph), "--name", f"{name}-graph")
+    out = {kind: tmp_path / "out" / kind for kind in ("model", "lora", "graph")}
+    run("export", name + "/1", "--to", str(out["model"]))
+    told = run("export", f"{name}-lora@candidate", "--to", str(out["lora"])).stdout
+    assert f"its base: {name}/1" in told
+    run("export", f"{name}-graph/1", "--to", str(out["graph"]))
+
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        base = AutoModelForCausalLM.from_pretrained(out["model"], dtype="float32")
+        given = AutoModelForCausalLM.from_pretrained(language_model_dir, dtype="float32")
+        assert torch.equal(base(ids).logits, given(ids).logits)
+        found = PeftModel.from_pretrained(base, out["lora"]).eval()(ids).logits
+        assert torch.equal(found, PeftModel.from_pretrained(given, adapter_dir).eval()(ids).logits)
+    assert AutoTokenizer.from_pretrained(out["model"])("ab")["input_ids"]
+    onnxruntime.InferenceSession(out["graph"] / "model.onnx")
+
+    shown = read("show", f"{name}-lora/1")
+    assert shown["lineage"]["parent_digest"] == read("show", f"{name}/1")["digest"]
+    again = ("export", f"{name}/1", "--to", str(out["model"]))
+    assert "not an empty directory" in fails(InputError, *again)
+    spoiled = tmp_path / "spoiled"
+    (row,) = read("list", f"{name}-graph")
+    shutil.rmtree(home / "cache/packages")
+    (Path(row["location"]) / "model/model.onnx").write_bytes(b"other")
+    fails(ChangedFileError, "export", f"{name}-graph/1", "--to", str(spoiled))
+    assert not spoiled.exists()
+
+
+def test_an_adapter_is_imported_with_a_language_model(home: Path, graph: Path, name: str) -> None:
+    run("import", str(graph), "--name", name)
+    arguments = ("import", str(graph), "--name", "x", "--base", f"{name}/1")
+    assert "expected a language model" in fails(InputError, *arguments)
+
+
+def test_an_estimator_becomes_a_graph_with_its_parity(
+    home: Path, name: str, tmp_path: Path
+) -> None:
+    from sklearn.linear_model import LinearRegression
+    from skops.io import dump
+
+    rows = np.arange(12.0).reshape(6, 2)
+    dump(LinearRegression().fit(rows, rows.sum(axis=1)), tmp_path / "sum.skops")
+    imported = run("import", str(tmp_path / "sum.skops"), "--name", name)
+    assert "largest difference from scikit-learn: " in imported.stderr
+    shown = read("show", f"{name}/1")
+    assert shown["outputs"] == ["prediction: FP32 [any]"]
+    assert shown["parity"]["largest_difference"] <= shown["parity"]["tolerance"]
 
 
 def test_two_versions_are_shown_side_by_side(home: Path, graph: Path, name: str) -> None:
