@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from cluster.config import load_config
 from jobs.data.config import DataConfig
 from jobs.evaluation.config import EvaluateConfig
-from jobs.merge import MergeConfig
+from jobs.exporting.config import ExportConfig
 from jobs.promotion.config import ServiceConfig
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
@@ -26,7 +26,7 @@ TYPES: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
-    "merge": MergeConfig,
+    "export": ExportConfig,
     "serve": DeploymentOptions,
     "services": ServiceConfig,
 }

@@ -1,4 +1,4 @@
-"""A torch module becomes one ONNX file with named tensors and a free batch dimension.
+"""A torch module becomes an ONNX graph with named tensors and a free batch dimension.
 
 export_onnx(model, {"pixels": torch.zeros(2, 1, 8, 8)}, ["logits"], Path("model.onnx"))
 """
@@ -18,11 +18,22 @@ def export_onnx(
     example: Mapping[str, torch.Tensor],
     output_names: Sequence[str],
     path: Path,
+    *,
+    free_sizes: Sequence[str] = ("batch",),
+    opset: int | None = None,
+    external_data: bool = False,
 ) -> None:
-    """`example` names the inputs in call order; its batch must be at least 2, lest torch take the
-    size 1 for a constant."""
+    """Write the graph.
+
+    Args:
+        example: the inputs by name, in call order. Their free sizes must be at least 2, lest torch
+            take the size 1 for a constant.
+        free_sizes: what the first dimensions of each input are called, and may be any number.
+        opset: None takes torch's own choice.
+        external_data: keep the weights beside the graph, which holds no more than 2 GiB.
+    """
     model = model.eval()
-    batch = torch.export.Dim("batch")
+    sizes = {axis: torch.export.Dim(name) for axis, name in enumerate(free_sizes)}
     # The exporter reports each optional library that it does without.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -33,9 +44,10 @@ def export_onnx(
             str(path),
             input_names=list(example),
             output_names=list(output_names),
-            dynamic_shapes=tuple({0: batch} for _ in example),
+            dynamic_shapes=tuple(sizes for _ in example),
             dynamo=True,
-            external_data=False,
+            opset_version=opset,
+            external_data=external_data,
             verbose=False,
         )
 

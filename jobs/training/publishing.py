@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from cluster.model_package import Lineage, LocalSigner, write_package
+from cluster.model_package.adapter import merge_into
 from cluster.model_ref import CANDIDATE
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
@@ -21,7 +22,6 @@ from jobs.models.bases import Base
 from jobs.models.config import PretrainedLmConfig
 from jobs.models.family import Exported
 from jobs.training.config import TrainConfig
-from jobs.training.merging import merged
 from jobs.training.profile import data_profile
 from jobs.training.worker import Outcome
 
@@ -92,5 +92,8 @@ def _settled(
         return
     prompts = exported.golden_inputs
     assert isinstance(prompts, Sequence), "an adapter's golden inputs are prompts"
-    with merged(base.directory, exported.directory, prompts, storage) as (directory, parity):
+    with storage.staging() as stage:
+        directory = stage / "merged"
+        directory.mkdir()
+        parity = merge_into(directory, base.directory, exported.directory, prompts)
         yield replace(exported, kind="language_model", directory=directory), parity

@@ -24,7 +24,8 @@ from cluster.registry import ModelRegistry
 from cluster.settings import Settings
 from cluster.storage import Storage
 from jobs.data.dataset import Dataset
-from jobs.merge import MergeConfig, merge
+from jobs.export import export
+from jobs.exporting.config import ExportConfig
 from jobs.prepare import open_catalog
 from jobs.train import check, check_family
 from jobs.training.config import TrainConfig
@@ -195,7 +196,7 @@ def test_an_adapter_is_published_with_its_base_and_merged_on_request(
     assert package.manifest.language_model is not None
     assert package.manifest.language_model.has_chat_template
     registry = ModelRegistry.open(settings)
-    merge(MergeConfig(adapter="helper/1", name="helper-merged"), settings)
+    export(ExportConfig(model="helper/1", name="helper-merged", to="merged"), settings)
     merged = registry.resolve(ModelRef("helper-merged", alias="candidate"))
     assert (merged.kind, merged.parent_digest) == ("language_model", version.digest)
     whole = open_version(merged, settings)
@@ -207,8 +208,8 @@ def test_an_adapter_is_published_with_its_base_and_merged_on_request(
         whole.manifest.golden.outputs["completions"]
         == (package.manifest.golden.outputs["completions"])
     )
-    with pytest.raises(InputError, match="expected an adapter"):
-        merge(MergeConfig(adapter="helper-merged/1", name="again"), settings)
+    with pytest.raises(InputError, match="to=merged expects adapter"):
+        export(ExportConfig(model="helper-merged/1", name="again", to="merged"), settings)
     with pytest.raises(InputError, match=r"helper/1 is of kind 'adapter'.*merged model"):
         find_start(make("helper/1"), settings)
 
