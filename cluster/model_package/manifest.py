@@ -99,7 +99,7 @@ class Manifest(StrictModel):
     metrics: dict[str, float] = Field(default_factory=dict)
     """Quality on held-out data when it was made."""
     parity: dict[str, JsonValue] = Field(default_factory=dict)
-    """For derived packages: `largest_difference` from the parent, and its `tolerance`."""
+    """Of a derived package: `largest_difference` from its parent, and its `tolerance`."""
     golden: Golden
     lineage: Lineage = Lineage()
 

@@ -27,6 +27,7 @@ INPUT, OUTPUT = "input_ids", "logits"
 
 # protobuf allows no file of more than 2 GiB; 32-bit weights.
 _MAX_INLINE_PARAMETERS = 2**28
+_JOINED_TOKENS = 128
 # Logits in the manifest: a vocabulary of 150,000 leaves room for one token of two prompts.
 _MAX_GOLDEN_LOGITS = 300_000
 
@@ -53,9 +54,10 @@ def export_language_model(
     """
     model = load_reference(parent.model_dir)
     prompts = golden_prompts(parent.manifest)
-    # Replayed alone at their own lengths, and as a batch: both sizes must be free.
+    # Replayed alone at their own lengths, joined, and as a batch: both sizes must be free.
+    alone = [*prompts, _joined(parent, prompts)]
     batch = _as_batch(prompts, model.config.get_text_config().vocab_size)
-    expected = token_logits(model, [*prompts, *batch.tolist()])
+    expected = token_logits(model, [*alone, *batch.tolist()])
     graph = directory / GRAPH
     with one_line("the model cannot be exported to ONNX", hint="try another opset"), quiet():
         export_onnx(
@@ -69,8 +71,8 @@ def export_language_model(
         )
     del model
     runtime = OnnxRuntime(graph, use_gpu=False)
-    alone = [_run(runtime, np.array([prompt], np.int64))[0] for prompt in prompts]
-    found = name_logits([*alone, *_run(runtime, batch)])
+    rows = [_run(runtime, np.array([prompt], np.int64))[0] for prompt in alone]
+    found = name_logits([*rows, *_run(runtime, batch)])
     return Derived(
         kind="graph",
         parity=certify(expected, found, relative_tolerance),
@@ -78,6 +80,15 @@ def export_language_model(
         processing=Processing(),
         what="exported to ONNX",
     )
+
+
+def _joined(parent: ModelPackage, prompts: list[list[int]]) -> list[int]:
+    """A text long enough for what only shows at length: positions, sliding windows."""
+    info = parent.manifest.language_model
+    assert info is not None, "a verified language model says how long its context is"
+    ids = [token for prompt in prompts for token in prompt]
+    length = min(_JOINED_TOKENS, info.max_context_tokens)
+    return (ids * length)[:length]
 
 
 def _as_batch(prompts: list[list[int]], vocab_size: int) -> Array:
