@@ -40,30 +40,34 @@ RELATIVE_TOLERANCES: Mapping[Derivation, float] = {
 }
 """Where a config states none: the largest difference, relative to the parent's largest output."""
 
+_HINT = "nothing was packaged; if that is good enough, state a larger relative_tolerance"
 
-def certify(parent: Outputs, derived: Outputs, relative_tolerance: float) -> dict[str, float]:
+
+def certify(
+    parent: Outputs, derived: Outputs, relative_tolerance: float, *, hint: str = _HINT
+) -> dict[str, float]:
     """The certificate, for `manifest.parity`: both numbers in the outputs' own unit.
 
     Args:
         relative_tolerance: of the parent's largest output; what is no float must be equal.
+        hint: what to do if it is further off.
 
     Raises:
         ParityError: the derived model is further off, naming the output. Package nothing then.
     """
     if parent.keys() != derived.keys():
-        raise _refusal(f"it gives {_names(derived)}", _names(parent))
+        raise _refusal(f"it gives {_names(derived)}", _names(parent), hint)
     for name, expected in parent.items():
         if expected.shape != derived[name].shape:
-            raise _refusal(
-                f"'{name}' has shape {list(derived[name].shape)}", f"{list(expected.shape)}"
-            )
+            shape = f"'{name}' has shape {list(derived[name].shape)}"
+            raise _refusal(shape, f"{list(expected.shape)}", hint)
     tolerance = relative_tolerance * max(map(_largest, parent.values()), default=0.0)
     differences = {name: _difference(parent[name], derived[name]) for name in parent}
     for name, difference in differences.items():
         # Written so that a difference of NaN is refused.
         if not difference <= tolerance:
             found = f"'{name}' differs by {difference:.3g}"
-            raise _refusal(found, f"at most {tolerance:.3g}")
+            raise _refusal(found, f"at most {tolerance:.3g}", hint)
     return {"largest_difference": max(differences.values(), default=0.0), "tolerance": tolerance}
 
 
@@ -120,8 +124,8 @@ def _names(outputs: Outputs) -> str:
     return ", ".join(sorted(outputs)) or "nothing"
 
 
-def _refusal(found: str, expected: str) -> ParityError:
+def _refusal(found: str, expected: str, hint: str) -> ParityError:
     return ParityError(
-        f"the derived model is not its parent on the golden inputs: {found}, expected {expected}",
-        hint="nothing was packaged; if that is good enough, state a larger relative_tolerance",
+        f"on the golden inputs the derived model is another: {found}, expected {expected}",
+        hint=hint,
     )

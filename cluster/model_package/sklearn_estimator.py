@@ -50,7 +50,9 @@ def convert_estimator(source: Path, graph: Path) -> ConvertedEstimator:
         PackageError: it is no fitted classifier or regressor, or cannot be expressed in ONNX.
         ParityError: the graph answers otherwise than the estimator.
     """
-    estimator, notes = load_estimator(source)
+    loaded, notes = load_estimator(source)
+    # Of a search, what it found.
+    estimator = getattr(loaded, "best_estimator_", loaded)
     task = _task_of(estimator)
     inputs = describe_inputs(estimator)
     rows = inputs.make_rows()
@@ -160,7 +162,12 @@ def _answers(estimator: Any, task: _Task, rows: Any) -> Outputs:
 def _certify(expected: Outputs, graph: Path, rows: dict[str, Array]) -> dict[str, float]:
     from cluster.runtimes.onnx import OnnxRuntime
 
-    return certify(expected, OnnxRuntime(graph).run(rows), RELATIVE_TOLERANCES["export"])
+    return certify(
+        expected,
+        OnnxRuntime(graph).run(rows),
+        RELATIVE_TOLERANCES["export"],
+        hint="skl2onnx computes this estimator otherwise than scikit-learn; use another",
+    )
 
 
 def _processing(expected: Outputs) -> Processing:

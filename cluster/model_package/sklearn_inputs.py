@@ -158,11 +158,12 @@ def steps(estimator: Any) -> Iterator[Any]:
 def _transformed_columns(transformer: Any, count: int) -> list[Column]:
     """What each column of a frame is, from the transformers that take it."""
     # The converter finds columns by name only where all are named.
-    by_name = all(_are_names(columns) for _, _, columns in transformer.transformers_)
+    used = [(inner, columns) for _, inner, columns in transformer.transformers_ if _is_used(inner)]
+    by_name = all(_are_names(columns) for _, columns in used)
     found = [Column(is_used=not by_name)] * count
     for name, inner, _ in transformer.transformers_:
         indices = transformer._transformer_to_input_indices[name]
-        if isinstance(inner, str) and inner == "drop":
+        if not _is_used(inner):
             continue
         if any(hasattr(step, "vocabulary_") for step in steps(inner)):
             raise PackageError(
@@ -173,6 +174,10 @@ def _transformed_columns(transformer: Any, count: int) -> list[Column]:
             if found[index] in (Column(), Column(is_used=False)):
                 found[index] = column
     return found
+
+
+def _is_used(transformer: Any) -> bool:
+    return not (isinstance(transformer, str) and transformer == "drop")
 
 
 def _are_names(columns: Any) -> bool:

@@ -23,12 +23,18 @@ _TREE = "sklearn.tree._tree.Tree"
 _HARMLESS = (
     _TREE,
     "numpy.dtype",
+    "numpy.number",
     "sklearn._loss.loss.HalfTweedieLossIdentity",
     "sklearn.calibration._CalibratedClassifier",
     "sklearn.calibration._SigmoidCalibration",
+    "sklearn.compose._column_transformer.make_column_selector",
     "sklearn.feature_selection._univariate_selection.f_classif",
     "sklearn.feature_selection._univariate_selection.f_regression",
+    "sklearn.metrics._scorer._PassthroughScorer",
+    "sklearn.model_selection._split.KFold",
+    "sklearn.model_selection._split.StratifiedKFold",
     "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
+    "sklearn.utils._bunch.Bunch",
 )
 _LEAF = -1
 _SAVE = "save it with skops: skops.io.dump(model, 'model.skops')"
@@ -63,7 +69,9 @@ def load_estimator(source: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 @contextlib.contextmanager
-def one_line(what: str, hint: str = "export it to ONNX yourself") -> Iterator[None]:
+def one_line(
+    what: str, hint: str = "leave that step out, or write the ONNX graph yourself and import it"
+) -> Iterator[None]:
     """skops, scikit-learn and its converter raise many types; a user needs the first sentence."""
     try:
         yield

@@ -13,13 +13,14 @@ import pandas as pd
 import pytest
 import skops.io
 from sklearn.cluster import KMeans
-from sklearn.compose import ColumnTransformer
+from sklearn.compose import ColumnTransformer, make_column_selector
 from sklearn.ensemble import (
     GradientBoostingRegressor,
     RandomForestClassifier,
 )
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -164,6 +165,14 @@ def test_a_frame_of_mixed_columns_is_an_input_per_column(package: Any, remainder
     found = runtime.run(preprocess(manifest, rows))
     np.testing.assert_allclose(found["probabilities"], estimator.predict_proba(FRAME), atol=1e-4)
     assert [label.decode() for label in found["label"]] == estimator.predict(FRAME).tolist()
+
+
+def test_columns_chosen_by_their_type_are_found_by_name(package: Any) -> None:
+    numbers = make_column_selector(dtype_include=np.number, pattern="age|income")
+    columns = ColumnTransformer([("n", StandardScaler(), numbers)])
+    search = GridSearchCV(make_pipeline(columns, LogisticRegression()), {}, cv=2)
+    manifest, _ = package(search.fit(FRAME, ANSWERS))
+    assert [spec.name for spec in public_inputs(manifest)] == ["age", "income (k)"]
 
 
 def test_documents_are_one_text_input(package: Any) -> None:
