@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.errors import PackageError
 from cluster.model_package import ModelPackage
 from cluster.model_package.files import GRAPH
 from cluster.model_package.language_model import load_reference, one_line, quiet
@@ -70,7 +71,7 @@ def export_language_model(
             external_data=model.num_parameters() > _MAX_INLINE_PARAMETERS,
         )
     del model
-    runtime = OnnxRuntime(graph, use_gpu=False)
+    runtime = _open(graph, opset)
     rows = [_run(runtime, np.array([prompt], np.int64))[0] for prompt in alone]
     found = name_logits([*rows, *_run(runtime, batch)])
     return Derived(
@@ -98,6 +99,19 @@ def _as_batch(prompts: list[list[int]], vocab_size: int) -> Array:
     room = max(1, _MAX_GOLDEN_LOGITS // (2 * vocab_size))
     length = min(*map(len, chosen), room)
     return np.array([prompt[:length] for prompt in chosen], dtype=np.int64)
+
+
+def _open(graph: Path, opset: int | None) -> OnnxRuntime:
+    try:
+        return OnnxRuntime(graph, use_gpu=False)
+    except PackageError as error:
+        if opset is None:
+            raise
+        # The exporter writes what it can, and leaves the rest as it was.
+        raise PackageError(
+            f"the model cannot be written at opset {opset}: {error.message[:200]}",
+            hint="leave opset out, which takes the exporter's own",
+        ) from None
 
 
 def _run(runtime: OnnxRuntime, ids: Array) -> Array:

@@ -34,8 +34,9 @@ def export_onnx(
     """
     model = model.eval()
     sizes = {axis: torch.export.Dim(name) for axis, name in enumerate(free_sizes)}
-    # The exporter reports each optional library that it does without.
+    # They report each optional library that they do without, and failures that are raised later.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
