@@ -37,8 +37,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """A home of its own; MLflow, which numbers versions, is not needed."""
     monkeypatch.setattr("cluster.registry.open_client", lambda settings: None)
     monkeypatch.setattr(
-        "cluster.registry._mlflow_version",
-        lambda client, name, published, run_id, taken: max(taken, default=0) + 1,
+        "cluster.registry.number_version",
+        lambda *_, taken, **others: max(taken, default=0) + 1,
     )
     settings = Settings(home=tmp_path / "home")
     ensure_local_key(settings.keys_dir)

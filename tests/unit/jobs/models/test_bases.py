@@ -66,7 +66,7 @@ def test_a_registered_version_is_opened_by_the_verified_reader(
     registry = ModelRegistry.open(settings)
     # MLflow numbers versions; this test needs none of it.
     monkeypatch.setattr("cluster.registry.open_client", lambda settings: None)
-    monkeypatch.setattr("cluster.registry._mlflow_version", lambda *arguments: 1)
+    monkeypatch.setattr("cluster.registry.number_version", lambda *_, **others: 1)
     registry.register("m", published)
     registry.set_alias("m", "candidate", 1, actor="test", reason="why")
     base = find_base("m@candidate", settings)

@@ -52,8 +52,8 @@ def settings(tmp_path: Path, chat_base_dir: Path, monkeypatch: pytest.MonkeyPatc
     needed."""
     monkeypatch.setattr("cluster.registry.open_client", lambda settings: None)
     monkeypatch.setattr(
-        "cluster.registry._mlflow_version",
-        lambda client, name, published, run_id, taken: max(taken, default=0) + 1,
+        "cluster.registry.number_version",
+        lambda *_, taken, **others: max(taken, default=0) + 1,
     )
     settings = Settings(home=tmp_path / "home")
     ensure_local_key(settings.keys_dir)
