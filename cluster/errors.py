@@ -19,7 +19,8 @@
     │   │   ├── MissingFileError
     │   │   └── ChangedFileError
     │   ├── SignatureError           unsigned, or the signature does not verify
-    │   │   └── UnknownKeyError      signed, but by a key that is not trusted here
+    │   │   ├── UnknownKeyError      signed, but by a key that is not trusted here
+    │   │   └── RevokedKeyError      signed by a key that is no longer trusted
     │   ├── ForbiddenFileError       pickle, code, a symlink or a path that leaves the package
     │   ├── NewerFormatError         written by a newer Heliostat
     │   └── ParityError              golden inputs do not give the golden outputs
@@ -160,6 +161,10 @@ class SignatureError(PackageError):
 
 class UnknownKeyError(SignatureError):
     code = "package_unknown_key"
+
+
+class RevokedKeyError(SignatureError):
+    code = "package_revoked_key"
 
 
 class ForbiddenFileError(PackageError):

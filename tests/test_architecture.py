@@ -103,6 +103,17 @@ def test_only_settings_reads_the_environment() -> None:
                     )
 
 
+def test_only_the_package_knows_what_a_machine_signs_with() -> None:
+    """`open_signer` may give a key file, a certificate or a KMS: nobody else may ask which."""
+    names = ("LocalSigner", "TrustStore", "PRIVATE_KEY")
+    for path in sources():
+        relative = path.relative_to(ROOT).as_posix()
+        if relative.startswith("cluster/model_package/"):
+            continue
+        for name in imports_of(path):
+            assert name.rpartition(".")[2] not in names, f"{relative} imports {name}"
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_a_light_module_loads_no_heavy_library(module: str) -> None:
     code = (

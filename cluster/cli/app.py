@@ -15,7 +15,17 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cluster.cli import backup, cluster, garbage, jobs, keys, models, serving, usage
+from cluster.cli import (
+    backup,
+    cluster,
+    garbage,
+    jobs,
+    keys,
+    models,
+    serving,
+    signing_keys,
+    usage,
+)
 from cluster.errors import HeliostatError, as_machine_error
 
 app = typer.Typer(
@@ -46,6 +56,7 @@ def _options(
 cluster.register(app)
 jobs.register(app)
 app.add_typer(models.app, name="models")
+models.app.add_typer(signing_keys.app, name="keys")
 serving.register(app)
 keys.register(app)
 usage.register(app)

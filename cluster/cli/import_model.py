@@ -8,9 +8,9 @@ from pathlib import Path
 from cluster.errors import HeliostatError, InputError
 from cluster.model_package import (
     Lineage,
-    LocalSigner,
     ModelPackage,
     PublishedPackage,
+    open_signer,
     open_version,
     package_key,
     write_package,
@@ -42,7 +42,7 @@ def import_path(
         prepared = prepare_import(path, stage, base_package)
         # Before the long work: without the server nothing can be registered.
         require_server(settings)
-        signer = LocalSigner(settings.keys_dir)
+        signer = open_signer(settings)
         say(f"read {path}")
         for note in prepared.notes:
             say(note)

@@ -128,11 +128,11 @@ def verify(
 
     Exit code 1 if anything is wrong; what is not here to be checked is said to be absent.
     """
-    from cluster.model_package import TrustStore, fetched, open_copy, verify_directory
+    from cluster.model_package import fetched, open_copy, open_trust, verify_directory
     from cluster.storage import Storage
 
     settings = load_settings()
-    trust = TrustStore(settings.keys_dir)
+    trust = open_trust(settings)
     if Path(target).is_dir():
         package = verify_directory(Path(target), trust, allow_unsigned=settings.allow_unsigned)
         _print_verified(package, settings, data, as_json)
@@ -184,7 +184,7 @@ def alias(
         raise NotFoundError(
             f"model '{name}' has no alias '{alias}'", hint=f"see `heliostat models list {name}`"
         )
-    registry.set_alias(name, alias, version, actor=_actor(), reason=reason)
+    registry.set_alias(name, alias, version, actor=actor(), reason=reason)
     print(f"{name}@{alias} is {'removed' if remove else f'version {version}'}")
 
 
@@ -252,7 +252,8 @@ def _print_verified(package: ModelPackage, settings: Settings, data: bool, as_js
     print_lineage(links)
 
 
-def _actor() -> str:
+def actor() -> str:
+    """Who types this, for histories."""
     try:
         return f"cli:{getpass.getuser()}"
     # A container's user may have no name.

@@ -14,10 +14,12 @@ transformers, onnxruntime or model_signing; the functions load what they need.
               golden.check_language_model(manifest, completions)
     deriving  parity.certify(before, after, relative_tolerance), parity.graph_outputs(…),
               parity.token_logits(…)
-    signing   signing.ensure_local_key(keys_dir), signing.LocalSigner, signing.TrustStore
+    signing   open_signer(settings) -> Signer, open_trust(settings) -> Trust
+    keys      ensure_local_key(keys_dir), SigningKeys(keys_dir)
 """
 
 from cluster.model_package import golden, parity, signing
+from cluster.model_package.keys import SigningKey, SigningKeys, ensure_local_key
 from cluster.model_package.manifest import (
     FORMAT_VERSION,
     AdapterInfo,
@@ -28,7 +30,14 @@ from cluster.model_package.manifest import (
     Lineage,
     Manifest,
 )
-from cluster.model_package.opening import open_base, open_copy, open_digest, open_version
+from cluster.model_package.opening import (
+    open_base,
+    open_copy,
+    open_digest,
+    open_signer,
+    open_trust,
+    open_version,
+)
 from cluster.model_package.reader import (
     ModelPackage,
     fetched,
@@ -39,8 +48,8 @@ from cluster.model_package.reader import (
 from cluster.model_package.signing import (
     LocalSigner,
     Signer,
+    Trust,
     TrustStore,
-    ensure_local_key,
 )
 from cluster.model_package.writer import PublishedPackage, write_package
 
@@ -57,6 +66,9 @@ __all__ = [
     "ModelPackage",
     "PublishedPackage",
     "Signer",
+    "SigningKey",
+    "SigningKeys",
+    "Trust",
     "TrustStore",
     "ensure_local_key",
     "fetched",
@@ -65,6 +77,8 @@ __all__ = [
     "open_copy",
     "open_digest",
     "open_package",
+    "open_signer",
+    "open_trust",
     "open_version",
     "package_key",
     "parity",

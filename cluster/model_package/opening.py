@@ -1,6 +1,7 @@
-"""Open what the registry names, with this machine's settings.
+"""Packages with this machine's settings: what it trusts, what it signs with, what it opens.
 
-Knows of a version only its digest.
+The one place that knows which signer and which trust a machine has. Knows of a version only its
+digest.
 
     package = open_version(registry.resolve(ModelRef.parse("digits")), settings)
     package = open_digest("sha256:…", settings)
@@ -14,7 +15,7 @@ from typing import Protocol
 
 from cluster.errors import NotFoundError, NotRunningError, PackageError
 from cluster.model_package.reader import ModelPackage, open_cached, open_package, package_key
-from cluster.model_package.signing import TrustStore
+from cluster.model_package.signing import LocalSigner, Signer, Trust, TrustStore
 from cluster.settings import Settings
 from cluster.storage import Storage
 
@@ -26,6 +27,21 @@ class HasDigest(Protocol):
 
     @property
     def digest(self) -> str: ...
+
+
+def open_signer(settings: Settings) -> Signer:
+    """What this machine signs packages with.
+
+    Raises:
+        NotRunningError: it has no key yet.
+        RevokedKeyError: its key was revoked.
+    """
+    return LocalSigner(settings.keys_dir)
+
+
+def open_trust(settings: Settings) -> Trust:
+    """Whose packages this machine opens."""
+    return TrustStore(settings.keys_dir)
 
 
 def open_version(version: HasDigest, settings: Settings) -> ModelPackage:
@@ -49,7 +65,7 @@ def open_digest(digest: str, settings: Settings) -> ModelPackage:
     return open_package(
         digest,
         storage=storage,
-        trust=TrustStore(settings.keys_dir),
+        trust=open_trust(settings),
         cache_dir=settings.package_cache_dir,
         allow_unsigned=settings.allow_unsigned,
     )
@@ -59,7 +75,7 @@ def open_copy(digest: str, settings: Settings) -> ModelPackage | None:
     """This machine's copy of a package, without asking storage; see `open_cached`."""
     return open_cached(
         digest,
-        trust=TrustStore(settings.keys_dir),
+        trust=open_trust(settings),
         cache_dir=settings.package_cache_dir,
         allow_unsigned=settings.allow_unsigned,
     )

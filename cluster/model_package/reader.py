@@ -27,6 +27,7 @@ from cluster.errors import (
     MissingFileError,
     NotFoundError,
     PackageError,
+    RevokedKeyError,
     UnknownKeyError,
 )
 from cluster.model_package.files import (
@@ -41,7 +42,7 @@ from cluster.model_package.files import (
     refuse_code_references,
 )
 from cluster.model_package.manifest import Kind, Manifest, digest_of
-from cluster.model_package.signing import TrustStore, difference
+from cluster.model_package.signing import Trust, difference
 from cluster.storage import Storage
 
 MAX_MANIFEST_BYTES = 64 * 1024**2
@@ -92,7 +93,7 @@ def open_package(
     digest: str,
     *,
     storage: Storage,
-    trust: TrustStore,
+    trust: Trust,
     cache_dir: Path,
     allow_unsigned: bool = False,
 ) -> ModelPackage:
@@ -121,7 +122,7 @@ def open_package(
 
 
 def open_cached(
-    digest: str, *, trust: TrustStore, cache_dir: Path, allow_unsigned: bool = False
+    digest: str, *, trust: Trust, cache_dir: Path, allow_unsigned: bool = False
 ) -> ModelPackage | None:
     """This machine's copy of a package, verified in full again; None if there is none to trust.
 
@@ -133,7 +134,7 @@ def open_cached(
         return None
     try:
         return verify_directory(entry, trust, digest=digest, allow_unsigned=allow_unsigned)
-    except UnknownKeyError:
+    except (UnknownKeyError, RevokedKeyError):
         raise
     except PackageError as error:
         _logger.warning("cached package %s is dropped, to be fetched again: %s", digest, error)
@@ -169,7 +170,7 @@ def fetched(digest: str, storage: Storage, cache_dir: Path) -> Iterator[Path]:
 
 
 def verify_directory(
-    directory: Path, trust: TrustStore, *, digest: str | None = None, allow_unsigned: bool = False
+    directory: Path, trust: Trust, *, digest: str | None = None, allow_unsigned: bool = False
 ) -> ModelPackage:
     """Verify a package where it lies; safe to use only if nobody else writes there.
 
@@ -201,7 +202,7 @@ def verify_directory(
 
 
 def _check_bytes(
-    directory: Path, sizes: dict[str, int], trust: TrustStore, allow_unsigned: bool
+    directory: Path, sizes: dict[str, int], trust: Trust, allow_unsigned: bool
 ) -> tuple[str | None, dict[str, str]]:
     if SIGNATURE in sizes or not allow_unsigned:
         verified = trust.verify(directory)

@@ -1,10 +1,9 @@
 """OpenSSF model signatures: make them with a local key, check them against trusted keys.
 
-A signature covers every file of a directory but itself. A key is named by its fingerprint, the
-SHA-256 of its public half in PEM. Knows nothing of manifests. The library is imported on first use,
+A signature covers every file of a directory but itself. Where keys lie is not known here but in
+`cluster.model_package.keys`; nothing is known of manifests. The library is imported on first use,
 because that takes 0.4 s.
 
-    fingerprint = ensure_local_key(settings.keys_dir)
     LocalSigner(settings.keys_dir).sign(directory)
     verified = TrustStore(settings.keys_dir).verify(directory)   # fingerprint, digests by file
 """
@@ -12,12 +11,8 @@ because that takes 0.4 s.
 from __future__ import annotations
 
 import base64
-import contextlib
-import hashlib
 import json
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,27 +20,25 @@ from typing import Any, Protocol
 from cluster.errors import (
     ChangedFileError,
     ExtraFileError,
-    MachineError,
     MissingFileError,
-    NotRunningError,
     SignatureError,
     TamperedPackageError,
-    UnknownKeyError,
 )
 from cluster.model_package.files import SIGNATURE
+from cluster.model_package.keys import SigningKeys
 
-PRIVATE_KEY = "signing_key.pem"
-TRUSTED = "trusted"
 MAX_SIGNATURE_BYTES = 16 * 1024**2
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class Signer(Protocol):
-    """Signs directories in somebody's name."""
+    """Signs directories in somebody's name: with a key file, a certificate or a KMS."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Of the key."""
+        ...
 
     def sign(self, directory: Path) -> None:
         """Write `signature.json` over all other files of `directory`."""
@@ -60,53 +53,31 @@ class VerifiedSignature:
     digests: dict[str, str]
 
 
-def ensure_local_key(keys_dir: Path) -> str:
-    """Make the local EC P-256 key and trust it, if that was not done before; its fingerprint.
+class Trust(Protocol):
+    """Decides whose signature counts."""
 
-    Safe to call from several processes at once: all get the same key.
-    """
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
+    def verify(self, directory: Path) -> VerifiedSignature:
+        """Check the signature and every file under it; no file but the signature is parsed.
 
-    trusted_dir = keys_dir / TRUSTED
-    try:
-        trusted_dir.mkdir(parents=True, exist_ok=True)
-        keys_dir.chmod(0o700)
-    except OSError as error:
-        raise MachineError(
-            f"key directory {keys_dir} cannot be made: {error.strerror}",
-            hint="check HELIOSTAT_HOME and its permissions",
-        ) from None
-    path = keys_dir / PRIVATE_KEY
-    if not path.exists():
-        pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        with _temporary_file(keys_dir, pem) as temporary, contextlib.suppress(FileExistsError):
-            # A link, not a rename: the first process wins, the others use its key.
-            os.link(temporary, path)
-    public = _public_pem(path)
-    fingerprint = hashlib.sha256(public).hexdigest()
-    target = trusted_dir / f"{fingerprint}.pub"
-    if not target.exists():
-        with _temporary_file(trusted_dir, public) as temporary:
-            temporary.chmod(0o644)
-            temporary.replace(target)
-    return fingerprint
+        Raises:
+            SignatureError: there is none, it does not hold, or its maker is not trusted.
+            TamperedPackageError: it holds, but the files are not those that were signed.
+        """
+        ...
 
 
 class LocalSigner:
-    """Signs with the key that `ensure_local_key` made.
+    """Signs with the local key of a directory.
 
     Raises:
         NotRunningError: there is no key yet.
+        RevokedKeyError: it may sign no more.
     """
 
     def __init__(self, keys_dir: Path) -> None:
-        self._path = keys_dir / PRIVATE_KEY
-        self.fingerprint = hashlib.sha256(_public_pem(self._path)).hexdigest()
+        keys = SigningKeys(keys_dir)
+        self._path = keys.private_key
+        self.fingerprint = keys.local()
 
     def sign(self, directory: Path) -> None:
         from model_signing import signing
@@ -116,31 +87,25 @@ class LocalSigner:
 
 
 class TrustStore:
-    """The public keys in `KEYS_DIR/trusted/FINGERPRINT.pub`; put one there to trust it."""
+    """Trusts the public keys of a directory, see `cluster.model_package.keys`."""
 
     def __init__(self, keys_dir: Path) -> None:
-        self._directory = keys_dir / TRUSTED
+        self._keys = SigningKeys(keys_dir)
 
     def fingerprints(self) -> list[str]:
-        """Every trusted key."""
-        return sorted(path.stem for path in self._directory.glob("*.pub"))
+        """Every key that may sign."""
+        return [key.fingerprint for key in self._keys.known() if key.state == "trusted"]
 
     def verify(self, directory: Path) -> VerifiedSignature:
-        """Check the signature and every file under it; no file but the signature is parsed.
+        """See `Trust`.
 
         Raises:
-            SignatureError: there is none, or it does not hold.
             UnknownKeyError: it was made with a key that is not trusted here.
-            TamperedPackageError: it holds, but the files are not those that were signed.
+            RevokedKeyError: it was made with a key that no longer is.
         """
         bundle = _read_bundle(directory)
         fingerprint = _named_key(bundle)
-        public_key = self._directory / f"{fingerprint}.pub"
-        if not public_key.is_file():
-            raise UnknownKeyError(
-                f"signed by key {fingerprint}, which is not trusted here",
-                hint=f"if you trust its owner, put the public key into {public_key}",
-            )
+        public_key = self._keys.public_key(fingerprint)
         return VerifiedSignature(fingerprint, _verify(directory, public_key, bundle))
 
 
@@ -233,37 +198,3 @@ def _named_key(bundle: dict[str, Any]) -> str:
             f"{SIGNATURE} names no key", hint="sign it with an EC key of model-signing 1.1 or newer"
         )
     return fingerprint
-
-
-def _public_pem(private_key: Path) -> bytes:
-    from cryptography.hazmat.primitives import serialization
-
-    try:
-        key = serialization.load_pem_private_key(private_key.read_bytes(), None)
-    except FileNotFoundError:
-        raise NotRunningError(
-            f"there is no signing key at {private_key}", hint="run `heliostat up` first"
-        ) from None
-    except (OSError, ValueError, TypeError) as error:
-        raise SignatureError(
-            f"signing key {private_key} cannot be read ({type(error).__name__})",
-            hint="restore it, or move it away and run `heliostat up`",
-        ) from None
-    return key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-
-
-@contextlib.contextmanager
-def _temporary_file(directory: Path, data: bytes) -> Any:
-    """A file of mode 0600 with `data`, removed at the end unless it was renamed."""
-    descriptor, name = tempfile.mkstemp(dir=directory, prefix=".new-")
-    path = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        yield path
-    finally:
-        path.unlink(missing_ok=True)

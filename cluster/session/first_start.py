@@ -46,7 +46,7 @@ def forget_unfinished_builds(home: Path) -> None:
 def prepare_keys(settings: Settings) -> None:
     """Migrate the database and make the signing key, the local API key and HAProxy's launcher."""
     from cluster.database import open_database
-    from cluster.model_package.signing import ensure_local_key
+    from cluster.model_package import ensure_local_key
     from cluster.security.api_keys import ApiKeys
 
     _write_haproxy_launcher(settings)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.model_package import Kind, Lineage, LocalSigner, ModelPackage, write_package
+from cluster.model_package import Kind, Lineage, ModelPackage, open_signer, write_package
 from cluster.model_package.writer import GoldenInputs
 from cluster.model_ref import CANDIDATE
 from cluster.processing import Processing
@@ -53,7 +53,7 @@ def publish_derived(
         name=name,
         kind=derived.kind,
         storage=Storage.open(settings.storage_root),
-        signer=LocalSigner(settings.keys_dir),
+        signer=open_signer(settings),
         processing=derived.processing,
         golden_inputs=derived.golden_inputs,
         lineage=Lineage(

@@ -1,13 +1,15 @@
-"""Keys are made once and kept private; signatures hold for exactly the files that were signed."""
+"""Signatures hold for exactly the files that were signed, whoever made them."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import multiprocessing
-import stat
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.errors import (
     ChangedFileError,
@@ -17,7 +19,7 @@ from cluster.errors import (
     SignatureError,
     UnknownKeyError,
 )
-from cluster.model_package import LocalSigner, TrustStore, ensure_local_key
+from cluster.model_package import LocalSigner, Signer, SigningKeys, TrustStore, ensure_local_key
 
 
 @pytest.fixture
@@ -28,31 +30,6 @@ def signed(tmp_path: Path, keys_dir: Path) -> Path:
     (directory / "sub/b.json").write_text("2")
     LocalSigner(keys_dir).sign(directory)
     return directory
-
-
-def test_the_key_is_private_and_made_once(tmp_path: Path) -> None:
-    first = ensure_local_key(tmp_path / "k")
-    key = (tmp_path / "k/signing_key.pem").read_bytes()
-    assert ensure_local_key(tmp_path / "k") == first
-    assert (tmp_path / "k/signing_key.pem").read_bytes() == key
-    assert stat.S_IMODE((tmp_path / "k/signing_key.pem").stat().st_mode) == 0o600
-    assert stat.S_IMODE((tmp_path / "k").stat().st_mode) == 0o700
-    assert TrustStore(tmp_path / "k").fingerprints() == [first]
-    assert {p.name for p in (tmp_path / "k").iterdir()} == {"signing_key.pem", "trusted"}
-
-
-def test_processes_that_start_together_get_the_same_key(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        fingerprints = pool.map(ensure_local_key, [tmp_path / "k"] * 8)
-    assert len(set(fingerprints)) == 1
-    assert TrustStore(tmp_path / "k").fingerprints() == [fingerprints[0]]
-
-
-def test_a_lost_public_key_is_written_again(keys_dir: Path) -> None:
-    (fingerprint,) = TrustStore(keys_dir).fingerprints()
-    (keys_dir / f"trusted/{fingerprint}.pub").unlink()
-    assert ensure_local_key(keys_dir) == fingerprint
-    assert TrustStore(keys_dir).fingerprints() == [fingerprint]
 
 
 def test_without_a_key_the_signer_says_what_to_do(tmp_path: Path) -> None:
@@ -145,3 +122,69 @@ def test_a_bundle_without_signatures_does_not_verify(signed: Path, trust: TrustS
     (signed / "signature.json").write_text(json.dumps(bundle))
     with pytest.raises(SignatureError, match="does not verify"):
         trust.verify(signed)
+
+
+class RemoteSigner:
+    """Signs as a KMS does: the private key never leaves it, and no file holds it."""
+
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self.public = self._key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        self.fingerprint = hashlib.sha256(self.public).hexdigest()
+
+    def sign(self, directory: Path) -> None:
+        digests = {
+            path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(directory.rglob("*"))
+            if path.is_file()
+        }
+        root = hashlib.sha256(b"".join(bytes.fromhex(digests[name]) for name in sorted(digests)))
+        statement = {
+            "_type": "https://in-toto.io/Statement/v1",
+            "subject": [{"name": "package", "digest": {"sha256": root.hexdigest()}}],
+            "predicateType": "https://model_signing/signature/v1.0",
+            "predicate": {
+                "serialization": {
+                    "method": "files",
+                    "hash_type": "sha256",
+                    "allow_symlinks": False,
+                    "ignore_paths": ["signature.json"],
+                },
+                "resources": [
+                    {"name": name, "algorithm": "sha256", "digest": digests[name]}
+                    for name in sorted(digests)
+                ],
+            },
+        }
+        payload = json.dumps(statement).encode()
+        signed = b"DSSEv1 28 application/vnd.in-toto+json %d %s" % (len(payload), payload)
+        signature = self._key.sign(signed, ec.ECDSA(hashes.SHA256()))
+        bundle = {
+            "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+            "verificationMaterial": {"publicKey": {"hint": self.fingerprint}, "tlogEntries": []},
+            "dsseEnvelope": {
+                "payload": base64.b64encode(payload).decode(),
+                "payloadType": "application/vnd.in-toto+json",
+                "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
+            },
+        }
+        (directory / "signature.json").write_text(json.dumps(bundle))
+
+
+def test_a_signer_needs_no_key_file(tmp_path: Path, keys_dir: Path, trust: TrustStore) -> None:
+    """The format, not the library, is what a signer must fit."""
+    remote = RemoteSigner()
+    signer: Signer = remote
+    directory = tmp_path / "package"
+    (directory / "model").mkdir(parents=True)
+    (directory / "model/config.json").write_text("{}")
+    signer.sign(directory)
+    with pytest.raises(UnknownKeyError):
+        trust.verify(directory)
+    assert SigningKeys(keys_dir).trust(remote.public) == signer.fingerprint
+    assert trust.verify(directory).fingerprint == signer.fingerprint
+    (directory / "model/config.json").write_text("[]")
+    with pytest.raises(ChangedFileError):
+        trust.verify(directory)
