@@ -135,7 +135,7 @@ def _collect(directory: Path, prefix: str, found: dict[str, int]) -> None:
                 continue
             if not stat.S_ISREG(mode.st_mode):
                 raise ForbiddenFileError(
-                    f"'{name}' is a link or a device, expected a plain file",
+                    f"{name[:200]!r} is a link or a device, expected a plain file",
                     hint="replace it by a copy of what it points to",
                 )
             found[check_file_name(name)] = mode.st_size

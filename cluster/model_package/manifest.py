@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
@@ -20,6 +20,8 @@ from cluster.processing import Processing, TensorSpec
 FORMAT_VERSION = 1
 
 Kind = Literal["language_model", "graph", "adapter"]
+Line = Annotated[str, Field(pattern=r"^\P{Cc}*$")]
+"""Text that people are shown: control characters could write over the screen."""
 
 
 class FileEntry(StrictModel):
@@ -46,22 +48,22 @@ class Golden(StrictModel):
 class Lineage(StrictModel):
     """Where the package came from; empty text where it is not known."""
 
-    source: str = ""
+    source: Line = ""
     """What made it: 'jobs.train', 'import', …"""
-    dataset_digest: str = ""
-    run_id: str = ""
-    sweep_run_id: str = ""
+    dataset_digest: Line = ""
+    run_id: Line = ""
+    sweep_run_id: Line = ""
     """The sweep whose best trial `run_id` is."""
-    job_id: str = ""
-    git_commit: str = ""
-    parent_digest: str = ""
+    job_id: Line = ""
+    git_commit: Line = ""
+    parent_digest: Line = ""
     """Digest of the package this one was derived from."""
 
 
 class LanguageModelInfo(StrictModel):
     """What serving must know of a language model without loading it."""
 
-    architecture: str
+    architecture: Line
     max_context_tokens: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     num_parameters: int = Field(ge=1)
@@ -81,9 +83,9 @@ class Manifest(StrictModel):
 
     format_version: int = Field(FORMAT_VERSION, ge=1)
     kind: Kind
-    name: str
+    name: Line
     """Name it was published under; the registry may list it under others too."""
-    created_at: str
+    created_at: Line
     files: dict[str, FileEntry]
     inputs: tuple[TensorSpec, ...] = ()
     """What the graph takes (empty for language models)."""
@@ -96,7 +98,7 @@ class Manifest(StrictModel):
     quantisation: dict[str, JsonValue] = Field(default_factory=dict)
     profile: dict[str, JsonValue] = Field(default_factory=dict)
     """Statistics of the training data, for drift detection."""
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[Line, float] = Field(default_factory=dict)
     """Quality on held-out data when it was made."""
     parity: dict[str, JsonValue] = Field(default_factory=dict)
     """Of a derived package: `largest_difference` from its parent, and its `tolerance`."""
@@ -156,13 +158,22 @@ class Manifest(StrictModel):
                 hint="upgrade Heliostat",
             )
         try:
-            return cls.model_validate(values)
+            manifest = cls.model_validate(values)
+            manifest.to_bytes()
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise PackageError(
-                f"manifest.json: '{where}': {first['msg']}", hint="publish the package again"
+                f"manifest.json: '{where[:200]}': {first['msg']}".replace("\n", " "),
+                hint="publish the package again",
             ) from None
+        # Numbers beyond a double become infinite; half of a surrogate pair is no text.
+        except ValueError:
+            raise PackageError(
+                "manifest.json has a number or a text that nobody can write",
+                hint="publish the package again",
+            ) from None
+        return manifest
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

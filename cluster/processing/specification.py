@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
-from cluster.processing.tensors import Datatype, TensorSpec
+from cluster.processing.tensors import Datatype, TensorName, TensorSpec
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -94,7 +94,7 @@ class Softmax(StrictModel):
 
     op: Literal["softmax"] = "softmax"
     tensor: str
-    into: str = ""
+    into: TensorName | Literal[""] = ""
     """Name of the result, which is added; empty replaces `tensor`."""
 
 
@@ -103,7 +103,7 @@ class Labels(StrictModel):
 
     op: Literal["labels"] = "labels"
     tensor: str
-    into: str = "label"
+    into: TensorName = "label"
     labels: tuple[str, ...] = Field(min_length=1)
 
 
@@ -112,7 +112,7 @@ class Rename(StrictModel):
 
     op: Literal["rename"] = "rename"
     tensor: str
-    into: str = Field(min_length=1)
+    into: TensorName
 
 
 PreStep = Annotated[Scale | Standardize | Reshape | Cast | Rename, Field(discriminator="op")]
@@ -126,7 +126,7 @@ class Processing(StrictModel):
 
     inputs: tuple[TensorSpec, ...] = ()
     """What a client sends; empty means: what the graph takes."""
-    raw_inputs: dict[str, RawInput] = Field(default_factory=dict)
+    raw_inputs: dict[TensorName, RawInput] = Field(default_factory=dict)
     """Other ways to send an input, by the name a client uses for them."""
     pre: tuple[PreStep, ...] = Field((), max_length=64)
     post: tuple[PostStep, ...] = Field((), max_length=64)

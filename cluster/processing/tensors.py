@@ -7,7 +7,7 @@ Knows nothing of models, packages or HTTP.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ Datatype = Literal[
     "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
     "FP16", "FP32", "FP64", "BYTES",
 ]  # fmt: skip
+
+TensorName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^\P{Cc}*$")]
+"""Names are shown in errors and tables, so they hold no control characters."""
 
 _NUMPY: dict[Datatype, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -42,7 +45,7 @@ _DATATYPES = {dtype: name for name, dtype in _NUMPY.items()}
 class TensorSpec(StrictModel):
     """A named tensor in the Open Inference Protocol's words."""
 
-    name: str = Field(min_length=1, max_length=256)
+    name: TensorName
     datatype: Datatype
     shape: tuple[int, ...] = Field(max_length=16)
     """Sizes; -1 is free. The first dimension is the batch."""
