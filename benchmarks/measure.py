@@ -41,6 +41,7 @@ def compare(
     peer: Callable[[], object],
     peer_name: str,
     at_most: float | None = None,
+    before: Callable[[], object] = lambda: None,
     pairs: int = 9,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Row:
@@ -48,10 +49,12 @@ def compare(
 
     Args:
         at_most: the goal for the ratio; smaller is better.
+        before: what puts things in order before each of them, untimed.
     """
     ours()
     peer()
-    timings = [_pair(ours, peer, clock, swapped=index % 2 == 1) for index in range(pairs)]
+    timed = (_timed(ours, before, clock), _timed(peer, before, clock))
+    timings = [_pair(*timed, swapped=index % 2 == 1) for index in range(pairs)]
     return row_of(metric, pairs=timings, peer_name=peer_name, at_most=at_most)
 
 
@@ -91,20 +94,22 @@ def row_of(
 
 
 def _pair(
-    ours: Callable[[], object],
-    peer: Callable[[], object],
-    clock: Callable[[], float],
-    *,
-    swapped: bool,
+    ours: Callable[[], float], peer: Callable[[], float], *, swapped: bool
 ) -> tuple[float, float]:
     if swapped:
-        theirs = _seconds_of(peer, clock)
-        return _seconds_of(ours, clock), theirs
-    mine = _seconds_of(ours, clock)
-    return mine, _seconds_of(peer, clock)
+        theirs = peer()
+        return ours(), theirs
+    mine = ours()
+    return mine, peer()
 
 
-def _seconds_of(action: Callable[[], object], clock: Callable[[], float]) -> float:
-    started = clock()
-    action()
-    return clock() - started
+def _timed(
+    action: Callable[[], object], before: Callable[[], object], clock: Callable[[], float]
+) -> Callable[[], float]:
+    def seconds() -> float:
+        before()
+        started = clock()
+        action()
+        return clock() - started
+
+    return seconds

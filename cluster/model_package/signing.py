@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +21,13 @@ from typing import Any, Protocol
 from cluster.errors import (
     ChangedFileError,
     ExtraFileError,
+    ForbiddenFileError,
     MissingFileError,
     SignatureError,
     TamperedPackageError,
 )
 from cluster.model_package.files import SIGNATURE
+from cluster.model_package.hashing import sha256_files
 from cluster.model_package.keys import SigningKeys
 
 MAX_SIGNATURE_BYTES = 16 * 1024**2
@@ -137,7 +140,8 @@ def _hashing_config() -> Any:
         found: Any = None
 
         def hash(self, model_path: Path, *, files_to_hash: Any = None) -> Any:
-            self.found = super().hash(model_path, files_to_hash=files_to_hash)
+            empty = super().hash(model_path, files_to_hash=())
+            self.found = _hashed(model_path, empty)
             return self.found
 
         def add_ignored_paths(self, *, model_path: Any, paths: Any) -> None:
@@ -145,6 +149,30 @@ def _hashing_config() -> Any:
 
     config = RecordingConfig().use_file_serialization(hashing_algorithm="sha256")
     return config.set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
+
+
+def _hashed(directory: Path, empty: Any) -> Any:
+    """The library's manifest of a directory, made of our own digests, which read ahead."""
+    from model_signing import manifest
+    from model_signing._hashing.hashing import Digest
+
+    digests = sha256_files(_signed_files(directory))
+    form = manifest.SerializationType.from_args(empty.serialization_type)
+    items = [
+        form.new_item(
+            path.relative_to(directory).as_posix(), Digest("sha256", bytes.fromhex(digest))
+        )
+        for path, digest in digests.items()
+    ]
+    return manifest.Manifest(empty.model_name, items, form)
+
+
+def _signed_files(directory: Path) -> Iterator[Path]:
+    for path in directory.rglob("*"):
+        if path.is_symlink():
+            raise ForbiddenFileError(f"'{path.name}' is a link, expected a plain file")
+        if path.is_file() and path != directory / SIGNATURE:
+            yield path
 
 
 def _digests(found: Any) -> dict[str, str]:
