@@ -22,6 +22,7 @@
     │   │   ├── UnknownKeyError      signed, but by a key that is not trusted here
     │   │   └── RevokedKeyError      signed by a key that is no longer trusted
     │   ├── ForbiddenFileError       pickle, code, a symlink or a path that leaves the package
+    │   ├── DecryptionError          encrypted at rest, and the key for it is not here
     │   ├── NewerFormatError         written by a newer Heliostat
     │   └── ParityError              golden inputs do not give the golden outputs
     ├── MachineError                 the machine lacks something
@@ -169,6 +170,10 @@ class RevokedKeyError(SignatureError):
 
 class ForbiddenFileError(PackageError):
     code = "package_forbidden_file"
+
+
+class DecryptionError(PackageError):
+    code = "package_decryption"
 
 
 class NewerFormatError(PackageError):

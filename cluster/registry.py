@@ -34,7 +34,7 @@ from cluster.aliases import (
 from cluster.database import begin_alone, model_versions
 from cluster.errors import ConflictError, HeliostatError, NotFoundError, NotRunningError
 from cluster.evaluations import EvaluationRecord, read_evaluations, write_evaluation
-from cluster.model_package.reader import package_key
+from cluster.model_package.manifest import package_key
 from cluster.model_package.writer import PublishedPackage
 from cluster.model_ref import CHAMPION, ModelRef, check_name
 from cluster.model_versions import ModelVersion as ModelVersion

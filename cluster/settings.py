@@ -75,6 +75,11 @@ class Settings(BaseSettings):
     """Empty means the MLflow server that `up` starts."""
     allow_unsigned: bool = False
     """Deploy packages without a signature. Only ever for experiments."""
+    encrypt_packages: bool = False
+    """Encrypt model packages in storage."""
+    encryption_keyset: str = ""
+    """Tink keyset (JSON) that packages are encrypted with; empty means
+    `home/keys/encryption_keyset.json`, which `up` makes."""
     log_format: Literal["text", "json"] = "text"
     """How our processes write their logs."""
     api_key: str = ""

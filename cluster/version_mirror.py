@@ -12,7 +12,7 @@ from collections.abc import Set
 from typing import Any
 
 from cluster.model_package.card import CardLinks, model_card, version_tags
-from cluster.model_package.reader import package_key
+from cluster.model_package.manifest import package_key
 from cluster.model_package.writer import PublishedPackage
 from cluster.model_ref import ModelRef
 

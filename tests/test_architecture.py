@@ -32,6 +32,7 @@ DOORS = {
     "model_signing": ("cluster/model_package/",),
     "skops": ("cluster/model_package/sklearn_trust.py",),
     "skl2onnx": ("cluster/model_package/sklearn_estimator.py",),
+    "tink": ("cluster/model_package/",),
     "sqlalchemy": ("cluster/",),
 }
 # Modules that every command loads must stay quick to import.
@@ -112,6 +113,15 @@ def test_only_the_package_knows_what_a_machine_signs_with() -> None:
             continue
         for name in imports_of(path):
             assert name.rpartition(".")[2] not in names, f"{relative} imports {name}"
+
+
+def test_every_package_that_is_written_can_be_encrypted() -> None:
+    """A `write_package` without `keyset=` would stay plain where the operator asked otherwise."""
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("write_package"):
+                where = f"{path.relative_to(ROOT)}:{node.lineno}"
+                assert "keyset" in {keyword.arg for keyword in node.keywords}, where
 
 
 @pytest.mark.parametrize("module", LIGHT)

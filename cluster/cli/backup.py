@@ -21,10 +21,17 @@ def register(app: typer.Typer) -> None:
 def write(path: Annotated[Path, typer.Argument(help="A file that does not exist yet.")]) -> None:
     """Write all state into one file: registry, packages, runs, MLflow, keys. Keep it secret."""
     from cluster.backup import write_backup
+    from cluster.model_package import open_keyset
 
-    index = write_backup(load_settings(), path.absolute())
+    settings = load_settings()
+    index = write_backup(settings, path.absolute())
     print(f"wrote {path}: {_describe(index)}")
-    print("it holds the signing key and the API key: keep it where only you can read it")
+    print("it holds the signing, encryption and API keys: keep it where only you can read it")
+    keyset = open_keyset(settings).path.absolute()
+    if keyset.exists() and not keyset.is_relative_to(settings.keys_dir):
+        typer.echo(
+            f"warning: not in it: {keyset}; without that, encrypted packages are lost", err=True
+        )
 
 
 def restore(path: Annotated[Path, typer.Argument(help="A file that `backup` wrote.")]) -> None:

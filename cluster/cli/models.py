@@ -128,7 +128,13 @@ def verify(
 
     Exit code 1 if anything is wrong; what is not here to be checked is said to be absent.
     """
-    from cluster.model_package import fetched, open_copy, open_trust, verify_directory
+    from cluster.model_package import (
+        fetched,
+        open_copy,
+        open_keyset,
+        open_trust,
+        verify_directory,
+    )
     from cluster.storage import Storage
 
     settings = load_settings()
@@ -140,7 +146,8 @@ def verify(
     version = _registry().resolve(ModelRef.parse(target))
     try:
         storage = Storage.open(settings.storage_root)
-        with fetched(version.digest, storage, settings.package_cache_dir) as copy:
+        cache, keyset = settings.package_cache_dir, open_keyset(settings)
+        with fetched(version.digest, storage, cache, keyset) as copy:
             package = verify_directory(
                 copy, trust, digest=version.digest, allow_unsigned=settings.allow_unsigned
             )
@@ -203,6 +210,30 @@ def delete(
         typer.confirm(f"delete {wanted} and its package for good?", abort=True)
     registry.delete_version(wanted.name, wanted.version)
     print(f"{wanted} is deleted")
+
+
+@app.command("rekey")
+def rekey() -> None:
+    """Encrypt every stored package with a new key; if that was interrupted, finish it."""
+    from cluster.database import open_database
+    from cluster.model_package import encrypting_keyset
+    from cluster.rekeying import rekey as rekey_all
+    from cluster.security.audit import AuditLog
+    from cluster.storage import Storage
+
+    settings = load_settings()
+    if (keyset := encrypting_keyset(settings)) is None:
+        raise UsageError(
+            "packages are not encrypted here", hint="set HELIOSTAT_ENCRYPT_PACKAGES=true first"
+        )
+    storage = Storage.open(settings.storage_root)
+    done = rekey_all(storage, keyset, say=lambda line: typer.echo(line, err=True))
+    detail = {"num_packages": done.num_packages, "is_new": done.is_new}
+    audit = AuditLog(open_database(settings.database))
+    audit.record(actor(), "packages.rekey", f"key {done.key_id}", detail)
+    print(f"{done.num_packages} packages encrypted anew; all are with key {done.key_id} now")
+    if not done.is_new:
+        print("that finished what was left to do: run it again for a new key")
 
 
 def _details(ref: str) -> dict[str, Any]:

@@ -15,10 +15,12 @@ transformers, onnxruntime or model_signing; the functions load what they need.
     deriving  parity.certify(before, after, relative_tolerance), parity.graph_outputs(…),
               parity.token_logits(…)
     signing   open_signer(settings) -> Signer, open_trust(settings) -> Trust
+    at rest   open_keyset(settings) -> Keyset, encrypting_keyset(settings) -> Keyset | None
     keys      ensure_local_key(keys_dir), SigningKeys(keys_dir)
 """
 
 from cluster.model_package import golden, parity, signing
+from cluster.model_package.encryption import Keyset
 from cluster.model_package.keys import SigningKey, SigningKeys, ensure_local_key
 from cluster.model_package.manifest import (
     FORMAT_VERSION,
@@ -29,11 +31,14 @@ from cluster.model_package.manifest import (
     LanguageModelInfo,
     Lineage,
     Manifest,
+    package_key,
 )
 from cluster.model_package.opening import (
+    encrypting_keyset,
     open_base,
     open_copy,
     open_digest,
+    open_keyset,
     open_signer,
     open_trust,
     open_version,
@@ -42,7 +47,6 @@ from cluster.model_package.reader import (
     ModelPackage,
     fetched,
     open_package,
-    package_key,
     verify_directory,
 )
 from cluster.model_package.signing import (
@@ -58,6 +62,7 @@ __all__ = [
     "AdapterInfo",
     "FileEntry",
     "Golden",
+    "Keyset",
     "Kind",
     "LanguageModelInfo",
     "Lineage",
@@ -70,12 +75,14 @@ __all__ = [
     "SigningKeys",
     "Trust",
     "TrustStore",
+    "encrypting_keyset",
     "ensure_local_key",
     "fetched",
     "golden",
     "open_base",
     "open_copy",
     "open_digest",
+    "open_keyset",
     "open_package",
     "open_signer",
     "open_trust",

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,17 @@ def check_file_name(name: str) -> str:
     return name
 
 
-def list_files(directory: Path) -> dict[str, int]:
+def list_files(directory: Path, *, check: Callable[[str], str] = check_file_name) -> dict[str, int]:
     """Sizes in bytes of all files by path; links, devices and wrong names are refused.
+
+    Args:
+        check: what decides on names.
 
     Raises:
         ForbiddenFileError: naming the file.
     """
     found: dict[str, int] = {}
-    _collect(directory, "", found)
+    _collect(directory, "", found, check)
     return dict(sorted(found.items()))
 
 
@@ -121,7 +124,9 @@ def refuse_code_references(directory: Path, names: Sequence[str]) -> None:
             )
 
 
-def _collect(directory: Path, prefix: str, found: dict[str, int]) -> None:
+def _collect(
+    directory: Path, prefix: str, found: dict[str, int], check: Callable[[str], str]
+) -> None:
     with os.scandir(directory) as entries:
         for entry in entries:
             name = prefix + entry.name
@@ -131,14 +136,14 @@ def _collect(directory: Path, prefix: str, found: dict[str, int]) -> None:
                     raise ForbiddenFileError(
                         f"directory {name[:200]!r} is not allowed in a package", hint="remove it"
                     )
-                _collect(directory / entry.name, name + "/", found)
+                _collect(directory / entry.name, name + "/", found, check)
                 continue
             if not stat.S_ISREG(mode.st_mode):
                 raise ForbiddenFileError(
                     f"{name[:200]!r} is a link or a device, expected a plain file",
                     hint="replace it by a copy of what it points to",
                 )
-            found[check_file_name(name)] = mode.st_size
+            found[check(name)] = mode.st_size
             if len(found) > MAX_FILES:
                 raise ForbiddenFileError(
                     f"there are more than {MAX_FILES} files", hint="remove what is not the model"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError, field_validator
@@ -22,6 +23,8 @@ FORMAT_VERSION = 1
 Kind = Literal["language_model", "graph", "adapter"]
 Line = Annotated[str, Field(pattern=r"^\P{Cc}*$")]
 """Text that people are shown: control characters could write over the screen."""
+
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})", re.ASCII)
 
 
 class FileEntry(StrictModel):
@@ -191,3 +194,13 @@ def _refuse_constant(name: str) -> Any:
 def digest_of(data: bytes) -> str:
     """The digest text of some bytes."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def package_key(digest: str) -> str:
+    """Where a package lies in storage."""
+    match = _DIGEST.fullmatch(digest)
+    if match is None:
+        raise PackageError(
+            f"package digest {digest[:100]!r} is not valid", hint="write sha256: and 64 hex digits"
+        )
+    return f"packages/{match[1]}"

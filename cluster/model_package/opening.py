@@ -11,10 +11,13 @@ digest.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Protocol
 
 from cluster.errors import NotFoundError, NotRunningError, PackageError
-from cluster.model_package.reader import ModelPackage, open_cached, open_package, package_key
+from cluster.model_package.encryption import Keyset
+from cluster.model_package.manifest import package_key
+from cluster.model_package.reader import ModelPackage, open_cached, open_package
 from cluster.model_package.signing import LocalSigner, Signer, Trust, TrustStore
 from cluster.settings import Settings
 from cluster.storage import Storage
@@ -44,6 +47,17 @@ def open_trust(settings: Settings) -> Trust:
     return TrustStore(settings.keys_dir)
 
 
+def open_keyset(settings: Settings) -> Keyset:
+    """What decrypts packages on this machine; the file may be absent."""
+    path = settings.encryption_keyset
+    return Keyset(Path(path) if path else settings.keys_dir / "encryption_keyset.json")
+
+
+def encrypting_keyset(settings: Settings) -> Keyset | None:
+    """What this machine encrypts packages with that it writes; None where that is off."""
+    return open_keyset(settings) if settings.encrypt_packages else None
+
+
 def open_version(version: HasDigest, settings: Settings) -> ModelPackage:
     """Fetch, verify and cache the package of a version; see `open_package`."""
     return open_digest(version.digest, settings)
@@ -68,6 +82,7 @@ def open_digest(digest: str, settings: Settings) -> ModelPackage:
         trust=open_trust(settings),
         cache_dir=settings.package_cache_dir,
         allow_unsigned=settings.allow_unsigned,
+        keyset=open_keyset(settings),
     )
 
 

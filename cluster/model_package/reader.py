@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +28,7 @@ from cluster.errors import (
     RevokedKeyError,
     UnknownKeyError,
 )
+from cluster.model_package.encryption import Keyset
 from cluster.model_package.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -41,8 +40,10 @@ from cluster.model_package.files import (
     list_files,
     refuse_code_references,
 )
-from cluster.model_package.manifest import Kind, Manifest, digest_of
+from cluster.model_package.hashing import sha256_files
+from cluster.model_package.manifest import Kind, Manifest, digest_of, package_key
 from cluster.model_package.signing import Trust, difference
+from cluster.model_package.stored import fetch
 from cluster.storage import Storage
 
 MAX_MANIFEST_BYTES = 64 * 1024**2
@@ -53,7 +54,6 @@ _NEEDED: dict[Kind, tuple[str, ...]] = {
     "adapter": (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER),
 }
 
-_DIGEST = re.compile(r"sha256:([0-9a-f]{64})", re.ASCII)
 _logger = logging.getLogger(__name__)
 
 
@@ -79,16 +79,6 @@ class ModelPackage:
         return self.path / MODEL_DIR / GRAPH
 
 
-def package_key(digest: str) -> str:
-    """Where a package lies in storage."""
-    match = _DIGEST.fullmatch(digest)
-    if match is None:
-        raise PackageError(
-            f"package digest {digest[:100]!r} is not valid", hint="write sha256: and 64 hex digits"
-        )
-    return f"packages/{match[1]}"
-
-
 def open_package(
     digest: str,
     *,
@@ -96,21 +86,25 @@ def open_package(
     trust: Trust,
     cache_dir: Path,
     allow_unsigned: bool = False,
+    keyset: Keyset | None = None,
 ) -> ModelPackage:
-    """Fetch, verify and cache the package with this digest.
+    """Fetch, decrypt, verify and cache the package with this digest.
 
     A cached copy is verified in full again: hashing (2.4 GB/s on one core) is faster than loading,
     and a cache that was tampered with is noticed, dropped and fetched anew.
 
+    Args:
+        keyset: what decrypts it where it is encrypted at rest.
+
     Raises:
         NotFoundError: no such package in storage.
-        PackageError: it cannot be trusted; the class says why.
+        PackageError: it cannot be trusted or decrypted; the class says why.
     """
     cached = open_cached(digest, trust=trust, cache_dir=cache_dir, allow_unsigned=allow_unsigned)
     if cached is not None:
         return cached
     entry = _entry(digest, cache_dir)
-    with fetched(digest, storage, cache_dir) as incoming:
+    with fetched(digest, storage, cache_dir, keyset) as incoming:
         package = verify_directory(incoming, trust, digest=digest, allow_unsigned=allow_unsigned)
         for name in list_files(incoming):
             (incoming / name).chmod(0o444)
@@ -147,18 +141,16 @@ def _entry(digest: str, cache_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def fetched(digest: str, storage: Storage, cache_dir: Path) -> Iterator[Path]:
-    """An unverified private copy of a stored package, gone at the end."""
+def fetched(
+    digest: str, storage: Storage, cache_dir: Path, keyset: Keyset | None = None
+) -> Iterator[Path]:
+    """An unverified private copy of a stored package, decrypted, gone at the end."""
     key = package_key(digest)
     _make_private(cache_dir)
     parent = Path(tempfile.mkdtemp(prefix=".incoming-", dir=cache_dir))
     try:
-        source = storage.local_path(key)
-        if source is not None and source.is_dir():
-            # Refuse links and devices before copying them.
-            list_files(source)
         try:
-            storage.get_dir(key, parent / "package")
+            fetch(digest, storage, parent / "package", keyset)
         except NotFoundError:
             raise NotFoundError(
                 f"package {digest} is not in storage ({storage.path(key)})",
@@ -207,7 +199,8 @@ def _check_bytes(
     if SIGNATURE in sizes or not allow_unsigned:
         verified = trust.verify(directory)
         return verified.fingerprint, verified.digests
-    return None, {name: _sha256(directory / name) for name in sizes}
+    digests = sha256_files(directory / name for name in sizes)
+    return None, {path.relative_to(directory).as_posix(): sha for path, sha in digests.items()}
 
 
 def _check_declared(manifest: Manifest, digests: dict[str, str]) -> None:
@@ -225,11 +218,6 @@ def _check_declared(manifest: Manifest, digests: dict[str, str]) -> None:
         raise PackageError(
             f"manifest.json: 'adapter' does not fit kind '{manifest.kind}'", hint="publish again"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _make_private(cache_dir: Path) -> None:

@@ -12,7 +12,6 @@ same model twice gives two packages with two digests.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pydantic import JsonValue
 
 from cluster.errors import HeliostatError, MachineError, MissingFileError, PackageError
 from cluster.model_package import golden
+from cluster.model_package.encryption import Keyset
 from cluster.model_package.files import (
     GRAPH,
     MANIFEST,
@@ -32,6 +32,7 @@ from cluster.model_package.files import (
     list_files,
     refuse_code_references,
 )
+from cluster.model_package.hashing import sha256_files
 from cluster.model_package.manifest import (
     AdapterInfo,
     FileEntry,
@@ -40,9 +41,11 @@ from cluster.model_package.manifest import (
     LanguageModelInfo,
     Lineage,
     Manifest,
+    package_key,
 )
-from cluster.model_package.reader import MAX_MANIFEST_BYTES, ModelPackage, package_key
+from cluster.model_package.reader import MAX_MANIFEST_BYTES, ModelPackage
 from cluster.model_package.signing import Signer
+from cluster.model_package.stored import publish
 from cluster.model_ref import check_name
 from cluster.processing import Array, Processing, check_processing
 from cluster.storage import Storage
@@ -69,6 +72,7 @@ def write_package(
     kind: Kind,
     storage: Storage,
     signer: Signer | None,
+    keyset: Keyset | None = None,
     processing: Processing | None = None,
     golden_inputs: GoldenInputs | None = None,
     language_model: LanguageModelInfo | None = None,
@@ -85,6 +89,7 @@ def write_package(
         model_dir: a Hugging Face directory for a language model, a peft directory with a tokenizer
             for an adapter, or a directory with `model.onnx` (and its external data) for a graph.
         signer: None publishes without a signature; readers refuse it unless told otherwise.
+        keyset: encrypts the package at rest; None leaves it plain, see `encrypting_keyset`.
         golden_inputs: for a graph a few samples as clients send them, for a language model a few
             prompts as text; None makes some up.
         language_model: None derives it from the model.
@@ -116,14 +121,14 @@ def write_package(
             kind=kind,
             name=name,
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            files={name: _entry(package_dir / name) for name in names},
+            files=_entries(package_dir, names),
             lineage=_lineage(lineage or Lineage(), base),
             metrics=_finite(metrics or {}),
             profile=dict(profile or {}),
             parity=dict(parity or {}),
             **described,
         )
-        return _publish(package_dir, manifest, storage, signer)
+        return _publish(package_dir, manifest, storage, signer, keyset)
 
 
 def _lineage(given: Lineage, base: ModelPackage | None) -> Lineage:
@@ -134,7 +139,11 @@ def _lineage(given: Lineage, base: ModelPackage | None) -> Lineage:
 
 
 def _publish(
-    package_dir: Path, manifest: Manifest, storage: Storage, signer: Signer | None
+    package_dir: Path,
+    manifest: Manifest,
+    storage: Storage,
+    signer: Signer | None,
+    keyset: Keyset | None,
 ) -> PublishedPackage:
     data = manifest.to_bytes()
     if len(data) > MAX_MANIFEST_BYTES:
@@ -144,9 +153,9 @@ def _publish(
     (package_dir / MANIFEST).write_bytes(data)
     if signer is not None:
         signer.sign(package_dir)
-    key = package_key(manifest.digest)
-    storage.put_dir(package_dir, key, move=True)
-    return PublishedPackage(manifest.digest, storage.path(key), manifest)
+    publish(package_dir, manifest.digest, storage, keyset)
+    location = storage.path(package_key(manifest.digest))
+    return PublishedPackage(manifest.digest, location, manifest)
 
 
 def _describe(
@@ -237,10 +246,14 @@ def _describe_text(
     return {"language_model": info, "golden": computed}
 
 
-def _entry(path: Path) -> FileEntry:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileEntry(sha256=digest, size_bytes=path.stat().st_size)
+def _entries(package_dir: Path, names: Sequence[str]) -> dict[str, FileEntry]:
+    digests = sha256_files(package_dir / name for name in names)
+    return {
+        path.relative_to(package_dir).as_posix(): FileEntry(
+            sha256=digest, size_bytes=path.stat().st_size
+        )
+        for path, digest in digests.items()
+    }
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -44,14 +44,16 @@ def forget_unfinished_builds(home: Path) -> None:
 
 
 def prepare_keys(settings: Settings) -> None:
-    """Migrate the database and make the signing key, the local API key and HAProxy's launcher."""
+    """Migrate the database; make the keys, the local API key and HAProxy's launcher."""
     from cluster.database import open_database
-    from cluster.model_package import ensure_local_key
+    from cluster.model_package import encrypting_keyset, ensure_local_key
     from cluster.security.api_keys import ApiKeys
 
     _write_haproxy_launcher(settings)
     _ensure_api_key(settings, ApiKeys(open_database(settings.database)))
     ensure_local_key(settings.keys_dir)
+    if keyset := encrypting_keyset(settings):
+        keyset.ensure()
 
 
 def _ensure_api_key(settings: Settings, keys: ApiKeys) -> None:

@@ -11,7 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.model_package import Kind, Lineage, ModelPackage, open_signer, write_package
+from cluster.model_package import (
+    Kind,
+    Lineage,
+    ModelPackage,
+    encrypting_keyset,
+    open_signer,
+    write_package,
+)
 from cluster.model_package.writer import GoldenInputs
 from cluster.model_ref import CANDIDATE
 from cluster.processing import Processing
@@ -54,6 +61,7 @@ def publish_derived(
         kind=derived.kind,
         storage=Storage.open(settings.storage_root),
         signer=open_signer(settings),
+        keyset=encrypting_keyset(settings),
         processing=derived.processing,
         golden_inputs=derived.golden_inputs,
         lineage=Lineage(

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from cluster.model_package import Lineage, open_signer, write_package
+from cluster.model_package import Lineage, encrypting_keyset, open_signer, write_package
 from cluster.model_package.adapter import merge_into
 from cluster.model_ref import CANDIDATE
 from cluster.registry import ModelRegistry, ModelVersion
@@ -51,6 +51,7 @@ def publish(
             kind=exported.kind,
             storage=storage,
             signer=open_signer(settings),
+            keyset=encrypting_keyset(settings),
             processing=exported.processing,
             golden_inputs=exported.golden_inputs,
             lineage=Lineage(

@@ -12,14 +12,24 @@ import onnx
 import pytest
 import sqlalchemy as sa
 from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
 
 from cluster import database
 from cluster.backup import write_backup
+from cluster.cli.app import app
 from cluster.database import model_versions, open_database
 from cluster.errors import ConflictError, InputError, MachineError
-from cluster.model_package import LocalSigner, ensure_local_key, open_version, write_package
+from cluster.model_package import (
+    Keyset,
+    LocalSigner,
+    ensure_local_key,
+    open_keyset,
+    open_version,
+    write_package,
+)
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
+from cluster.rekeying import rekey
 from cluster.restore import restore_backup
 from cluster.security.api_keys import ApiKeys
 from cluster.settings import Settings
@@ -184,3 +194,30 @@ def test_a_full_disk_leaves_no_backup(settings: Settings, small_disk: Path) -> N
     with pytest.raises(MachineError, match="space"):
         write_backup(settings, small_disk / "backup.tar")
     assert list(small_disk.iterdir()) == []
+
+
+def test_encrypted_packages_come_back_with_their_keys(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "home", encrypt_packages=True)
+    keyset = open_keyset(settings)
+    keyset.ensure()
+    fill(settings, tmp_path)
+    rekey(Storage.open(settings.storage_root), keyset, say=lambda _: None)
+    archive = tmp_path / "backup.tar"
+    write_backup(settings, archive)
+    settings.home.rename(tmp_path / "gone")
+    restore_backup(archive, tmp_path / "elsewhere", load)
+    restored = load(tmp_path / "elsewhere")
+    assert list((restored.home / "storage").rglob("*.aead"))
+    assert open_keyset(restored).path.stat().st_mode & 0o777 == 0o600
+    check(restored, restored.api_key_path.read_text())
+
+
+def test_a_keyset_outside_the_home_is_missed_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HELIOSTAT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HELIOSTAT_ENCRYPTION_KEYSET", str(tmp_path / "elsewhere.json"))
+    Keyset(tmp_path / "elsewhere.json").ensure()
+    result = CliRunner().invoke(app, ["backup", str(tmp_path / "b.tar")], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert str(tmp_path / "elsewhere.json") in result.stderr

@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 
 from cluster.cli.app import app
 from cluster.database import audit_log, open_database
-from cluster.errors import InputError, NotFoundError
-from cluster.model_package import SigningKeys, ensure_local_key
+from cluster.errors import InputError, NotFoundError, NotRunningError, UsageError
+from cluster.model_package import SigningKeys, ensure_local_key, open_keyset
 from cluster.settings import Settings
 
 
@@ -78,3 +78,19 @@ def test_mistakes_change_nothing(settings: Settings, keys: SigningKeys, tmp_path
         assert "\n" not in str(caught.value)
     assert [row["state"] for row in listed().values()] == ["trusted"]
     assert audited(settings) == []
+
+
+def test_packages_are_encrypted_anew_only_where_that_is_on(
+    settings: Settings, keys: SigningKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="ENCRYPT_PACKAGES"):
+        CliRunner().invoke(app, ["models", "rekey"], catch_exceptions=False)
+    monkeypatch.setenv("HELIOSTAT_ENCRYPT_PACKAGES", "true")
+    with pytest.raises(NotRunningError, match="heliostat up"):
+        CliRunner().invoke(app, ["models", "rekey"], catch_exceptions=False)
+    open_keyset(settings).ensure()
+    result = CliRunner().invoke(app, ["models", "rekey"], catch_exceptions=False)
+    assert "0 packages" in result.stdout
+    ((action, target, detail),) = audited(settings)
+    assert (action, detail) == ("packages.rekey", {"num_packages": 0, "is_new": True})
+    assert target == f"key {open_keyset(settings).open().primary_id}"
