@@ -42,7 +42,7 @@ def rekey(storage: Storage, keyset: Keyset, *, say: Callable[[str], None]) -> Re
     """
     with _alone(keyset):
         primary = keyset.open().primary_id
-        found = {digest: encryption_key_of(digest, storage) for digest in _stored(storage)}
+        found = {digest: _key_of(digest, storage) for digest in _stored(storage)}
         is_new = all(key_id == primary for key_id in found.values())
         if is_new:
             keyset.rotate(keep={key_id for key_id in found.values() if key_id is not None})
@@ -70,6 +70,14 @@ def _stored(storage: Storage) -> Iterator[str]:
         name = directory.key.removeprefix("packages/")
         if len(name) == 64 and storage.exists(directory.key):
             yield f"sha256:{name}"
+
+
+def _key_of(digest: str, storage: Storage) -> int | None:
+    """None where it is plain, and where what it says of its key is broken: both are to be done."""
+    try:
+        return encryption_key_of(digest, storage)
+    except PackageError:
+        return None
 
 
 @contextlib.contextmanager

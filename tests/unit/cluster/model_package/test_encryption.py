@@ -314,6 +314,14 @@ def test_a_damaged_package_does_not_hold_up_the_others(
     assert primary != keyset.open().primary_id
 
 
+def test_a_broken_note_of_the_key_is_written_anew(
+    sealed: PublishedPackage, storage: Storage, keyset: Keyset, reopen: Open
+) -> None:
+    (Path(sealed.location) / "encryption.json").write_text("?")
+    assert rekey(storage, keyset, say=lambda _: None).num_packages == 1
+    assert reopen(sealed).manifest == sealed.manifest
+
+
 def test_two_rekeyings_do_not_run_at_once(
     sealed: PublishedPackage, storage: Storage, keyset: Keyset
 ) -> None:
