@@ -18,11 +18,12 @@ json_values = st.recursive(
     max_leaves=10,
 )
 file_names = st.from_regex(r"model/[a-z0-9_][a-zA-Z0-9_.+-]{0,20}\.(json|onnx|md)", fullmatch=True)
+lines = st.text(st.characters(exclude_categories=("Cc", "Cs")))
 manifests = st.builds(
     Manifest,
     kind=st.sampled_from(["language_model", "graph", "adapter"]),
-    name=st.text(),
-    created_at=st.text(),
+    name=lines,
+    created_at=lines,
     files=st.dictionaries(
         file_names,
         st.builds(
@@ -38,10 +39,8 @@ manifests = st.builds(
         outputs=st.dictionaries(st.text(), json_values, max_size=2),
         tolerance=st.floats(0, 1),
     ),
-    metrics=st.dictionaries(
-        st.text(), st.floats(allow_nan=False, allow_infinity=False), max_size=2
-    ),
-    lineage=st.builds(Lineage, source=st.text(), git_commit=st.text()),
+    metrics=st.dictionaries(lines, st.floats(allow_nan=False, allow_infinity=False), max_size=2),
+    lineage=st.builds(Lineage, source=lines, git_commit=lines),
 )
 
 
