@@ -29,6 +29,7 @@ DOORS = {
     "ray.serve": ("serve_apps/", "cluster/session"),
     "vllm": ("serve_apps/llm/vllm.py",),
     "onnxruntime": ("cluster/runtimes/",),
+    "compressed_tensors": ("jobs/compression/weight_only.py",),
     "model_signing": ("cluster/model_package/",),
     "skops": ("cluster/model_package/sklearn_trust.py",),
     "skl2onnx": ("cluster/model_package/sklearn_estimator.py",),

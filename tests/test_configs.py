@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from cluster.config import load_config
+from jobs.compression.config import CompressConfig
 from jobs.data.config import DataConfig
 from jobs.evaluation.config import EvaluateConfig
 from jobs.exporting.config import ExportConfig
@@ -27,6 +28,7 @@ TYPES: dict[str, type[BaseModel]] = {
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "compress": CompressConfig,
     "serve": DeploymentOptions,
     "services": ServiceConfig,
 }

@@ -24,6 +24,7 @@ _HINT = (
     "it must load with transformers' AutoModelForCausalLM and AutoTokenizer, from local files and "
     "without remote code"
 )
+_PACKED = "compressed-tensors"
 _UNLIMITED = 1_000_000
 _DEFAULT_CONTEXT_TOKENS = 2048
 
@@ -47,7 +48,8 @@ def check_language_model_files(model_dir: Path, names: Sequence[str]) -> None:
 def load_weights(model_dir: Path) -> Any:
     """The model in fp32 on the CPU, from a directory that has been checked.
 
-    Safetensors are mapped into memory, so that no more than the model itself is held.
+    Safetensors are mapped into memory, so that no more than the model itself is held. Quantised
+    weights become the floats that they stand for.
 
     Raises:
         PackageError: transformers cannot load it, or its weights are not whole.
@@ -57,6 +59,7 @@ def load_weights(model_dir: Path) -> Any:
     with one_line("the model cannot be loaded"), quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             model_dir,
+            config=hugging_face_config(model_dir),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -68,7 +71,35 @@ def load_weights(model_dir: Path) -> Any:
             f"the model's weights lack '{missing[0]}' and {len(missing) - 1} others",
             hint="copy all safetensors shards, and save the model with its head",
         )
+    if is_quantised(model.config):
+        # It is a plain model now, and is to be saved as one.
+        del model.config.quantization_config
     return model
+
+
+def hugging_face_config(model_dir: Path) -> Any:
+    """The model's configuration, by which `from_pretrained` gives a plain model of floats.
+
+    Left to itself, it gives a quantised one whose weights are unpacked in its first call, and whose
+    packed words count as parameters until then.
+
+    Raises:
+        PackageError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    with one_line("the model's config.json cannot be loaded"), quiet():
+        config = AutoConfig.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
+    if is_quantised(config) and config.quantization_config["quant_method"] == _PACKED:
+        config.quantization_config["dequantize"] = True
+    return config
+
+
+def is_quantised(config: Any) -> bool:
+    """Whether a model with this configuration is stored quantised."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def load_tokenizer(model_dir: Path) -> Any:

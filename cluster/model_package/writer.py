@@ -81,6 +81,7 @@ def write_package(
     profile: Mapping[str, JsonValue] | None = None,
     base: ModelPackage | None = None,
     parity: Mapping[str, float] | None = None,
+    quantisation: Mapping[str, JsonValue] | None = None,
     work_dir: Path | None = None,
 ) -> PublishedPackage:
     """Publish the model in `model_dir`.
@@ -95,6 +96,7 @@ def write_package(
         language_model: None derives it from the model.
         base: what an adapter was trained on; its golden outputs are of both together.
         parity: how far a derived package is from its parent.
+        quantisation: how its weights were made smaller, if they were.
         work_dir: where to stage; None stages beside the storage folder.
 
     Raises:
@@ -115,7 +117,12 @@ def write_package(
             described = _describe_adapter(staged, base, golden_inputs, language_model)
         else:
             described = _describe(
-                staged, kind, processing or Processing(), golden_inputs, language_model
+                staged,
+                kind,
+                processing or Processing(),
+                golden_inputs,
+                language_model,
+                is_quantised=bool(quantisation),
             )
         manifest = Manifest(
             kind=kind,
@@ -126,6 +133,7 @@ def write_package(
             metrics=_finite(metrics or {}),
             profile=dict(profile or {}),
             parity=dict(parity or {}),
+            quantisation=dict(quantisation or {}),
             **described,
         )
         return _publish(package_dir, manifest, storage, signer, keyset)
@@ -164,12 +172,14 @@ def _describe(
     processing: Processing,
     golden_inputs: GoldenInputs | None,
     language_model: LanguageModelInfo | None,
+    *,
+    is_quantised: bool,
 ) -> dict[str, Any]:
     """The manifest's fields that depend on the model itself."""
     if kind == "graph":
         if golden_inputs is not None and not isinstance(golden_inputs, Mapping):
             raise PackageError("golden inputs of a graph are arrays by name, not prompts")
-        return _describe_graph(model_dir, processing, golden_inputs)
+        return _describe_graph(model_dir, processing, golden_inputs, is_quantised=is_quantised)
     from cluster.model_package.language_model import load_reference
 
     return _describe_text(
@@ -209,7 +219,11 @@ class _Graph:
 
 
 def _describe_graph(
-    model_dir: Path, processing: Processing, golden_inputs: Mapping[str, Array] | None
+    model_dir: Path,
+    processing: Processing,
+    golden_inputs: Mapping[str, Array] | None,
+    *,
+    is_quantised: bool,
 ) -> dict[str, Any]:
     from cluster.model_package.golden_inputs import find_inputs
     from cluster.runtimes.onnx import OnnxRuntime
@@ -221,7 +235,7 @@ def _describe_graph(
     graph = _Graph(runtime.inputs, runtime.outputs, processing)
     check_processing(graph)
     inputs = golden_inputs if golden_inputs is not None else find_inputs(graph, runtime.run)
-    computed = golden.compute_graph(graph, runtime.run, inputs)
+    computed = golden.compute_graph(graph, runtime.run, inputs, is_quantised=is_quantised)
     fields = {"inputs": graph.inputs, "outputs": graph.outputs, "processing": processing}
     _check_deterministic(path, {**fields, "golden": computed})
     return {**fields, "golden": computed}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cluster.errors import InputError
 from cluster.model_package import ModelPackage
@@ -156,10 +157,23 @@ def _one_per_row(values: Array, num_rows: int, name: str, param: str) -> Array:
     return values.reshape(-1)
 
 
-def _needed_inputs(package: ModelPackage, dataset: Dataset, column: str) -> list[TensorSpec]:
+def client_inputs(
+    package: ModelPackage, dataset: Dataset, split: str, ids: npt.NDArray[np.int64]
+) -> dict[str, Array]:
+    """What a client would send for some rows of a split.
+
+    Raises:
+        InputError: the dataset lacks an input.
+    """
+    specs = _needed_inputs(package, dataset)
+    columns = dataset.rows(split).read(ids)
+    return {spec.name: _as_sent(columns[spec.name], spec) for spec in specs}
+
+
+def _needed_inputs(package: ModelPackage, dataset: Dataset, *labels: str) -> list[TensorSpec]:
     raw = package.manifest.processing.raw_inputs
     specs = [spec for spec in public_inputs(package.manifest) if spec.name not in raw]
-    for name in (*(spec.name for spec in specs), column):
+    for name in (*(spec.name for spec in specs), *labels):
         if name not in dataset.info.columns:
             raise InputError(
                 f"dataset '{dataset.info.name}' has no column '{name}', it has: "

@@ -27,6 +27,7 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.logits_process import LogitsProcessorList
 
 from cluster.errors import PackageError, UpstreamFailedError
+from cluster.model_package.language_model import hugging_face_config
 from serve_apps.llm.engine import (
     EngineRequest,
     EngineStats,
@@ -80,7 +81,7 @@ class ContinuousBatchingEngine:
     def load(
         cls, model_dir: Path, budget: CacheBudget | None = None, device: str = "cpu"
     ) -> ContinuousBatchingEngine:
-        """Read a *verified* Hugging Face directory, weights as 32-bit floats.
+        """Read a *verified* Hugging Face directory, weights (quantised ones too) as 32-bit floats.
 
         Raises:
             PackageError: transformers cannot build this model.
@@ -88,6 +89,7 @@ class ContinuousBatchingEngine:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 model_dir,
+                config=hugging_face_config(model_dir),
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,

@@ -1,0 +1,153 @@
+"""What to compress, in which ways, and what it may cost: what `jobs.compress` reads.
+
+It loads no torch.
+
+    CompressConfig(
+        model="pydoc-lm@candidate",
+        candidates=[{"method": "int4_weights", "group_size": 32}, {"method": "int8_weights"}],
+        max_loss_increase=0.01,
+    )
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cluster.config import StrictModel
+from cluster.errors import InputError
+from cluster.model_package import Kind
+from cluster.model_package.parity import Derivation
+from jobs.data.config import DataConfig, Name
+
+QualityMetric = Literal["loss", "log_loss", "error_rate", "mse"]
+"""Lower is better; error_rate is 1 - accuracy."""
+
+
+class DynamicInt8Config(StrictModel):
+    """A graph's weights in 8 bits; activations are scaled as they come."""
+
+    method: Literal["int8_dynamic"]
+    per_channel: bool = False
+    """One scale for each output channel instead of one for each matrix."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}{'-per_channel' if self.per_channel else ''}"
+
+    @property
+    def derivation(self) -> Derivation:
+        return "int8"
+
+
+class StaticInt8Config(StrictModel):
+    """A graph's weights and activations in 8 bits, scaled by what the training rows gave."""
+
+    method: Literal["int8_static"]
+    per_channel: bool = False
+    calibration_rows: int = Field(256, ge=1)
+    """First rows of the train split that ranges of activations are taken from."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}{'-per_channel' if self.per_channel else ''}"
+
+    @property
+    def derivation(self) -> Derivation:
+        return "int8"
+
+
+class WeightOnlyConfig(StrictModel):
+    """A language model's matrices in 8 or 4 bits, stored as compressed-tensors; the embeddings and
+    the head stay as they are."""
+
+    method: Literal["int8_weights", "int4_weights"]
+    group_size: Literal[32, 64, 128] | None = 128
+    """Neighbouring weights that share a scale; None means a whole row."""
+
+    @property
+    def num_bits(self) -> int:
+        return 8 if self.method == "int8_weights" else 4
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}-{f'g{self.group_size}' if self.group_size else 'rows'}"
+
+    @property
+    def derivation(self) -> Derivation:
+        return "int8" if self.num_bits == 8 else "int4"
+
+
+CandidateConfig = Annotated[
+    DynamicInt8Config | StaticInt8Config | WeightOnlyConfig, Field(discriminator="method")
+]
+
+_KINDS: dict[str, Kind] = {
+    "int8_dynamic": "graph",
+    "int8_static": "graph",
+    "int8_weights": "language_model",
+    "int4_weights": "language_model",
+}
+
+
+class CompressConfig(StrictModel):
+    """One search for the smallest version that is still good enough."""
+
+    model: str = Field(min_length=1)
+    """NAME, NAME@ALIAS or NAME/VERSION of a graph or a language model."""
+    name: Name | Literal[""] = ""
+    """Name the compressed version is registered under; empty means the model's own."""
+    candidates: tuple[CandidateConfig, ...] = Field(min_length=1)
+    """What is tried, in this order; the smallest that stays within the budget is registered."""
+    max_loss_increase: float = Field(0.01, ge=0)
+    """The budget: how much `metric` may grow, as a share of the model's own."""
+    metric: QualityMetric | None = None
+    """None means loss for a language model, log_loss for a classifier, mse for a regression."""
+    relative_tolerance: float | None = Field(None, gt=0)
+    """Largest difference of an output from the model's own on its golden inputs, as a share of its
+    largest; None means 0.1 for 8 bits and 0.5 for 4. What is further off is not packaged."""
+    data: DataConfig | None = None
+    """None means the dataset that the version was trained on."""
+    split: Literal["train", "validation", "test"] = "validation"
+    """What `metric` is measured on."""
+    batch_size: int = Field(32, ge=1)
+    num_threads: int = Field(2, ge=1)
+    speed_rounds: int = Field(5, ge=1)
+    """Turns that the model and a candidate take at being timed; the median counts."""
+    experiment: str = "compress"
+    """MLflow experiment, for versions that no run of this cluster made; else the run becomes a
+    child of the version's own."""
+
+
+def check_candidates(config: CompressConfig, kind: str, shown: str) -> None:
+    """Refuse what makes no sense, before anything is loaded.
+
+    Args:
+        kind: of the version, shown as `shown`.
+
+    Raises:
+        InputError: naming the first candidate that does not go with it, or that stands there twice.
+    """
+    fitting = [method for method, wanted in _KINDS.items() if wanted == kind]
+    if not fitting:
+        raise InputError(
+            f"{shown} is of kind '{kind}', and an adapter is compressed with its base",
+            hint="merge it first (python -m jobs.merge), and compress the merged version",
+            param="model",
+        )
+    labels: set[str] = set()
+    for number, candidate in enumerate(config.candidates):
+        param = f"candidates.{number}"
+        if _KINDS[candidate.method] != kind:
+            raise InputError(
+                f"{param}: '{candidate.method}' is for a package of kind "
+                f"'{_KINDS[candidate.method]}', and {shown} is of kind '{kind}'",
+                hint=f"expected one of: {', '.join(fitting)}",
+                param=param,
+            )
+        if candidate.label in labels:
+            raise InputError(
+                f"{param}: '{candidate.label}' stands there twice", hint="remove one", param=param
+            )
+        labels.add(candidate.label)

@@ -1,0 +1,149 @@
+"""The search: makes each candidate, measures it beside its parent, and keeps the best so far.
+
+It knows nothing of registries and tracking: it tells a sink what it measured.
+
+    search = Search(config, package, dataset, evaluator, stage, tell)
+    found = search.run(parent_label="pydoc-lm/3")
+    found.decision.chosen, found.kept
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ParityError
+from cluster.model_package import ModelPackage
+from cluster.model_package.parity import RELATIVE_TOLERANCES, certify
+from jobs.compression.config import CandidateConfig, CompressConfig
+from jobs.compression.making import Made, make_candidate
+from jobs.compression.measuring import (
+    choose_metric,
+    interleaved,
+    make_probe,
+    quality_of,
+    size_bytes,
+)
+from jobs.compression.policy import CompressionDecision, CompressionPolicy, Measured
+from jobs.data.dataset import Dataset
+from jobs.evaluation.evaluation import Evaluation
+
+Evaluate = Callable[[ModelPackage], Evaluation]
+
+_PARENT = "parent"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A model and all that was measured of it."""
+
+    measured: Measured
+    metrics: Mapping[str, float]
+    """Of the evaluation."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Beside its parent: ratios, speeds in turns, the largest difference."""
+    parity: Mapping[str, float] = field(default_factory=dict)
+    summary: str = ""
+    """One line for people."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with."""
+
+    parent: Tried
+    tried: Mapping[str, Tried]
+    decision: CompressionDecision
+    kept: Made | None
+    """The files of the one that was chosen."""
+
+
+@dataclass(frozen=True)
+class Search:
+    config: CompressConfig
+    package: ModelPackage
+    """The parent."""
+    dataset: Dataset
+    evaluate: Evaluate
+    stage: Path
+    """An empty directory, for the candidates' files."""
+    tell: Callable[[str, Tried], None]
+    """Hears of each model once it is measured, by its label; of the parent as 'parent'."""
+
+    def run(self, parent_label: str) -> Found:
+        """Raises HeliostatError if a candidate cannot be made."""
+        config = self.config
+        metrics = self.evaluate(self.package).metrics
+        metric = choose_metric(metrics, config.metric)
+        size, quality = size_bytes(self.package), quality_of(metrics, metric)
+        parent = Tried(
+            Measured(parent_label, size, quality),
+            metrics,
+            summary=f"{size / 1e6:.4g} MB, {metric} {quality:.4f}",
+        )
+        self.tell(_PARENT, parent)
+        policy = CompressionPolicy(metric, config.max_loss_increase)
+        tried: dict[str, Tried] = {}
+        made: dict[str, Made] = {}
+        for candidate in config.candidates:
+            label = candidate.label
+            made[label] = make_candidate(self.package, self.dataset, candidate, self.stage / label)
+            tried[label] = self._measure(made[label], candidate, parent, policy)
+            self.tell(label, tried[label])
+            decision = policy.decide(parent.measured, [one.measured for one in tried.values()])
+            self._keep_only(decision, made)
+        kept = made[decision.chosen.label] if decision.chosen else None
+        return Found(parent, tried, decision, kept)
+
+    def _measure(
+        self, made: Made, candidate: CandidateConfig, parent: Tried, policy: CompressionPolicy
+    ) -> Tried:
+        metrics = self.evaluate(made.package).metrics
+        ours, theirs = (
+            make_probe(package, self.dataset, self.config.split, self.config.num_threads)
+            for package in (made.package, self.package)
+        )
+        parity, refusal = self._certify(theirs.outputs(), ours.outputs(), candidate)
+        speeds = interleaved(ours.work, theirs.work, self.config.speed_rounds)
+        measured = Measured(
+            candidate.label,
+            size_bytes(made.package),
+            quality_of(metrics, policy.metric),
+            refusal=refusal,
+        )
+        ratio = parent.measured.size_bytes / measured.size_bytes
+        increase = policy.increase(parent.measured, measured)
+        return Tried(
+            measured,
+            metrics,
+            {
+                "size_ratio": ratio,
+                f"{policy.metric}_increase": increase,
+                f"{ours.unit}_per_second": speeds.ours,
+                f"parent_{ours.unit}_per_second": speeds.theirs,
+                "speed_ratio": speeds.ratio,
+                **parity,
+            },
+            parity,
+            f"{measured.size_bytes / 1e6:.4g} MB ({ratio:.2f} times smaller), "
+            f"{policy.metric} {measured.quality:.4f} ({increase:+.2%}), "
+            f"{speeds.ours:.4g} {ours.unit}/s ({speeds.ratio:.2f} times the parent's)",
+        )
+
+    def _certify(
+        self, before: Any, after: Any, candidate: CandidateConfig
+    ) -> tuple[dict[str, float], str]:
+        tolerance = self.config.relative_tolerance or RELATIVE_TOLERANCES[candidate.derivation]
+        try:
+            return certify(before, after, tolerance), ""
+        except ParityError as error:
+            return {}, error.message
+
+    def _keep_only(self, decision: CompressionDecision, made: Mapping[str, Made]) -> None:
+        """A large model's candidates would fill the disk."""
+        for label, one in made.items():
+            if decision.chosen is None or label != decision.chosen.label:
+                shutil.rmtree(one.package.path, ignore_errors=True)

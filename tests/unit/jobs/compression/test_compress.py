@@ -1,0 +1,161 @@
+"""The whole job: a registered version in, a smaller one out, or none with its reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.cli.import_model import import_path
+from cluster.errors import InputError, JobFailedError
+from cluster.model_package import ensure_local_key, golden, open_version
+from cluster.model_ref import ModelRef
+from cluster.registry import ModelRegistry
+from cluster.settings import Settings
+from cluster.tracking import open_client
+from jobs.compress import check, compress
+from jobs.compression.config import CompressConfig
+from jobs.train import train
+from jobs.training.config import TrainConfig
+from tests.tiny_models import save_llama
+
+DIGITS: dict[str, Any] = {
+    "name": "tiny",
+    "data": {
+        "name": "digits",
+        "source": {"kind": "sklearn", "dataset": "digits"},
+        "splits": {"test": 0.2},
+    },
+    "model": {"family": "cnn", "channels": [8], "hidden_size": 64},
+    "steps": 40,
+    "batch_size": 32,
+    "optimizer": {"learning_rate": 5e-3},
+    "launcher": "local",
+}
+TEXT = "the mirror follows the sun and keeps its rays on one target"
+
+BUDGET = 0.002
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """A home whose MLflow is a file, with a classifier 'tiny' and a language model 'words'."""
+    home = tmp_path_factory.mktemp("home")
+    ensure_local_key(home / "keys")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)  # such an MLflow keeps artifacts below the current directory
+        settings = Settings(home=home, mlflow_tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
+        train(TrainConfig.model_validate(DIGITS), settings)
+        words = save_llama(home / "words", TEXT, steps=80)
+        import_path(words, "words", settings, say=lambda _line: None)
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def text_data(settings: Settings) -> dict[str, Any]:
+    path = settings.home / "text.txt"
+    path.write_text("".join(f"{TEXT} {number}\n" for number in range(200)))
+    return {
+        "name": "text",
+        "source": {"kind": "text", "paths": [str(path)]},
+        "splits": {"by": "position"},
+        "text": {"sequence_length": 32, "tokenizer": {"kind": "bpe", "vocab_size": 300}},
+    }
+
+
+def config(model: str, *candidates: dict[str, Any], **values: Any) -> CompressConfig:
+    given = {"model": model, "candidates": candidates, "speed_rounds": 1, **values}
+    return CompressConfig.model_validate(given)
+
+
+def last_line(out: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(out.strip().splitlines()[-1].removeprefix("result: "))
+    return values
+
+
+def test_a_classifier_in_8_bits(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    candidates = ({"method": "int8_dynamic"}, {"method": "int8_static", "calibration_rows": 64})
+    compress(config("tiny@candidate", *candidates, max_loss_increase=0.2), settings)
+    result = last_line(capsys.readouterr().out)
+    registry = ModelRegistry.open(settings)
+    version = registry.resolve(ModelRef.parse("tiny@candidate"))
+    parent = registry.resolve(ModelRef.parse("tiny/1"))
+    assert (version.digest, version.parent_digest) == (result["digest"], parent.digest)
+
+    package = open_version(version, settings)
+    golden.replay(package)
+    manifest, before = package.manifest, open_version(parent, settings).manifest
+    assert manifest.lineage.source == "jobs.compress"
+    assert manifest.lineage.dataset_digest == before.lineage.dataset_digest
+    assert manifest.processing == before.processing
+    assert manifest.golden.inputs == before.golden.inputs
+    assert 0 < manifest.parity["largest_difference"] < manifest.parity["tolerance"]  # type: ignore[operator]
+    assert manifest.quantisation["num_bits"] == 8
+    smaller = sum(entry.size_bytes for entry in manifest.files.values())
+    assert smaller * 2 < sum(entry.size_bytes for entry in before.files.values())
+
+    run = open_client(settings).get_run(version.run_id)
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    measured = run.data.metrics
+    for label in ("int8_dynamic", "int8_static"):
+        assert measured[f"{label}/size_ratio"] > 2
+        assert measured[f"{label}/speed_ratio"] > 0
+        assert measured[f"{label}/log_loss_increase"] < 0.2
+    assert measured["parent/size_bytes"] > measured["int8_static/size_bytes"]
+
+
+def test_a_language_model_whose_search_stops_at_the_budget(
+    settings: Settings, text_data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """4 bits lose more than this budget allows; 8 bits do not."""
+    candidates = (
+        {"method": "int8_weights", "group_size": 32},
+        {"method": "int4_weights", "group_size": None},
+    )
+    given = config(
+        "words/1", *candidates, data=text_data, name="words-small", max_loss_increase=BUDGET
+    )
+    compress(given, settings)
+    result = last_line(capsys.readouterr().out)
+    figures = result["candidates"]
+    assert figures["int8_weights-g32"]["loss_increase"] < BUDGET
+    assert figures["int4_weights-rows"]["loss_increase"] > BUDGET
+    version = ModelRegistry.open(settings).resolve(ModelRef.parse("words-small@candidate"))
+    manifest = open_version(version, settings).manifest
+    assert manifest.quantisation["method"] == "int8_weights"
+    assert manifest.metrics["validation/loss"] > 0
+
+    with pytest.raises(InputError, match="is quantised already"):
+        check(config("words-small@candidate", *candidates), settings)
+
+
+def test_none_within_the_budget_registers_nothing_and_names_the_best(
+    settings: Settings, text_data: dict[str, Any]
+) -> None:
+    rows = {"method": "int4_weights", "group_size": None}
+    given = config("words/1", rows, data=text_data, name="never", max_loss_increase=BUDGET)
+    with pytest.raises(JobFailedError) as caught:
+        compress(given, settings)
+    assert "words/1 is not compressed: none stays within the budget; the best found is" in str(
+        caught.value
+    )
+    assert ModelRegistry.open(settings).list_versions("never") == []
+    assert list((settings.home / "storage" / "packages").glob(".*")) == []
+
+
+def test_a_difference_beyond_the_tolerance_is_not_packaged(
+    settings: Settings, text_data: dict[str, Any]
+) -> None:
+    int8 = {"method": "int8_weights", "group_size": 32}
+    given = config("words/1", int8, data=text_data, name="never", relative_tolerance=1e-6)
+    with pytest.raises(JobFailedError, match=r"none can be packaged; int8_weights-g32: the"):
+        compress(given, settings)
+
+
+def test_what_does_not_fit_is_refused_before_the_data_is_read(settings: Settings) -> None:
+    with pytest.raises(InputError, match="'int8_weights' is for a package of kind"):
+        compress(config("tiny/1", {"method": "int8_weights"}), settings)
+    with pytest.raises(InputError, match="group_size 128 does not divide the 32 columns"):
+        compress(config("words/1", {"method": "int8_weights"}), settings)

@@ -1,0 +1,51 @@
+"""What makes no sense is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cluster.errors import InputError
+from cluster.model_package import Kind
+from jobs.compression.config import CompressConfig, check_candidates
+
+
+def config(*candidates: dict[str, Any]) -> CompressConfig:
+    return CompressConfig(model="demo", candidates=candidates)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "message"),
+    [
+        (
+            "language_model",
+            "int8_dynamic",
+            "candidates.0: 'int8_dynamic' is for a package of kind 'graph', and demo/1 is of kind "
+            "'language_model'; expected one of: int8_weights, int4_weights",
+        ),
+        (
+            "graph",
+            "int4_weights",
+            "candidates.0: 'int4_weights' is for a package of kind 'language_model', and demo/1 is "
+            "of kind 'graph'; expected one of: int8_dynamic, int8_static",
+        ),
+        ("adapter", "int8_weights", "demo/1 is of kind 'adapter'"),
+    ],
+)
+def test_a_method_of_another_kind_is_named(kind: Kind, method: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_candidates(config({"method": method}), kind, "demo/1")
+    assert message in str(caught.value)
+
+
+def test_the_same_candidate_twice_is_named() -> None:
+    twice = config({"method": "int8_weights"}, {"method": "int8_weights", "group_size": 128})
+    with pytest.raises(InputError, match=r"candidates.1: 'int8_weights-g128' stands there twice"):
+        check_candidates(twice, "language_model", "demo/1")
+
+
+def test_group_sizes_are_those_that_kernels_know() -> None:
+    with pytest.raises(ValidationError, match="group_size"):
+        config({"method": "int4_weights", "group_size": 48})
