@@ -21,7 +21,8 @@ from cluster.storage import Storage
 from cluster.tracking import RunTracker
 from jobs._entrypoint import run_job
 from jobs.compression.config import CompressConfig, check_candidates
-from jobs.compression.making import check_candidate
+from jobs.compression.fine_tuning import Trainer
+from jobs.compression.making import check_candidate, check_training
 from jobs.compression.publishing import publish
 from jobs.compression.search import Search, Tried
 from jobs.data.dataset import Dataset
@@ -40,6 +41,7 @@ def compress(config: CompressConfig, settings: Settings) -> None:
         check_candidate(package, candidate)
     dataset = find_dataset(_evaluation_config(config), package, settings)
     print(describe(dataset.info), flush=True)
+    check_training(config, package, dataset)
     storage = Storage.open(settings.storage_root)
     with _tracked(config, version, dataset, settings) as tracker, storage.staging() as stage:
         print(f"run {tracker.url}", flush=True)
@@ -48,6 +50,7 @@ def compress(config: CompressConfig, settings: Settings) -> None:
             package,
             dataset,
             _evaluator(config, version, dataset, settings),
+            Trainer(dataset, settings, tracker.run_id),
             stage,
             lambda label, tried: _report(label, tried, tracker),
         )

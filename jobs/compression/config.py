@@ -18,14 +18,68 @@ from pydantic import Field
 from cluster.config import StrictModel
 from cluster.errors import InputError
 from cluster.model_package import Kind
-from cluster.model_package.parity import Derivation
+from cluster.model_package.parity import RELATIVE_TOLERANCES
 from jobs.data.config import DataConfig, Name
+from jobs.models.config import AnyLmConfig
+from jobs.training.config import CosineSchedule, OptimizerConfig, ScheduleConfig, TrainConfig
 
 QualityMetric = Literal["loss", "log_loss", "error_rate", "mse"]
 """Lower is better; error_rate is 1 - accuracy."""
 
 
-class DynamicInt8Config(StrictModel):
+_TRAINED_TOLERANCE = 2.0
+
+
+class _Candidate(StrictModel):
+    """What every way to compress has."""
+
+    relative_tolerance: float | None = Field(None, gt=0)
+    """Largest difference of an output from the parent's on its golden inputs, as a share of the
+    parent's largest; what is further off is not packaged. None means 0.1 for 8 bits, 0.5 for 4, and
+    2 for what was trained, which is another model: of that, the budget is the judge."""
+
+
+class TrainedCandidate(_Candidate):
+    """What holds for candidates that are trained, by jobs.train's own loop."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(8, ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = CosineSchedule(kind="cosine")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    num_workers: int = Field(2, ge=1)
+    threads_per_worker: int = Field(1, ge=1)
+    launcher: Literal["ray", "local"] = "ray"
+    seed: int = Field(0, ge=0, lt=2**63)
+
+    @property
+    def tolerance(self) -> float:
+        return self.relative_tolerance or _TRAINED_TOLERANCE
+
+    def training(self, data: DataConfig, model: AnyLmConfig) -> TrainConfig:
+        """The run that trains `model`, on a dataset made from `data`."""
+        return TrainConfig(
+            name=self.label,
+            experiment="compress",
+            data=data,
+            model=model,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            precision=self.precision,
+            num_workers=self.num_workers,
+            threads_per_worker=self.threads_per_worker,
+            launcher=self.launcher,
+            seed=self.seed,
+        )
+
+    @property
+    def label(self) -> str:
+        raise NotImplementedError
+
+
+class DynamicInt8Config(_Candidate):
     """A graph's weights in 8 bits; activations are scaled as they come."""
 
     method: Literal["int8_dynamic"]
@@ -37,11 +91,11 @@ class DynamicInt8Config(StrictModel):
         return f"{self.method}{'-per_channel' if self.per_channel else ''}"
 
     @property
-    def derivation(self) -> Derivation:
-        return "int8"
+    def tolerance(self) -> float:
+        return self.relative_tolerance or RELATIVE_TOLERANCES["int8"]
 
 
-class StaticInt8Config(StrictModel):
+class StaticInt8Config(_Candidate):
     """A graph's weights and activations in 8 bits, scaled by what the training rows gave."""
 
     method: Literal["int8_static"]
@@ -54,11 +108,11 @@ class StaticInt8Config(StrictModel):
         return f"{self.method}{'-per_channel' if self.per_channel else ''}"
 
     @property
-    def derivation(self) -> Derivation:
-        return "int8"
+    def tolerance(self) -> float:
+        return self.relative_tolerance or RELATIVE_TOLERANCES["int8"]
 
 
-class WeightOnlyConfig(StrictModel):
+class WeightOnlyConfig(_Candidate):
     """A language model's matrices in 8 or 4 bits, stored as compressed-tensors; the embeddings and
     the head stay as they are."""
 
@@ -75,12 +129,31 @@ class WeightOnlyConfig(StrictModel):
         return f"{self.method}-{f'g{self.group_size}' if self.group_size else 'rows'}"
 
     @property
-    def derivation(self) -> Derivation:
-        return "int8" if self.num_bits == 8 else "int4"
+    def tolerance(self) -> float:
+        return (
+            self.relative_tolerance
+            or (RELATIVE_TOLERANCES["int8" if self.num_bits == 8 else "int4"])
+        )
+
+
+class PruneConfig(TrainedCandidate):
+    """A language model without the weights that matter least, fine-tuned afterwards."""
+
+    method: Literal["prune"]
+    structure: Literal["unstructured", "neurons"]
+    """unstructured: the smallest weights of each matrix of the layers become zero and stay so; the
+    files keep their size. neurons: the feed-forward layers become narrower."""
+    sparsity: float = Field(gt=0, lt=1)
+    """Share of the weights, or of the neurons, that go."""
+
+    @property
+    def label(self) -> str:
+        return f"prune-{self.structure}-{self.sparsity:g}"
 
 
 CandidateConfig = Annotated[
-    DynamicInt8Config | StaticInt8Config | WeightOnlyConfig, Field(discriminator="method")
+    DynamicInt8Config | StaticInt8Config | WeightOnlyConfig | PruneConfig,
+    Field(discriminator="method"),
 ]
 
 _KINDS: dict[str, Kind] = {
@@ -88,6 +161,7 @@ _KINDS: dict[str, Kind] = {
     "int8_static": "graph",
     "int8_weights": "language_model",
     "int4_weights": "language_model",
+    "prune": "language_model",
 }
 
 
@@ -104,9 +178,6 @@ class CompressConfig(StrictModel):
     """The budget: how much `metric` may grow, as a share of the model's own."""
     metric: QualityMetric | None = None
     """None means loss for a language model, log_loss for a classifier, mse for a regression."""
-    relative_tolerance: float | None = Field(None, gt=0)
-    """Largest difference of an output from the model's own on its golden inputs, as a share of its
-    largest; None means 0.1 for 8 bits and 0.5 for 4. What is further off is not packaged."""
     data: DataConfig | None = None
     """None means the dataset that the version was trained on."""
     split: Literal["train", "validation", "test"] = "validation"

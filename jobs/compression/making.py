@@ -9,7 +9,8 @@ It knows nothing of registries and tracking.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,23 @@ from cluster.model_package.files import GRAPH, MODEL_DIR
 from cluster.processing import Array, preprocess
 from jobs.compression.config import (
     CandidateConfig,
+    CompressConfig,
     DynamicInt8Config,
+    PruneConfig,
     StaticInt8Config,
+    TrainedCandidate,
     WeightOnlyConfig,
 )
 from jobs.data.dataset import Dataset
 from jobs.evaluation.graph import client_inputs
+from jobs.models.bases import Base
+from jobs.models.config import PretrainedLmConfig
+from jobs.training.config import TrainConfig
+from jobs.training.starting_point import check_tokenizer
+from jobs.training.worker import Outcome
+
+Train = Callable[[TrainConfig, Path], Outcome]
+"""Trains in a directory; what is trained is exported below it."""
 
 _CALIBRATION_BATCH = 32
 
@@ -53,10 +65,33 @@ def check_candidate(package: ModelPackage, candidate: CandidateConfig) -> None:
         from jobs.compression.weight_only import check_group_size
 
         check_group_size(package.model_dir, candidate)
+    if isinstance(candidate, PruneConfig):
+        from jobs.compression.pruning import check_prunable
+
+        check_prunable(package.model_dir, candidate)
+
+
+def check_training(config: CompressConfig, package: ModelPackage, dataset: Dataset) -> None:
+    """Raises InputError if candidates are to be trained on data that the model is not made for."""
+    if not any(isinstance(candidate, TrainedCandidate) for candidate in config.candidates):
+        return
+    if not dataset.info.num_rows["validation"]:
+        raise InputError(
+            f"dataset '{dataset.info.name}' has no validation rows, and a training needs some",
+            hint="give data.splits.validation a share",
+            param="data",
+        )
+    check_tokenizer(
+        dataset, Base(package.manifest.name, package.model_dir, package.digest, package)
+    )
 
 
 def make_candidate(
-    package: ModelPackage, dataset: Dataset, candidate: CandidateConfig, stage: Path
+    package: ModelPackage,
+    dataset: Dataset,
+    candidate: CandidateConfig,
+    stage: Path,
+    train: Train,
 ) -> Made:
     """Write the compressed model below an empty directory.
 
@@ -69,9 +104,31 @@ def make_candidate(
         from jobs.compression.weight_only import quantise_weights
 
         quantisation = quantise_weights(package.model_dir, directory, candidate)
+    elif isinstance(candidate, PruneConfig):
+        _prune(package, dataset, candidate, stage, train)
+        quantisation = {}
     else:
         quantisation = _quantise_graph(package, dataset, candidate, directory / GRAPH)
     return Made(dataclasses.replace(package, path=stage), quantisation)
+
+
+def _prune(
+    package: ModelPackage, dataset: Dataset, candidate: PruneConfig, stage: Path, train: Train
+) -> None:
+    from jobs.compression.pruning import prune_model
+
+    pruned = stage / "pruned"
+    pruned.mkdir()
+    prune_model(package.model_dir, pruned, candidate)
+    model = PretrainedLmConfig(
+        family="causal_lm", base=str(pruned), keep_zeros=candidate.structure == "unstructured"
+    )
+    _train(candidate.training(dataset.info.config, model), stage, train)
+
+
+def _train(config: TrainConfig, stage: Path, train: Train) -> None:
+    outcome = train(config, stage / "run")
+    shutil.copytree(outcome.exported.directory, stage / MODEL_DIR, dirs_exist_ok=True)
 
 
 def _quantise_graph(
@@ -88,7 +145,8 @@ def _quantise_graph(
         onnx_int8.quantise_static(source, target, samples, per_channel=per_channel)
     else:
         onnx_int8.quantise_dynamic(source, target, per_channel=per_channel)
-    return {**candidate.model_dump(), "num_bits": 8, "library": onnx_int8.library()}
+    settings = candidate.model_dump(exclude={"relative_tolerance"})
+    return {**settings, "num_bits": 8, "library": onnx_int8.library()}
 
 
 def _samples(package: ModelPackage, dataset: Dataset, num_rows: int) -> Iterator[dict[str, Array]]:

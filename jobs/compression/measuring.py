@@ -24,6 +24,7 @@ from cluster.processing import postprocess, preprocess
 from jobs.compression.config import QualityMetric
 from jobs.data.dataset import Dataset
 from jobs.evaluation.graph import client_inputs
+from jobs.models import sparsity
 
 Work = Callable[[], int]
 """Does some work and says how many units of it."""
@@ -35,6 +36,11 @@ _NEW_TOKENS = 32
 def size_bytes(package: ModelPackage) -> int:
     """Bytes of the model's files."""
     return sum(list_files(package.model_dir).values())
+
+
+def density_of(package: ModelPackage) -> float:
+    """Share of the weights that are not zero; of a graph they are not counted."""
+    return 1.0 if package.manifest.kind == "graph" else sparsity.density_of(package.model_dir)
 
 
 def choose_metric(metrics: Mapping[str, float], wanted: QualityMetric | None) -> QualityMetric:

@@ -17,11 +17,12 @@ from typing import Any
 
 from cluster.errors import ParityError
 from cluster.model_package import ModelPackage
-from cluster.model_package.parity import RELATIVE_TOLERANCES, certify
+from cluster.model_package.parity import certify
 from jobs.compression.config import CandidateConfig, CompressConfig
-from jobs.compression.making import Made, make_candidate
+from jobs.compression.making import Made, Train, make_candidate
 from jobs.compression.measuring import (
     choose_metric,
+    density_of,
     interleaved,
     make_probe,
     quality_of,
@@ -68,6 +69,7 @@ class Search:
     """The parent."""
     dataset: Dataset
     evaluate: Evaluate
+    train: Train
     stage: Path
     """An empty directory, for the candidates' files."""
     tell: Callable[[str, Tried], None]
@@ -80,7 +82,7 @@ class Search:
         metric = choose_metric(metrics, config.metric)
         size, quality = size_bytes(self.package), quality_of(metrics, metric)
         parent = Tried(
-            Measured(parent_label, size, quality),
+            Measured(parent_label, size, quality, density_of(self.package)),
             metrics,
             summary=f"{size / 1e6:.4g} MB, {metric} {quality:.4f}",
         )
@@ -90,7 +92,9 @@ class Search:
         made: dict[str, Made] = {}
         for candidate in config.candidates:
             label = candidate.label
-            made[label] = make_candidate(self.package, self.dataset, candidate, self.stage / label)
+            made[label] = make_candidate(
+                self.package, self.dataset, candidate, self.stage / label, self.train
+            )
             tried[label] = self._measure(made[label], candidate, parent, policy)
             self.tell(label, tried[label])
             decision = policy.decide(parent.measured, [one.measured for one in tried.values()])
@@ -112,6 +116,7 @@ class Search:
             candidate.label,
             size_bytes(made.package),
             quality_of(metrics, policy.metric),
+            density_of(made.package),
             refusal=refusal,
         )
         ratio = parent.measured.size_bytes / measured.size_bytes
@@ -125,20 +130,21 @@ class Search:
                 f"{ours.unit}_per_second": speeds.ours,
                 f"parent_{ours.unit}_per_second": speeds.theirs,
                 "speed_ratio": speeds.ratio,
+                "density": measured.density,
                 **parity,
             },
             parity,
             f"{measured.size_bytes / 1e6:.4g} MB ({ratio:.2f} times smaller), "
             f"{policy.metric} {measured.quality:.4f} ({increase:+.2%}), "
+            f"{1 - measured.density:.0%} zeros, "
             f"{speeds.ours:.4g} {ours.unit}/s ({speeds.ratio:.2f} times the parent's)",
         )
 
     def _certify(
         self, before: Any, after: Any, candidate: CandidateConfig
     ) -> tuple[dict[str, float], str]:
-        tolerance = self.config.relative_tolerance or RELATIVE_TOLERANCES[candidate.derivation]
         try:
-            return certify(before, after, tolerance), ""
+            return certify(before, after, candidate.tolerance), ""
         except ParityError as error:
             return {}, error.message
 

@@ -111,6 +111,14 @@ class PretrainedLmConfig(LanguageModelConfig):
     """What the base must have; empty takes what is there, and the run records it."""
     lora: LoraConfig | None = None
     """None trains every weight."""
+    keep_zeros: bool = False
+    """Weights of matrices that are zero in the base stay zero: one that was pruned stays so."""
+
+    @model_validator(mode="after")
+    def _lora_leaves_the_base_alone(self) -> PretrainedLmConfig:
+        if self.lora is not None and self.keep_zeros:
+            raise ValueError("keep_zeros is for training the base's own weights: leave out lora")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -22,6 +22,7 @@ from jobs.models.config import PretrainedLmConfig
 from jobs.models.decoder import prepare_decoder
 from jobs.models.family import DataShape, Exported
 from jobs.models.lora import add_lora, save_adapter
+from jobs.models.sparsity import keep_zeros
 from jobs.models.text_export import copy_tokenizer, generation_config, golden_prompts
 
 
@@ -32,6 +33,7 @@ class PretrainedLm(LanguageModel):
         super().__init__(config, shape)
         self._base = Path(config.base)
         self._lora = config.lora
+        self._keep_zeros = config.keep_zeros
         self._hugging_face_config = _read_config(self._base)
         _check_shape(self._hugging_face_config.get_text_config(), shape)
 
@@ -42,6 +44,8 @@ class PretrainedLm(LanguageModel):
         model.config.use_cache = False
         if self._lora is not None:
             add_lora(model, self._lora)
+        if self._keep_zeros:
+            keep_zeros(model)
         prepare_decoder(model, chunk_tokens=self._config.loss_chunk_tokens)
         trained: torch.nn.Module = model
         return trained

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.errors import ConfigError
-from jobs.models.config import LanguageModelConfig
+from jobs.models.config import LanguageModelConfig, PretrainedLmConfig
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_section import enabled, zero_stage
 
@@ -26,6 +26,8 @@ def check_speed_options(deepspeed_config: dict[str, Any], config: TrainConfig) -
         _check_activation_checkpointing(config)
     if isinstance(config.model, LanguageModelConfig) and config.model.mask_documents:
         _refuse_parallelism(config, "model.mask_documents")
+    if isinstance(config.model, PretrainedLmConfig) and config.model.keep_zeros:
+        _check_keep_zeros(config, stage)
 
 
 def _check_activation_checkpointing(config: TrainConfig) -> None:
@@ -37,6 +39,23 @@ def _check_activation_checkpointing(config: TrainConfig) -> None:
             "set it to false, or micro_batch_size lower",
         )
     _refuse_parallelism(config, "activation_checkpointing")
+
+
+def _check_keep_zeros(config: TrainConfig, stage: int) -> None:
+    if config.optimizer.name == "muon":
+        raise _refusal(
+            "model.keep_zeros cannot be combined with optimizer.name 'muon', whose updates are "
+            "orthogonalised and fill the zeros",
+            "optimizer.name",
+            "set it to adamw",
+        )
+    if stage == 3:
+        raise _refusal(
+            "model.keep_zeros needs whole matrices, and ZeRO stage 3 gives each worker slices",
+            "model.keep_zeros",
+            "set deepspeed.zero_optimization.stage to 2",
+        )
+    _refuse_parallelism(config, "model.keep_zeros")
 
 
 def _check_muon(deepspeed_config: dict[str, Any], config: TrainConfig, stage: int) -> None:

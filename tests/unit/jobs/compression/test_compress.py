@@ -149,9 +149,40 @@ def test_a_difference_beyond_the_tolerance_is_not_packaged(
     settings: Settings, text_data: dict[str, Any]
 ) -> None:
     int8 = {"method": "int8_weights", "group_size": 32}
-    given = config("words/1", int8, data=text_data, name="never", relative_tolerance=1e-6)
+    given = config("words/1", {**int8, "relative_tolerance": 1e-6}, data=text_data, name="never")
     with pytest.raises(JobFailedError, match=r"none can be packaged; int8_weights-g32: the"):
         compress(given, settings)
+
+
+def test_pruned_and_fine_tuned_by_the_training_that_there_is(
+    settings: Settings, text_data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is pruned has the tokenizer of its data; half of its weights stay zero."""
+    tuned = {"method": "prune", "steps": 6, "batch_size": 4, "launcher": "local"}
+    zeros = {**tuned, "structure": "unstructured", "sparsity": 0.5}
+    with pytest.raises(InputError, match="made with another tokenizer"):
+        compress(config("words/1", zeros, data=text_data), settings)
+
+    tokenizer = {"kind": "existing", "path": str(settings.home / "words")}
+    data = {**text_data, "text": {**text_data["text"], "tokenizer": tokenizer}}
+    narrow = {**tuned, "structure": "neurons", "sparsity": 0.5}
+    given = config("words/1", zeros, narrow, data=data, name="sparse", max_loss_increase=9)
+    compress(given, settings)
+    result = last_line(capsys.readouterr().out)
+    figures = result["candidates"]
+    assert figures["prune-unstructured-0.5"]["size_ratio"] == pytest.approx(1, abs=0.01)
+    # Its embeddings, a third of its weights, are whole.
+    assert 0.6 < figures["prune-unstructured-0.5"]["density"] < 0.7
+    assert figures["prune-neurons-0.5"]["density"] == 1
+    assert figures["prune-neurons-0.5"]["size_ratio"] > 1.1
+    version = ModelRegistry.open(settings).resolve(ModelRef.parse("sparse@candidate"))
+    package = open_version(version, settings)
+    golden.replay(package)
+    shape = json.loads((package.model_dir / "config.json").read_bytes())
+    assert shape["intermediate_size"] == 32, "the smaller one was chosen"
+    assert package.manifest.quantisation == {}
+    assert package.manifest.parity["tolerance"] > 0  # type: ignore[operator]
+    assert not list((settings.home / "storage" / "packages").glob(".*"))
 
 
 def test_what_does_not_fit_is_refused_before_the_data_is_read(settings: Settings) -> None:

@@ -37,6 +37,7 @@ MODEL: dict[str, Any] = {
     # Three chunks, the last one smaller.
     "loss_chunk_tokens": 25,
 }
+SPARSE = {"family": "causal_lm", "base": "demo", "keep_zeros": True}
 MASKED = {**MODEL, "mask_documents": True}
 CHECKPOINTED = {"activation_checkpointing": True}
 COMPILED = {"compile": True}
@@ -204,6 +205,9 @@ def test_compiled_to_cpp_the_losses_are_the_same_and_the_code_is_kept(
         ({"model": MASKED, "parallelism": {"pipeline": 2}}, r"mask_documents .*pipeline"),
         ({"model": MASKED, "parallelism": {"tensor": 2}}, r"mask_documents .*tensor"),
         ({**CHECKPOINTED, "parallelism": {"tensor": 2}}, r"activation_checkpointing .*tensor"),
+        ({**MUON, "model": SPARSE}, r"keep_zeros .* 'muon'.*adamw"),
+        ({"model": SPARSE, "zero": 3}, r"keep_zeros .* ZeRO stage 3.*stage to 2"),
+        ({"model": SPARSE, "parallelism": {"tensor": 2}}, r"keep_zeros .*tensor"),
         ({**CHECKPOINTED, "model": {"family": "cnn"}}, r"activation_checkpointing .* 'cnn'"),
     ],
 )
