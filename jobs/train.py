@@ -173,6 +173,8 @@ def check_family(start: Start, dataset: Dataset) -> None:
     """Raises before workers are placed if the data does not suit the model."""
     if start.base is not None and dataset.info.text is not None:
         check_tokenizer(dataset, start.base)
+    if start.teacher is not None and dataset.info.text is not None:
+        check_tokenizer(dataset, start.teacher, "model.distillation.teacher")
     check_metrics(start.local, make_family(start.local.model, DataShape.of(dataset.info)))
 
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
 from cluster.errors import InputError
 from cluster.model_package import Kind
 from cluster.model_package.parity import RELATIVE_TOLERANCES
 from jobs.data.config import DataConfig, Name
-from jobs.models.config import AnyLmConfig
+from jobs.models.config import AnyLmConfig, CausalLmConfig
 from jobs.training.config import CosineSchedule, OptimizerConfig, ScheduleConfig, TrainConfig
 
 QualityMetric = Literal["loss", "log_loss", "error_rate", "mse"]
@@ -151,8 +151,31 @@ class PruneConfig(TrainedCandidate):
         return f"prune-{self.structure}-{self.sparsity:g}"
 
 
+class DistillConfig(TrainedCandidate):
+    """A smaller language model, trained from scratch with this one as its teacher."""
+
+    method: Literal["distill"]
+    model: CausalLmConfig
+    """The smaller one."""
+    temperature: float = Field(2.0, gt=0)
+    weight: float = Field(0.5, gt=0, le=1)
+    """Share of the loss that the teacher has; the rest is the text's own cross-entropy."""
+
+    @model_validator(mode="after")
+    def _it_has_its_teacher(self) -> DistillConfig:
+        if self.model.distillation is not None:
+            raise ValueError(
+                "model.distillation is the candidate's own: give temperature and weight beside it"
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        return f"distill-{self.model.num_layers}x{self.model.hidden_size}"
+
+
 CandidateConfig = Annotated[
-    DynamicInt8Config | StaticInt8Config | WeightOnlyConfig | PruneConfig,
+    DynamicInt8Config | StaticInt8Config | WeightOnlyConfig | PruneConfig | DistillConfig,
     Field(discriminator="method"),
 ]
 
@@ -162,6 +185,7 @@ _KINDS: dict[str, Kind] = {
     "int8_weights": "language_model",
     "int4_weights": "language_model",
     "prune": "language_model",
+    "distill": "language_model",
 }
 
 

@@ -23,6 +23,7 @@ from cluster.processing import Array, preprocess
 from jobs.compression.config import (
     CandidateConfig,
     CompressConfig,
+    DistillConfig,
     DynamicInt8Config,
     PruneConfig,
     StaticInt8Config,
@@ -32,7 +33,7 @@ from jobs.compression.config import (
 from jobs.data.dataset import Dataset
 from jobs.evaluation.graph import client_inputs
 from jobs.models.bases import Base
-from jobs.models.config import PretrainedLmConfig
+from jobs.models.config import DistillationConfig, PretrainedLmConfig
 from jobs.training.config import TrainConfig
 from jobs.training.starting_point import check_tokenizer
 from jobs.training.worker import Outcome
@@ -107,6 +108,9 @@ def make_candidate(
     elif isinstance(candidate, PruneConfig):
         _prune(package, dataset, candidate, stage, train)
         quantisation = {}
+    elif isinstance(candidate, DistillConfig):
+        _distil(package, dataset, candidate, stage, train)
+        quantisation = {}
     else:
         quantisation = _quantise_graph(package, dataset, candidate, directory / GRAPH)
     return Made(dataclasses.replace(package, path=stage), quantisation)
@@ -124,6 +128,19 @@ def _prune(
         family="causal_lm", base=str(pruned), keep_zeros=candidate.structure == "unstructured"
     )
     _train(candidate.training(dataset.info.config, model), stage, train)
+
+
+def _distil(
+    package: ModelPackage, dataset: Dataset, candidate: DistillConfig, stage: Path, train: Train
+) -> None:
+    distillation = DistillationConfig(
+        teacher=str(package.model_dir),
+        teacher_digest=package.digest,
+        temperature=candidate.temperature,
+        weight=candidate.weight,
+    )
+    student = candidate.model.model_copy(update={"distillation": distillation})
+    _train(candidate.training(dataset.info.config, student), stage, train)
 
 
 def _train(config: TrainConfig, stage: Path, train: Train) -> None:

@@ -17,6 +17,7 @@ from cluster.errors import InputError
 from jobs.data.dataset import DOCUMENT_STARTS, TOKENS, Dataset
 from jobs.models.config import CausalLmConfig, LanguageModelConfig, Metric
 from jobs.models.decoder import losses_by_token, prepare_decoder, summed_loss
+from jobs.models.distillation import Teacher
 from jobs.models.documents import document_positions
 from jobs.models.family import Batch, DataShape, Exported
 from jobs.models.text_export import copy_tokenizer, generation_config, golden_prompts
@@ -45,11 +46,12 @@ class LanguageModel:
             )
         self._config = config
         self._shape = shape
+        self._teacher = Teacher(config.distillation) if config.distillation else None
         self.units_per_row = shape.sequence_length
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        inputs_BT, labels_BT = _split(batch)
-        return summed_loss(model, inputs_BT, labels_BT, _weights(batch), **self._positions(batch))
+        compute = summed_loss if self._teacher is None else self._teacher.loss
+        return compute(model, *_split(batch), _weights(batch), **self._positions(batch))
 
     def num_units(self, batch: Batch) -> torch.Tensor:
         weights_BT = _weights(batch)

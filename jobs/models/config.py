@@ -26,6 +26,19 @@ HIGHER_IS_BETTER: frozenset[Metric] = frozenset(
 )
 
 
+class DistillationConfig(StrictModel):
+    """Learn from a larger model's distribution over the next token, beside the text itself."""
+
+    teacher: str = Field(min_length=1)
+    """A registered language model: NAME, NAME@ALIAS or NAME/VERSION, with the data's tokenizer."""
+    teacher_digest: str = Field("", pattern=r"^(sha256:[0-9a-f]{64})?$")
+    """What its package must have; empty takes what is there, and the run records it."""
+    temperature: float = Field(2.0, gt=0)
+    """Both distributions are softened by it."""
+    weight: float = Field(0.5, gt=0, le=1)
+    """Share of the loss that the teacher has; the rest is the text's own cross-entropy."""
+
+
 class LanguageModelConfig(StrictModel):
     """What holds for every language model, whether its weights are fresh or given."""
 
@@ -34,6 +47,8 @@ class LanguageModelConfig(StrictModel):
     """Each document of a packed row sees itself alone, and its positions begin at 0."""
     loss_chunk_tokens: int = Field(512, ge=0)
     """Tokens whose logits exist at a time, in training and evaluation; 0 makes all at once."""
+    distillation: DistillationConfig | None = None
+    """None learns from the text alone. All logits of a micro-batch exist at once, twice."""
 
 
 class CausalLmConfig(LanguageModelConfig):

@@ -26,6 +26,8 @@ def check_speed_options(deepspeed_config: dict[str, Any], config: TrainConfig) -
         _check_activation_checkpointing(config)
     if isinstance(config.model, LanguageModelConfig) and config.model.mask_documents:
         _refuse_parallelism(config, "model.mask_documents")
+    if isinstance(config.model, LanguageModelConfig) and config.model.distillation:
+        _refuse_parallelism(config, "model.distillation")
     if isinstance(config.model, PretrainedLmConfig) and config.model.keep_zeros:
         _check_keep_zeros(config, stage)
 

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ChangedFileError, InputError
+from cluster.model_package import open_version
+from cluster.model_ref import ModelRef
+from cluster.registry import ModelRegistry
 from cluster.settings import Settings
 from jobs.data.config import DataConfig, ExistingTokenizer
 from jobs.data.dataset import TOKENIZER_FILE, Dataset
 from jobs.models.bases import Base, find_base
-from jobs.models.config import PretrainedLmConfig
+from jobs.models.config import DistillationConfig, LanguageModelConfig, PretrainedLmConfig
 from jobs.training.config import TrainConfig
 
 # What decides the ids that a text gets; the rest of the file is how it is laid out.
@@ -34,10 +37,25 @@ class Start:
     local: TrainConfig
     """The same with directories of this machine, for those who read the files."""
     base: Base | None = None
+    teacher: Base | None = None
 
 
 def find_start(config: TrainConfig, settings: Settings) -> Start:
-    """Raises HeliostatError if there is no such base, or it does not go with the rest."""
+    """Raises HeliostatError if there is no such base or teacher, or it does not go with the
+    rest."""
+    start, model = _from_base(config, settings), config.model
+    if not isinstance(model, LanguageModelConfig) or model.distillation is None:
+        return start
+    teacher = _find_teacher(model.distillation, settings)
+    return Start(
+        config=_with_teacher(start.config, teacher, teacher.reference),
+        local=_with_teacher(start.local, teacher, str(teacher.directory)),
+        base=start.base,
+        teacher=teacher,
+    )
+
+
+def _from_base(config: TrainConfig, settings: Settings) -> Start:
     model = config.model
     if not isinstance(model, PretrainedLmConfig):
         return Start(config, config)
@@ -56,17 +74,45 @@ def find_start(config: TrainConfig, settings: Settings) -> Start:
     )
 
 
-def check_tokenizer(dataset: Dataset, base: Base) -> None:
+def check_tokenizer(dataset: Dataset, base: Base, named: str = "model.base") -> None:
     """Raises InputError if the dataset's token ids mean something else to the base."""
     path = base.directory / TOKENIZER_FILE
     if path.is_file() and _ids_of(path) == _ids_of(dataset.tokenizer_path):
         return
     raise InputError(
-        f"dataset '{dataset.info.name}' was made with another tokenizer than that of model.base "
+        f"dataset '{dataset.info.name}' was made with another tokenizer than that of {named} "
         f"'{base.reference}'",
         hint=f"set data.text.tokenizer to {{kind: existing, path: {base.reference}}}",
         param="data.text.tokenizer",
     )
+
+
+def _find_teacher(distillation: DistillationConfig, settings: Settings) -> Base:
+    version = ModelRegistry.open(settings).resolve(ModelRef.parse(distillation.teacher))
+    if version.kind != "language_model":
+        raise InputError(
+            f"model.distillation.teacher {version.ref} is of kind '{version.kind}', expected a "
+            "language model",
+            hint="name another",
+            param="model.distillation.teacher",
+        )
+    if distillation.teacher_digest not in ("", version.digest):
+        raise ChangedFileError(
+            f"model.distillation.teacher '{distillation.teacher}' has digest {version.digest}, "
+            f"expected {distillation.teacher_digest}",
+            hint="correct model.distillation.teacher_digest, or leave it out",
+        )
+    package = open_version(version, settings)
+    return Base(str(version.ref), package.model_dir, package.digest, package)
+
+
+def _with_teacher(config: TrainConfig, teacher: Base, location: str) -> TrainConfig:
+    model = config.model
+    assert isinstance(model, LanguageModelConfig), "others have no teacher"
+    assert model.distillation is not None
+    update = {"teacher": location, "teacher_digest": teacher.digest}
+    settled = model.distillation.model_copy(update=update)
+    return config.model_copy(update={"model": model.model_copy(update={"distillation": settled})})
 
 
 def _require_its_tokenizer(data: DataConfig, model: PretrainedLmConfig) -> None:

@@ -21,7 +21,7 @@ from pydantic import JsonValue
 
 from cluster.config import parse_config, read_mapping
 from cluster.errors import ConfigError, HeliostatError
-from jobs.models.config import PretrainedLmConfig
+from jobs.models.config import LanguageModelConfig, PretrainedLmConfig
 from jobs.models.families import make_family
 from jobs.models.family import DataShape
 from jobs.train import check_config
@@ -108,6 +108,12 @@ def _base(config: TuneConfig) -> tuple[str, TrainConfig]:
             f"{source} goes on from model.base '{base.model.base}', which trials of a sweep do not",
             hint="train it by jobs.train",
             param="train.model.base",
+        )
+    if isinstance(base.model, LanguageModelConfig) and base.model.distillation:
+        raise ConfigError(
+            f"{source} has a model.distillation.teacher, and trials of a sweep have none",
+            hint="train it by jobs.train",
+            param="train.model.distillation",
         )
     if base.launcher != "ray":
         raise ConfigError(

@@ -37,6 +37,7 @@ DIGITS: dict[str, Any] = {
 TEXT = "the mirror follows the sun and keeps its rays on one target"
 
 BUDGET = 0.002
+STUDENT = {"family": "causal_lm", "hidden_size": 16, "num_layers": 1, "num_heads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,21 @@ def text_data(settings: Settings) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def own_data(settings: Settings, text_data: dict[str, Any]) -> dict[str, Any]:
+    """The same text, in the tokens of 'words'."""
+    tokenizer = {"kind": "existing", "path": str(settings.home / "words")}
+    return {**text_data, "text": {**text_data["text"], "tokenizer": tokenizer}}
+
+
 def config(model: str, *candidates: dict[str, Any], **values: Any) -> CompressConfig:
-    given = {"model": model, "candidates": candidates, "speed_rounds": 1, **values}
+    given = {
+        "model": model,
+        "candidates": candidates,
+        "speed_rounds": 1,
+        "num_threads": 1,
+        **values,
+    }
     return CompressConfig.model_validate(given)
 
 
@@ -154,19 +168,23 @@ def test_a_difference_beyond_the_tolerance_is_not_packaged(
         compress(given, settings)
 
 
-def test_pruned_and_fine_tuned_by_the_training_that_there_is(
-    settings: Settings, text_data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+def test_pruned_and_distilled_by_the_training_that_there_is(
+    settings: Settings,
+    text_data: dict[str, Any],
+    own_data: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What is pruned has the tokenizer of its data; half of its weights stay zero."""
+    """What is trained has the tokenizer of its data; half of its weights stay zero."""
     tuned = {"method": "prune", "steps": 6, "batch_size": 4, "launcher": "local"}
     zeros = {**tuned, "structure": "unstructured", "sparsity": 0.5}
     with pytest.raises(InputError, match="made with another tokenizer"):
         compress(config("words/1", zeros, data=text_data), settings)
 
-    tokenizer = {"kind": "existing", "path": str(settings.home / "words")}
-    data = {**text_data, "text": {**text_data["text"], "tokenizer": tokenizer}}
     narrow = {**tuned, "structure": "neurons", "sparsity": 0.5}
-    given = config("words/1", zeros, narrow, data=data, name="sparse", max_loss_increase=9)
+    student = {**tuned, "method": "distill", "model": STUDENT}
+    given = config(
+        "words/1", zeros, narrow, student, data=own_data, name="trained", max_loss_increase=9
+    )
     compress(given, settings)
     result = last_line(capsys.readouterr().out)
     figures = result["candidates"]
@@ -175,14 +193,39 @@ def test_pruned_and_fine_tuned_by_the_training_that_there_is(
     assert 0.6 < figures["prune-unstructured-0.5"]["density"] < 0.7
     assert figures["prune-neurons-0.5"]["density"] == 1
     assert figures["prune-neurons-0.5"]["size_ratio"] > 1.1
-    version = ModelRegistry.open(settings).resolve(ModelRef.parse("sparse@candidate"))
+    assert figures["distill-1x16"]["size_ratio"] > 2
+    version = ModelRegistry.open(settings).resolve(ModelRef.parse("trained@candidate"))
     package = open_version(version, settings)
     golden.replay(package)
     shape = json.loads((package.model_dir / "config.json").read_bytes())
-    assert shape["intermediate_size"] == 32, "the smaller one was chosen"
+    assert shape["num_hidden_layers"] == 1, "the smallest was chosen"
     assert package.manifest.quantisation == {}
     assert package.manifest.parity["tolerance"] > 0  # type: ignore[operator]
     assert not list((settings.home / "storage" / "packages").glob(".*"))
+
+
+def test_a_training_names_its_teacher_for_good(
+    settings: Settings, own_data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = {"teacher": "words@candidate", "temperature": 3.0}
+    values = {
+        "name": "student",
+        "data": own_data,
+        "model": {**STUDENT, "distillation": teacher},
+        "steps": 3,
+        "batch_size": 4,
+        "launcher": "local",
+    }
+    train(TrainConfig.model_validate(values), settings)
+    result = last_line(capsys.readouterr().out)
+    params = open_client(settings).get_run(result["run_id"]).data.params
+    digest = ModelRegistry.open(settings).resolve(ModelRef.parse("words/1")).digest
+    assert params["model.distillation.teacher"] == "words/1"
+    assert params["model.distillation.teacher_digest"] == digest
+
+    values["model"] = {**STUDENT, "distillation": {"teacher": "tiny/1"}}
+    with pytest.raises(InputError, match=r"teacher tiny/1 is of kind 'graph'"):
+        train(TrainConfig.model_validate(values), settings)
 
 
 def test_what_does_not_fit_is_refused_before_the_data_is_read(settings: Settings) -> None:

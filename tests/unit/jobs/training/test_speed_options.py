@@ -38,6 +38,7 @@ MODEL: dict[str, Any] = {
     "loss_chunk_tokens": 25,
 }
 SPARSE = {"family": "causal_lm", "base": "demo", "keep_zeros": True}
+TAUGHT = {**MODEL, "distillation": {"teacher": "demo"}}
 MASKED = {**MODEL, "mask_documents": True}
 CHECKPOINTED = {"activation_checkpointing": True}
 COMPILED = {"compile": True}
@@ -208,6 +209,7 @@ def test_compiled_to_cpp_the_losses_are_the_same_and_the_code_is_kept(
         ({**MUON, "model": SPARSE}, r"keep_zeros .* 'muon'.*adamw"),
         ({"model": SPARSE, "zero": 3}, r"keep_zeros .* ZeRO stage 3.*stage to 2"),
         ({"model": SPARSE, "parallelism": {"tensor": 2}}, r"keep_zeros .*tensor"),
+        ({"model": TAUGHT, "parallelism": {"pipeline": 2}}, r"distillation .*pipeline"),
         ({**CHECKPOINTED, "model": {"family": "cnn"}}, r"activation_checkpointing .* 'cnn'"),
     ],
 )
