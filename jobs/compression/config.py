@@ -11,7 +11,7 @@ It loads no torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,6 @@ from jobs.training.config import CosineSchedule, OptimizerConfig, ScheduleConfig
 
 QualityMetric = Literal["loss", "log_loss", "error_rate", "mse"]
 """Lower is better; error_rate is 1 - accuracy."""
-
 
 _TRAINED_TOLERANCE = 2.0
 
@@ -51,6 +50,14 @@ class TrainedCandidate(_Candidate):
     threads_per_worker: int = Field(1, ge=1)
     launcher: Literal["ray", "local"] = "ray"
     seed: int = Field(0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds steps {self.steps}"
+            )
+        return self
 
     @property
     def tolerance(self) -> float:
@@ -130,10 +137,8 @@ class WeightOnlyConfig(_Candidate):
 
     @property
     def tolerance(self) -> float:
-        return (
-            self.relative_tolerance
-            or (RELATIVE_TOLERANCES["int8" if self.num_bits == 8 else "int4"])
-        )
+        default = RELATIVE_TOLERANCES["int8" if self.num_bits == 8 else "int4"]
+        return self.relative_tolerance or default
 
 
 class PruneConfig(TrainedCandidate):
@@ -145,6 +150,14 @@ class PruneConfig(TrainedCandidate):
     files keep their size. neurons: the feed-forward layers become narrower."""
     sparsity: float = Field(gt=0, lt=1)
     """Share of the weights, or of the neurons, that go."""
+
+    @model_validator(mode="after")
+    def _zeros_stay(self) -> PruneConfig:
+        if self.structure == "unstructured" and self.optimizer.name == "muon":
+            raise ValueError(
+                "optimizer.name 'muon' fills the zeros of an unstructured pruning: set it to adamw"
+            )
+        return self
 
     @property
     def label(self) -> str:

@@ -49,3 +49,23 @@ def test_the_same_candidate_twice_is_named() -> None:
 def test_group_sizes_are_those_that_kernels_know() -> None:
     with pytest.raises(ValidationError, match="group_size"):
         config({"method": "int4_weights", "group_size": 48})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": {"kind": "cosine", "warmup_steps": 9}}, "warmup_steps 9 exceeds steps 5"),
+        ({"optimizer": {"name": "muon"}}, "'muon' fills the zeros"),
+        ({"sparsity": 1.0}, "less than 1"),
+    ],
+)
+def test_a_training_that_could_not_be_is_refused(values: dict[str, Any], message: str) -> None:
+    pruning = {"method": "prune", "structure": "unstructured", "sparsity": 0.5, "steps": 5}
+    with pytest.raises(ValidationError, match=message):
+        config({**pruning, **values})
+
+
+def test_a_student_has_one_teacher() -> None:
+    model = {"family": "causal_lm", "distillation": {"teacher": "another"}}
+    with pytest.raises(ValidationError, match="give temperature and weight beside it"):
+        config({"method": "distill", "steps": 5, "model": model})
