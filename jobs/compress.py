@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 
 from cluster.errors import JobFailedError
+from cluster.evaluations import EvaluationRecord
 from cluster.model_package import ModelPackage, open_version
 from cluster.model_ref import CANDIDATE, ModelRef
 from cluster.registry import ModelRegistry, ModelVersion
@@ -72,6 +73,16 @@ def compress(config: CompressConfig, settings: Settings) -> None:
             run_id=tracker.run_id,
         )
         tracker.set_tags({"model_version": str(compressed.ref)})
+        for one, tried in ((version, found.parent), (compressed, found.chosen)):
+            ModelRegistry.open(settings).add_evaluation(
+                EvaluationRecord(
+                    one.digest,
+                    dataset.info.digest,
+                    config.split,
+                    dict(tried.metrics),
+                    tracker.run_id,
+                )
+            )
     print(f"registered {compressed.ref} ({compressed.digest}): {reason}")
     print(f"deploy it: heliostat deploy {compressed.name}@{CANDIDATE}")
     result = {

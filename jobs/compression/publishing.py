@@ -35,10 +35,8 @@ def publish(
     Raises:
         PackageError: the compressed model is not fit for a package.
     """
-    chosen = found.decision.chosen
-    assert chosen is not None, "only what was chosen is published"
-    assert found.kept is not None
-    tried, manifest = found.tried[chosen.label], package.manifest
+    assert found.kept is not None, "only what was chosen is published"
+    tried, manifest = found.chosen, package.manifest
     published = write_package(
         found.kept.package.model_dir,
         name=name,

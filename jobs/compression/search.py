@@ -61,6 +61,12 @@ class Found:
     kept: Made | None
     """The files of the one that was chosen."""
 
+    @property
+    def chosen(self) -> Tried:
+        """To be asked for only where one was."""
+        assert self.decision.chosen is not None, "nothing was chosen"
+        return self.tried[self.decision.chosen.label]
+
 
 @dataclass(frozen=True)
 class Search:

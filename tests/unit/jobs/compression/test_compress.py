@@ -110,6 +110,9 @@ def test_a_classifier_in_8_bits(settings: Settings, capsys: pytest.CaptureFixtur
     smaller = sum(entry.size_bytes for entry in manifest.files.values())
     assert smaller * 2 < sum(entry.size_bytes for entry in before.files.values())
 
+    (evaluation,) = registry.evaluations(version.digest)
+    assert evaluation.split == "validation"
+    assert evaluation.metrics["accuracy"] == manifest.metrics["validation/accuracy"]
     run = open_client(settings).get_run(version.run_id)
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
     measured = run.data.metrics
