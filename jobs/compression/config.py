@@ -241,7 +241,7 @@ def check_candidates(config: CompressConfig, kind: str, shown: str) -> None:
     if not fitting:
         raise InputError(
             f"{shown} is of kind '{kind}', and an adapter is compressed with its base",
-            hint="merge it first (python -m jobs.merge), and compress the merged version",
+            hint="merge it into its base with jobs.export, and compress the merged version",
             param="model",
         )
     labels: set[str] = set()

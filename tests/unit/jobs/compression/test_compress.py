@@ -167,7 +167,7 @@ def test_a_difference_beyond_the_tolerance_is_not_packaged(
 ) -> None:
     int8 = {"method": "int8_weights", "group_size": 32}
     given = config("words/1", {**int8, "relative_tolerance": 1e-6}, data=text_data, name="never")
-    with pytest.raises(JobFailedError, match=r"none can be packaged; int8_weights-g32: the"):
+    with pytest.raises(JobFailedError, match=r"none can be packaged; int8_.* differs by"):
         compress(given, settings)
 
 
