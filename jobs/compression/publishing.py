@@ -5,7 +5,13 @@ version = publish(found, package, parent, settings, name="digits", split="test",
 
 from __future__ import annotations
 
-from cluster.model_package import Lineage, LocalSigner, ModelPackage, write_package
+from cluster.model_package import (
+    Lineage,
+    ModelPackage,
+    encrypting_keyset,
+    open_signer,
+    write_package,
+)
 from cluster.model_package.golden import graph_inputs
 from cluster.model_package.parity import golden_texts
 from cluster.model_ref import CANDIDATE
@@ -42,7 +48,8 @@ def publish(
         name=name,
         kind=manifest.kind,
         storage=Storage.open(settings.storage_root),
-        signer=LocalSigner(settings.keys_dir),
+        signer=open_signer(settings),
+        keyset=encrypting_keyset(settings),
         processing=manifest.processing,
         golden_inputs=(
             graph_inputs(manifest) if manifest.kind == "graph" else golden_texts(package)
