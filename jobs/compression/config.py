@@ -86,10 +86,8 @@ class TrainedCandidate(_Candidate):
         raise NotImplementedError
 
 
-class DynamicInt8Config(_Candidate):
-    """A graph's weights in 8 bits; activations are scaled as they come."""
-
-    method: Literal["int8_dynamic"]
+class _Int8GraphConfig(_Candidate):
+    method: Literal["int8_dynamic", "int8_static"]
     per_channel: bool = False
     """One scale for each output channel instead of one for each matrix."""
 
@@ -102,21 +100,18 @@ class DynamicInt8Config(_Candidate):
         return self.relative_tolerance or RELATIVE_TOLERANCES["int8"]
 
 
-class StaticInt8Config(_Candidate):
+class DynamicInt8Config(_Int8GraphConfig):
+    """A graph's weights in 8 bits; activations are scaled as they come."""
+
+    method: Literal["int8_dynamic"]
+
+
+class StaticInt8Config(_Int8GraphConfig):
     """A graph's weights and activations in 8 bits, scaled by what the training rows gave."""
 
     method: Literal["int8_static"]
-    per_channel: bool = False
     calibration_rows: int = Field(256, ge=1)
     """First rows of the train split that ranges of activations are taken from."""
-
-    @property
-    def label(self) -> str:
-        return f"{self.method}{'-per_channel' if self.per_channel else ''}"
-
-    @property
-    def tolerance(self) -> float:
-        return self.relative_tolerance or RELATIVE_TOLERANCES["int8"]
 
 
 class WeightOnlyConfig(_Candidate):
