@@ -8,10 +8,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
@@ -19,6 +23,8 @@ FLOORS = {
     "jobs": {"cluster"},
     "serve_apps": {"cluster"},
 }
+# Installed by whoever has GPUs.
+OPTIONAL = {"vllm"}
 # Heavy library → the path prefixes that may import it.
 DOORS = {
     "mlflow": ("cluster/tracking.py",),
@@ -155,18 +161,30 @@ def test_the_top_level_holds_what_is_expected_there() -> None:
 
 
 def test_every_dependency_is_pinned() -> None:
-    import tomllib
+    pinned = {
+        canonicalize_name(Requirement(line).name)
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    }
+    missing = declared_distributions() - pinned
+    assert not missing, f"not in constraints.txt: {sorted(missing)}"
 
-    from packaging.requirements import Requirement
 
+def test_every_import_is_declared() -> None:
+    providers = packages_distributions()
+    declared = declared_distributions()
+    for path in sources():
+        for library in {name.split(".")[0] for name in imports_of(path)}:
+            if library in sys.stdlib_module_names or library in FLOORS or library in OPTIONAL:
+                continue
+            found = {canonicalize_name(name) for name in providers.get(library, ())}
+            assert found & declared, f"{path.relative_to(ROOT)} imports {library}: declare it"
+
+
+def declared_distributions() -> set[str]:
+    """Of pyproject.toml, with its extras, in their canonical spelling."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = [*project["dependencies"]]
     for extra in project["optional-dependencies"].values():
         declared += extra
-    pinned = {
-        Requirement(line).name.lower()
-        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        if line and not line.startswith("#")
-    }
-    missing = {Requirement(text).name.lower() for text in declared} - pinned
-    assert not missing, f"not in constraints.txt: {sorted(missing)}"
+    return {canonicalize_name(Requirement(text).name) for text in declared}
