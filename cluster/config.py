@@ -36,6 +36,13 @@ class StrictModel(BaseModel):
         return refuse_truth_for_numbers(cls, values)
 
 
+def first_problem(error: ValidationError) -> str:
+    """What pydantic found, in one line: 'step: Field required'."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]
+
+
 def refuse_truth_for_numbers(model_type: type[BaseModel], values: Any) -> Any:
     """Return `values`, unless one is true or false (also yes and no) where a number belongs.
 

@@ -18,10 +18,13 @@ any point leaves the previous checkpoint as it was. It knows nothing about DeepS
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,6 +38,8 @@ POINTER_FILE = "latest"
 _PARTIAL = ".partial-"
 _CORRUPT = "corrupt-"
 _COMMITTED = "step-"
+
+_NAME = re.compile(rf"{_COMMITTED}[0-9]{{8,18}}(-[0-9a-z]+)?")
 
 Chunk = bytes | memoryview
 
@@ -80,6 +85,11 @@ def step_of(name: str) -> int:
     return int(name.removeprefix(_COMMITTED).split("-")[0])
 
 
+def is_name(text: str) -> bool:
+    """Whether `name_of` gives such names; what else lies beside checkpoints is left alone."""
+    return _NAME.fullmatch(text) is not None
+
+
 def to_prune(names: Sequence[str], *, keep: int, best_step: int) -> list[str]:
     """What need not be kept of checkpoints that are given newest first: all but the newest `keep`
     and the best, and of one step all but the last attempt."""
@@ -108,7 +118,7 @@ class FolderStore:
             partial.mkdir(parents=True, exist_ok=True)
             _write_synced(partial / MANIFEST_FILE, [manifest.to_bytes()])
             _sync_directory(partial)
-            if final.exists():
+            if os.path.lexists(final):
                 self.remove(final.name)
             partial.rename(final)
             _sync_directory(self.root)
@@ -124,16 +134,19 @@ class FolderStore:
 
     def tidy(self) -> None:
         for leftover in self.root.glob(f"{_PARTIAL}*"):
-            if leftover.is_dir():
+            if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
 
     def names(self) -> list[str]:
-        return sorted((path.name for path in self.root.glob(f"{_COMMITTED}*")), reverse=True)
+        names = (path.name for path in self.root.glob(f"{_COMMITTED}*"))
+        return sorted(filter(is_name, names), reverse=True)
 
     def manifest(self, name: str) -> Manifest:
-        return Manifest.from_bytes((self.root / name / MANIFEST_FILE).read_bytes())
+        path = self.root / name / MANIFEST_FILE
+        require_plain(path)
+        return Manifest.from_bytes(path.read_bytes())
 
     def fetch(self, name: str, files: Iterable[str], scratch: Path) -> Path:
         return self.root / name
@@ -167,6 +180,7 @@ class FolderStore:
 def problem_of(path: Path, record: FileRecord) -> str:
     """What is wrong with a file, in words; empty if it is what was written."""
     try:
+        require_plain(path)
         if path.stat().st_size != record.size_bytes:
             return f"{path.name} has the wrong size"
         with path.open("rb") as file:
@@ -179,9 +193,15 @@ def problem_of(path: Path, record: FileRecord) -> str:
     return ""
 
 
+def require_plain(path: Path) -> None:
+    """Raises OSError if it is anything but a file with bytes in it: a pipe would be waited at."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+
+
 def _free_name(path: Path) -> Path:
     candidate, number = path, 1
-    while candidate.exists():
+    while os.path.lexists(candidate):
         number += 1
         candidate = path.with_name(f"{path.name}.{number}")
     return candidate

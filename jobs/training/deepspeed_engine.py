@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from cluster.config import first_problem
 from cluster.errors import ConfigError
 from jobs.models.family import Batch
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_section import enabled
-from jobs.training.deepspeed_state import common_of, set_common, state_of
+from jobs.training.deepspeed_state import check_common, common_of, set_common, state_of
 from jobs.training.engine import LossFunction, MeasureFunction
 from jobs.training.optimizers import make_optimizer
 from jobs.training.process_group import ProcessGroup
@@ -99,8 +100,7 @@ def _clip(engine: Any) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        return first_problem(error)
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -196,6 +196,9 @@ class DeepSpeedEngine:
 
     def common(self) -> dict[str, Any]:
         return common_of(self._engine)
+
+    def check_common(self, values: dict[str, Any]) -> None:
+        check_common(self._engine, values)
 
     def set_common(self, values: dict[str, Any]) -> None:
         set_common(self._engine, values)

@@ -11,14 +11,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from pydantic import JsonValue
 from torch import distributed
 
+from cluster.config import StrictModel
 from jobs.training.sharded_state import Holding, ShardedState
 
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_Counter = Literal["global_steps", "global_samples", "skipped_steps"]
+_Numbers = dict[str, float | list[float]]
+
+
+class _Common(StrictModel):
+    """What `common_of` gives."""
+
+    counters: dict[_Counter, int]
+    groups: list[_Numbers]
+    scheduler: dict[str, JsonValue]
+    loss_scaler: _Numbers
 
 
 def state_of(engine: Any) -> ShardedState:
@@ -40,11 +52,19 @@ def common_of(engine: Any) -> dict[str, Any]:
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
     scheduler, scaler = engine.lr_scheduler, _scaler_of(engine)
     return {
-        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "counters": {name: getattr(engine, name) for name in get_args(_Counter)},
         "groups": [_numbers(group) for group in base.param_groups],
         "scheduler": scheduler.state_dict() if scheduler is not None else {},
         "loss_scaler": _numbers(vars(scaler)) if scaler is not None else {},
     }
+
+
+def check_common(engine: Any, values: dict[str, Any]) -> None:
+    """Raises ValueError if `common_of` gives nothing of this shape."""
+    common = _Common.model_validate(values)
+    wanted = len(getattr(engine.optimizer, "optimizer", engine.optimizer).param_groups)
+    if len(common.groups) != wanted:
+        raise ValueError(f"it has {len(common.groups)} groups of parameters, expected {wanted}")
 
 
 def set_common(engine: Any, values: dict[str, Any]) -> None:

@@ -57,5 +57,8 @@ class Engine(Protocol):
     def common(self) -> dict[str, Any]:
         """What else the next step depends on, as plain JSON; the same at all workers."""
 
+    def check_common(self, values: dict[str, Any]) -> None:
+        """Raises ValueError if `common` gives nothing of this shape."""
+
     def set_common(self, values: dict[str, Any]) -> None:
         """Take over what `common` gave, after the state has been loaded."""

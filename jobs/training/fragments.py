@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from typing import Any
 import torch
 
 from jobs.training.manifest import Range
+
+MASTER, BUFFER = "master", "buffer"
+"""Kinds of tensors: the weights that are stepped, and what a model keeps beside them."""
 
 _CHUNK_BYTES = 8 * 1024**2
 _DTYPES = {
@@ -114,25 +117,62 @@ def needed_files(held: Held, wanted: Mapping[str, Range]) -> list[str]:
     ]
 
 
-def missing_parameters(held: Held, wanted: Mapping[str, Range]) -> list[str]:
-    """Parameters of which some of what is wanted is in no file."""
-    found = dict.fromkeys(wanted, 0)
-    for ranges in held.values():
-        for parameter in ranges.keys() & wanted.keys():
-            found[parameter] += _common(ranges[parameter], wanted[parameter])
-    return [name for name, (start, stop) in wanted.items() if found[name] != stop - start]
+def extents(pieces: Iterable[Mapping[str, Range]]) -> dict[str, int]:
+    """By parameter, where its last piece ends; its number of values, if the pieces are all."""
+    ends: dict[str, int] = {}
+    for ranges in pieces:
+        for parameter, (_, stop) in ranges.items():
+            ends[parameter] = max(stop, ends.get(parameter, 0))
+    return ends
+
+
+def difference(held: Held, sizes: Mapping[str, int]) -> str:
+    """Why files are not all parameters of these sizes and no others; empty if they are."""
+    found = extents(held.values())
+    lacking = [name for name in sizes if not _is_whole(held, name, found.get(name, -1))]
+    if lacking:
+        return f"it lacks {len(lacking)} parameters, '{lacking[0]}' for one"
+    if extra := sorted(found.keys() - sizes.keys()):
+        return f"it has {len(extra)} parameters more, '{extra[0]}' for one"
+    for name, size in sizes.items():
+        if found[name] != size:
+            return f"its '{name}' has {found[name]:,} values, and here it has {size:,}"
+    return ""
+
+
+def _is_whole(held: Held, parameter: str, size: int) -> bool:
+    """Whether the pieces of a parameter follow one another from 0 to its size."""
+    end = 0
+    for start, stop in sorted(ranges[parameter] for ranges in held.values() if parameter in ranges):
+        if not start == end <= stop:
+            return False
+        end = stop
+    return end == size
 
 
 class FragmentFiles:
     """Files that together hold what is wanted; each is memory-mapped when first needed."""
 
     def __init__(self, directory: Path, held: Held) -> None:
-        self._directory = directory
+        self._directory, self._held = directory, held
         self._mapped: dict[str, _MappedFile] = {}
         self._holders: dict[str, list[tuple[Range, str]]] = {}
         for file, ranges in held.items():
             for parameter, span in ranges.items():
                 self._holders.setdefault(parameter, []).append((span, file))
+
+    def problem(self, files: Iterable[str]) -> str:
+        """What of these files is not as their ranges say, in words; empty if all is."""
+        from safetensors import SafetensorError
+
+        for file in files:
+            try:
+                wrong = self._map(file).wrong(self._held[file])
+            except (SafetensorError, ValueError) as error:
+                return f"{file} is no file of fragments: {error}"
+            if wrong:
+                return f"{file} does not hold its range of '{wrong}'"
+        return ""
 
     def kinds(self, parameter: str, span: Range) -> set[str]:
         """What is stored of a range beside its weights: 'exp_avg', 'step', …"""
@@ -184,6 +224,20 @@ class _MappedFile:
             kind, parameter = name.split("/", 1)
             kinds.setdefault(parameter, set()).add(kind)
         return cls(tensors, kinds)
+
+    def wrong(self, ranges: Mapping[str, Range]) -> str:
+        """A parameter of which other than this range is there."""
+        for parameter, (start, stop) in ranges.items():
+            shapes = {
+                kind: self.tensors.get_slice(f"{kind}/{parameter}").get_shape()
+                for kind in self.kinds.get(parameter, ())
+            }
+            weights = shapes.get(MASTER, shapes.get(BUFFER))
+            if weights != [stop - start] or any(
+                shape not in ([], weights) for shape in shapes.values()
+            ):
+                return parameter
+        return ""
 
 
 def _common(first: Range, second: Range) -> int:

@@ -13,15 +13,20 @@ import hashlib
 import json
 from typing import Any
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, ValidationError
 
-from cluster.config import StrictModel
+from cluster.config import StrictModel, first_problem
 
 Range = tuple[int, int]
 """[start, stop) in a flattened parameter."""
 
 MANIFEST_FILE = "checkpoint.json"
+FORMAT = "fragments/1"
 _OWN_DIGEST = "sha256"
+
+
+class OtherFormatError(ValueError):
+    """A whole manifest, of a format that this version does not read."""
 
 
 class FileRecord(StrictModel):
@@ -38,13 +43,15 @@ class FileRecord(StrictModel):
 class Manifest(StrictModel):
     """What a checkpoint consists of."""
 
-    format: str = "fragments/1"
+    format: str = FORMAT
     step: int
     """Steps done when it was written: training goes on with the step of this number."""
     world_size: int
     tensor: int = 1
     pipeline: int = 1
     """How one copy of the model was divided; another division cannot read it."""
+    dataset_digest: str = ""
+    """The data that it was trained on; empty if it was written before this was kept."""
     memory: dict[str, JsonValue] = Field(default_factory=dict)
     """What the run remembers; see `RunMemory`."""
     engine: dict[str, JsonValue] = Field(default_factory=dict)
@@ -61,11 +68,19 @@ class Manifest(StrictModel):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Raises ValueError if these are not the bytes of a whole manifest."""
-        values: Any = json.loads(data)
-        if not isinstance(values, dict) or values.pop(_OWN_DIGEST, "") != _digest(values):
-            raise ValueError("its digest does not match")
-        return cls.model_validate(values)
+        """Raises ValueError, in one line, if these are not the bytes of a whole manifest;
+        OtherFormatError if they are of another format."""
+        try:
+            values: Any = json.loads(data)
+            if not isinstance(values, dict) or values.pop(_OWN_DIGEST, "") != _digest(values):
+                raise ValueError("its digest does not match")
+            if values.get("format") != FORMAT:
+                raise OtherFormatError(f"format {values.get('format')!r}, expected {FORMAT!r}")
+            return cls.model_validate(values)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        except ValidationError as error:
+            raise ValueError(first_problem(error)) from None
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster.errors import HeliostatError
 from cluster.storage import Storage
-from jobs.training.checkpointing import Chunk, to_prune
+from jobs.training.checkpointing import Chunk, is_name, to_prune
 from jobs.training.manifest import MANIFEST_FILE, Manifest
 
 _CORRUPT_FILE = "corrupt.json"
@@ -52,8 +52,8 @@ class ObjectStore:
             self._storage.delete_dir(name)
 
     def names(self) -> list[str]:
-        heads = self._heads()
-        return sorted((name for name, file in heads.items() if file == MANIFEST_FILE), reverse=True)
+        whole = (name for name, file in self._heads().items() if file == MANIFEST_FILE)
+        return sorted(filter(is_name, whole), reverse=True)
 
     def manifest(self, name: str) -> Manifest:
         return Manifest.from_bytes(self._storage.read_bytes(f"{name}/{MANIFEST_FILE}"))

@@ -15,18 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from cluster.config import first_problem
 from cluster.errors import ConflictError, HeliostatError
 from jobs.training.checkpointing import CheckpointStore, problem_of, step_of
 from jobs.training.engine import Engine
 from jobs.training.events import Fault, Sink
-from jobs.training.fragments import FragmentFiles, missing_parameters, needed_files
-from jobs.training.manifest import FileRecord, Manifest, Range
+from jobs.training.fragments import FragmentFiles, difference, extents, needed_files
+from jobs.training.manifest import FileRecord, Manifest, OtherFormatError, Range
 from jobs.training.memory import RunMemory
 from jobs.training.parallelism import Layout
 from jobs.training.process_group import ProcessGroup
 
 Value = TypeVar("Value")
 _Failure = (OSError, ValueError, HeliostatError)
+_ANEW = "--set resume=never to start anew"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Restorer:
 
     Args:
         scratch: where files of an object store are copied to while they are read.
+        dataset_digest: of the data that the run is trained on; empty where it does not matter.
     """
 
     def __init__(
@@ -54,8 +59,10 @@ class Restorer:
         tell: Sink,
         *,
         scratch: Path,
+        dataset_digest: str = "",
     ) -> None:
         self._engine, self._store, self._group, self._tell = engine, store, group, tell
+        self._dataset_digest = dataset_digest
         self._layout, self._part = layout, layout.part_of(group.rank)
         self._scratch = scratch / f"rank-{group.rank:05d}"
 
@@ -81,11 +88,25 @@ class Restorer:
 
     def _read_manifest(self, name: str) -> tuple[Manifest | None, str]:
         try:
-            return self._store.manifest(name), ""
+            manifest = self._store.manifest(name)
+            if manifest.step != step_of(name):
+                return None, f"its manifest is of step {manifest.step}"
+            RunMemory.model_validate(manifest.memory)
+            self._engine.check_common(manifest.engine)
         except FileNotFoundError as error:
             return None, f"{Path(error.filename).name} is missing"
+        except OtherFormatError as error:
+            raise ConflictError(
+                f"checkpoint {name} cannot be read by this version: {error}",
+                hint=f"go on with the version that wrote it, or {_ANEW}",
+            ) from None
+        except ValidationError as error:
+            return None, f"its manifest cannot be read: {first_problem(error)}"
+        except OSError as error:
+            return None, f"its manifest cannot be read: {error.strerror or error}"
         except ValueError as error:
             return None, f"its manifest cannot be read: {error}"
+        return manifest, ""
 
     def _set_aside(self, name: str, problem: str) -> None:
         aside = self._store.set_aside(name)
@@ -94,17 +115,15 @@ class Restorer:
 
     def _load(self, name: str, manifest: Manifest) -> str:
         """Load a checkpoint, or say what is wrong with it; the same at every worker."""
+        self._require_same_data(name, manifest)
         self._require_same_division(name, manifest)
         state = self._engine.state()
+        self._require_same_parameters(name, manifest, state.ranges)
         records = {file: one for file, one in manifest.files.items() if one.part == self._part}
-        held = {file: record.ranges for file, record in records.items()}
         try:
-            directory, problem = self._everywhere(
-                lambda: self._verified(name, records, state.ranges)
-            )
+            files, problem = self._everywhere(lambda: self._verified(name, records, state.ranges))
             if not problem:
-                self._require_whole(name, missing_parameters(held, state.ranges))
-                state.load(FragmentFiles(directory, held))
+                state.load(files)
                 self._engine.set_common(manifest.engine)
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -112,13 +131,16 @@ class Restorer:
 
     def _verified(
         self, name: str, records: dict[str, FileRecord], wanted: dict[str, Range]
-    ) -> tuple[Path, str]:
-        """Where the files lie that this worker needs, and what is wrong with them."""
+    ) -> tuple[FragmentFiles, str]:
+        """The files that this worker needs, and what is wrong with them."""
         shutil.rmtree(self._scratch, ignore_errors=True)
-        needed = needed_files({file: one.ranges for file, one in records.items()}, wanted)
+        held = {file: record.ranges for file, record in records.items()}
+        needed = needed_files(held, wanted)
         directory = self._store.fetch(name, needed, self._scratch)
+        files = FragmentFiles(directory, held)
         problems = (problem_of(directory / file, records[file]) for file in needed)
-        return directory, next(filter(None, problems), "")
+        # None is parsed before all are known to be what was written.
+        return files, next(filter(None, problems), "") or files.problem(needed)
 
     def _everywhere(self, action: Callable[[], tuple[Value, str]]) -> tuple[Value, str]:
         """An action's value here, and the first problem that any worker has with it."""
@@ -150,18 +172,30 @@ class Restorer:
                 f"checkpoint {name} is of a model divided by parallelism.tensor {theirs[0]} and "
                 f"pipeline {theirs[1]}, and this run has tensor {self._layout.tensor} and pipeline "
                 f"{self._layout.pipeline}",
-                hint="set them back (num_workers may differ), or --set resume=never to start anew",
+                hint=f"set them back (num_workers may differ), or {_ANEW}",
                 param="parallelism",
             )
 
-    def _require_whole(self, name: str, missing: list[str]) -> None:
-        lacking: list[str] = next(filter(None, self._group.gather(missing)), [])
-        if lacking:
+    def _require_same_data(self, name: str, manifest: Manifest) -> None:
+        theirs, ours = manifest.dataset_digest, self._dataset_digest
+        if theirs and ours and theirs != ours:
             raise ConflictError(
-                f"checkpoint {name} is of another model: it lacks {len(lacking)} parameters, "
-                f"'{lacking[0]}' for one",
-                hint="--set resume=never to start anew",
+                f"checkpoint {name} is of a training on other data ({theirs}, and this run's is "
+                f"{ours})",
+                hint=_ANEW,
             )
+
+    def _require_same_parameters(
+        self, name: str, manifest: Manifest, ranges: dict[str, Range]
+    ) -> None:
+        """All copies of a part of the model together hold all of it, here and in a checkpoint."""
+        everywhere: list[tuple[int, dict[str, Range]]] = self._group.gather((self._part, ranges))
+        for part in sorted({part for part, _ in everywhere}):
+            sizes = extents(ranges for of, ranges in everywhere if of == part)
+            files = manifest.files.items()
+            held = {file: record.ranges for file, record in files if record.part == part}
+            if found := difference(held, sizes):
+                raise ConflictError(f"checkpoint {name} is of another model: {found}", hint=_ANEW)
 
 
 def _attempt(

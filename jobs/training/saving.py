@@ -66,6 +66,7 @@ class Saver:
 
     Args:
         scratch: where files of an object store may be copied to while they are read.
+        dataset_digest: of the data that the run is trained on; empty where it does not matter.
         blocking: `start` returns when the checkpoint is whole.
     """
 
@@ -78,12 +79,16 @@ class Saver:
         tell: Sink,
         *,
         scratch: Path,
+        dataset_digest: str = "",
         blocking: bool = False,
     ) -> None:
         self._engine, self._store, self._group, self._tell = engine, store, group, tell
         self._layout, self._blocking = layout, blocking
         self._copy, self._part = layout.copy_of(group.rank), layout.part_of(group.rank)
-        self._restorer = Restorer(engine, store, group, layout, tell, scratch=scratch)
+        self._dataset_digest = dataset_digest
+        self._restorer = Restorer(
+            engine, store, group, layout, tell, scratch=scratch, dataset_digest=dataset_digest
+        )
         # Attempts sort by time, and nobody else's has the same name.
         self._session = group.from_first(f"{int(time.time()):010x}{uuid.uuid4().hex[:6]}")
         self._num_saves = 0
@@ -111,6 +116,7 @@ class Saver:
             world_size=self._group.world_size,
             tensor=self._layout.tensor,
             pipeline=self._layout.pipeline,
+            dataset_digest=self._dataset_digest,
             memory=memory.model_dump(mode="json"),
             engine=self._engine.common(),
         )
@@ -150,7 +156,8 @@ class Saver:
                 run goes another way from there.
 
         Raises:
-            ConflictError: the checkpoint is of a model that is divided in another way.
+            ConflictError: the checkpoint is of another model or other data, of a model that is
+                divided in another way, or of another format.
             HeliostatError, OSError: the store cannot be used.
         """
         self.wait()

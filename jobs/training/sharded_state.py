@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from jobs.training.fragments import FragmentFiles
+from jobs.training.fragments import BUFFER, MASTER, FragmentFiles
 from jobs.training.manifest import Range
 
-MASTER, BUFFER = "master", "buffer"
 # 0-dimensional; what is a Python number comes back as one.
 _NUMBERS = {torch.int64, torch.float64}
 

@@ -86,7 +86,8 @@ def run_worker(job: WorkerJob, sink: Sink, is_stopping: IsStopping = lambda: Fal
     Raises:
         JobFailedError: the loss is no longer a number, and going back does not help.
         StoppedError: some worker's `is_stopping` said so; there is a checkpoint to resume from.
-        ConflictError: the newest checkpoint is of a model that is divided in another way.
+        ConflictError: the newest checkpoint is not of this model, divided in this way, or not of
+            this data.
     """
     torch.set_num_threads(job.config.threads_per_worker)
     if job.config.compile and job.compiled_dir is not None:
@@ -170,6 +171,7 @@ class _Worker:
             self.layout,
             self.tell,
             scratch=self.job.run_dir / _FETCHED_DIR,
+            dataset_digest=self.dataset.info.digest,
             blocking=config.checkpoint.blocking,
         )
 

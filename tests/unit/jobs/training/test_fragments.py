@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from jobs.training.fragments import FragmentFiles, HostBuffer, missing_parameters, needed_files
+from jobs.training.fragments import FragmentFiles, HostBuffer, difference, needed_files
 from jobs.training.manifest import Range
 from jobs.training.sharded_state import Holding, ShardedState
 
@@ -84,10 +84,26 @@ def test_only_files_that_hold_something_are_needed() -> None:
     assert needed_files(held, {"v": (1, 2)}) == ["b"]
 
 
-def test_what_no_file_holds_is_named() -> None:
-    held: dict[str, dict[str, Range]] = {"a": {"w": (0, 5)}, "b": {"w": (6, 9)}}
-    assert missing_parameters(held, {"w": (0, 5), "v": (0, 1)}) == ["v"]
-    assert missing_parameters(held, {"w": (4, 7)}) == ["w"]
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ([(0, 5), (5, 9)], ""),
+        ([(5, 9), (0, 5)], ""),
+        ([(0, 5), (6, 9)], "it lacks 1 parameters, 'w' for one"),
+        ([(0, 5), (0, 5)], "it lacks 1 parameters, 'w' for one"),
+        ([(0, 5), (5, 12)], "its 'w' has 12 values, and here it has 9"),
+        ([(0, 5)], "its 'w' has 5 values, and here it has 9"),
+    ],
+)
+def test_files_hold_a_parameter_whole_and_no_more(pieces: list[Range], expected: str) -> None:
+    held = {str(number): {"w": piece} for number, piece in enumerate(pieces)}
+    assert difference(held, {"w": 9}) == expected
+
+
+def test_parameters_that_only_one_side_has_are_named() -> None:
+    held: dict[str, dict[str, Range]] = {"a": {"w": (0, 5), "v": (0, 2)}}
+    assert difference(held, {"w": 5, "u": 1}) == "it lacks 1 parameters, 'u' for one"
+    assert difference(held, {"w": 5}) == "it has 1 parameters more, 'v' for one"
 
 
 def test_a_buffer_is_filled_again_and_again_with_any_types() -> None:
