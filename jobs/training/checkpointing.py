@@ -18,19 +18,18 @@ any point leaves the previous checkpoint as it was. It knows nothing about DeepS
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
 import re
 import shutil
-import stat
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from jobs.training.manifest import MANIFEST_FILE, FileRecord, Manifest
+from jobs.training.plain_files import require_plain
 
 _log = logging.getLogger(__name__)
 
@@ -191,12 +190,6 @@ def problem_of(path: Path, record: FileRecord) -> str:
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror or error}"
     return ""
-
-
-def require_plain(path: Path) -> None:
-    """Raises OSError if it is anything but a file with bytes in it: a pipe would be waited at."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no plain file", str(path))
 
 
 def _free_name(path: Path) -> Path:

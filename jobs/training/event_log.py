@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cluster.database import now
 from jobs.training.events import Fault
+from jobs.training.plain_files import read_file
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ EVENTS_FILE = "events.jsonl"
 
 
 class EventLog:
-    """One run's."""
+    """One run's; raises MachineError if the file cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,12 +45,10 @@ class EventLog:
 
 def _kinds_in(path: Path) -> list[str]:
     """A last line that a crash cut short is none."""
-    if not path.exists():
-        return []
     kinds = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in (read_file(path) or b"").splitlines():
         try:
             kinds.append(str(json.loads(line)["kind"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kinds

@@ -25,9 +25,10 @@ from typing import Literal
 
 from pydantic import JsonValue, ValidationError
 
-from cluster.config import StrictModel
+from cluster.config import StrictModel, first_problem
 from cluster.errors import ConflictError
 from jobs.training.config import TrainConfig
+from jobs.training.plain_files import read_file
 
 _STATE_FILE = "run.json"
 _LOCK_FILE = "lock"
@@ -106,14 +107,18 @@ class RunDirectory:
 
         Args:
             dataset_digest: of the data to train on; empty where it does not matter.
-            notify: told in one line if the data is no longer what the run began with.
+            notify: told in one line if the data is no longer what the run began with, or what was
+                known of the run is damaged.
             forget: removes what is kept of the run elsewhere, when it starts anew.
+
+        Raises:
+            MachineError: the file of what is known of the run cannot be read.
         """
-        state = self._read()
+        state = RunState() if resume == "never" else self._read(notify)
         finished = state.result is not None
         known = {state.dataset_digest, dataset_digest} - {""}
         has_other_data = len(known) == 2
-        if has_other_data and resume != "never":
+        if has_other_data:
             notify(
                 f"the data has changed since this run began ({state.dataset_digest}, now "
                 f"{dataset_digest}): it starts anew"
@@ -127,15 +132,23 @@ class RunDirectory:
     def write(self, state: RunState) -> None:
         write_json(self.path / _STATE_FILE, state.model_dump(mode="json"))
 
-    def _read(self) -> RunState:
+    def _read(self, notify: Callable[[str], None]) -> RunState:
+        path = self.path / _STATE_FILE
+        data = read_file(path)
+        if data is None:
+            return RunState()
         try:
-            return RunState.model_validate_json((self.path / _STATE_FILE).read_bytes())
-        except (FileNotFoundError, ValidationError):
+            return RunState.model_validate_json(data)
+        except ValidationError as error:
+            notify(
+                f"warning: {path} is damaged ({first_problem(error)}): which MLflow run this was, "
+                "and its result, are not known; it goes on from its checkpoints"
+            )
             return RunState()
 
     def _clear(self) -> None:
         for path in self.path.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != _LOCK_FILE:
                 path.unlink()

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jobs.data.sampler import Ids
+from jobs.training.plain_files import read_file, usable
 
 _log = logging.getLogger(__name__)
 
@@ -43,21 +44,28 @@ class StepLog:
     """Appends in memory until flushed.
 
     Args:
-        last_world_size: of the last step on the disk; None if there is none.
+        last: the last step on the disk; None if there is none.
     """
 
-    def __init__(self, path: Path, last_world_size: int | None) -> None:
-        self._path, self.last_world_size = path, last_world_size
+    def __init__(self, path: Path, last: StepRecord | None) -> None:
+        self._path, self.last = path, last
         self._lines: list[str] = []
 
     @classmethod
     def resume(cls, path: Path, *, step: int) -> StepLog:
-        """Go on after `step`; what was logged of later steps is undone."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        size, last = _up_to(path, step)
-        os.truncate(path, size)
-        return cls(path, last.world_size if last is not None else None)
+        """Go on after `step`; what was logged of later steps is undone.
+
+        A last step before `step` says that the steps between are lost.
+
+        Raises:
+            MachineError: the file cannot be used.
+        """
+        with usable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            size, last = _up_to(read_file(path) or b"", step)
+            os.truncate(path, size)
+        return cls(path, last)
 
     def add(self, record: StepRecord) -> None:
         self._lines.append(json.dumps(asdict(record)))
@@ -95,10 +103,10 @@ def read_steps(path: Path) -> Iterator[StepRecord]:
         yield record
 
 
-def _up_to(path: Path, step: int) -> tuple[int, StepRecord | None]:
+def _up_to(data: bytes, step: int) -> tuple[int, StepRecord | None]:
     """Bytes of the records of no later step, and the last of them."""
     size, last = 0, None
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in data.splitlines(keepends=True):
         record = _parse(line) if line.endswith(b"\n") else None
         if record is None or record.step > step:
             break
@@ -108,9 +116,10 @@ def _up_to(path: Path, step: int) -> tuple[int, StepRecord | None]:
 
 def _parse(line: bytes) -> StepRecord | None:
     try:
-        return StepRecord(**json.loads(line))
-    except (ValueError, TypeError):
+        record = StepRecord(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):
         return None
+    return record if isinstance(record.step, int) else None
 
 
 def digest_ids(ids: Ids) -> str:

@@ -212,12 +212,20 @@ class _Worker:
         self.healer.recall(self.memory)
         self.telemetry.restart(useful_s=self.memory.useful_s)
         if self.group.is_first:
-            self.step_log = StepLog.resume(self.job.run_dir / STEP_LOG_FILE, step=step)
-            before, now = self.step_log.last_world_size, self.group.world_size
-            if before not in (None, now):
-                text = f"going on with {now} worker(s) instead of {before}"
-                self.tell(Fault(step, "resized", text))
+            self._resume_audit(step)
         return step
+
+    def _resume_audit(self, step: int) -> None:
+        path = self.job.run_dir / STEP_LOG_FILE
+        self.step_log = StepLog.resume(path, step=step)
+        last, now = self.step_log.last, self.group.world_size
+        first_missing = 1 if last is None else last.step + 1
+        if first_missing <= step:
+            text = f"steps {first_missing} to {step} are missing from the audit ({path})"
+            self.tell(Notice(f"{text}: it was lost or cut; training goes on"))
+        if last is not None and last.world_size != now:
+            text = f"going on with {now} worker(s) instead of {last.world_size}"
+            self.tell(Fault(step, "resized", text))
 
     def go_back(self) -> int:
         self.watchdog.rest()

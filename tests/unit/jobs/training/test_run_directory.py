@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.errors import ConflictError
+from cluster.errors import ConflictError, MachineError
+from jobs.training.event_log import EventLog
+from jobs.training.events import Fault
 from jobs.training.run_directory import RunDirectory, RunState
 from tests.unit.jobs.training.conftest import MakeConfig
 
@@ -69,6 +72,38 @@ def test_other_data_under_the_same_config_makes_another_run(run: RunDirectory) -
     assert forgotten == ["sha256:two"]
     (line,) = told
     assert "the data has changed since this run began (sha256:one, now sha256:two)" in line
+
+
+@pytest.mark.parametrize("damage", [b"{", b"", b"\xff\xfe", b"[" * 200_000, b'{"nope": 1}'])
+def test_damage_to_what_is_known_of_a_run_is_said(run: RunDirectory, damage: bytes) -> None:
+    (run.path / "run.json").write_bytes(damage)
+    told: list[str] = []
+    assert run.begin("auto", "sha256:two", notify=told.append) == RunState(
+        dataset_digest="sha256:two"
+    )
+    (line,) = told
+    assert "run.json is damaged (" in line
+    assert "\n" not in line
+    assert (run.path / "checkpoints").is_dir()
+
+
+def test_what_is_known_of_a_run_must_be_a_file(run: RunDirectory) -> None:
+    (run.path / "run.json").mkdir()
+    with pytest.raises(MachineError, match=r"run.json cannot be used: it is no plain file; "):
+        run.begin("auto")
+    assert run.begin("never") == RunState()
+    assert not (run.path / "run.json").exists()
+
+
+def test_faults_are_kept_in_a_plain_file_that_may_be_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    EventLog(path).add(Fault(3, "worker_lost", "worker 1 was killed"))
+    path.write_bytes(b"\xff\n" + b"[" * 200_000 + b"\n" + path.read_bytes())
+    assert EventLog(path).counts() == {"worker_lost": 1}
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(MachineError, match=r"events.jsonl cannot be used: it is no plain file; "):
+        EventLog(path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from jobs.data.catalog import DatasetCatalog
 from jobs.data.dataset import Dataset
 from jobs.training.checkpointing import FolderStore
 from jobs.training.config import TrainConfig
-from jobs.training.events import Evaluated, Event, Fault, Progress, Saved, Started
+from jobs.training.events import Evaluated, Event, Fault, Notice, Progress, Saved, Started
+from jobs.training.step_log import read_steps
 from jobs.training.worker import Outcome, WorkerJob, run_worker
 from tests.unit.jobs.training.conftest import MakeConfig
 
@@ -127,6 +128,23 @@ def test_a_corrupt_newest_checkpoint_costs_one_warning(
     assert "step-00000006 is corrupt (rank-00000.safetensors has" in fault.text
     assert (tmp_path / "checkpoints/corrupt-step-00000006").is_dir()
     assert recorder.of(Started)[0].first_step == 3
+
+
+def test_steps_that_are_missing_from_the_audit_are_said(
+    make_config: MakeConfig, digits: Dataset, tmp_path: Path
+) -> None:
+    config = make_config(checkpoint=EVERY_3)
+    with pytest.raises(InterruptedRunError):
+        run(config, digits, tmp_path, Recorder(stop_after=7))
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    recorder, again = Recorder(), Recorder()
+    run(config, digits, tmp_path, recorder)
+    (notice,) = recorder.of(Notice)
+    assert "steps 3 to 6 are missing from the audit" in notice.text
+    assert [record.step for record in read_steps(path)] == [1, 2, 7, 8]
+    run(config, digits, tmp_path, again)
+    assert again.of(Notice) == []
 
 
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(
