@@ -75,6 +75,24 @@ def close_run(settings: Settings, run_id: str, status: str) -> None:
         _logger.warning("MLflow did not take the end of run %s: %s", run_id, _first_line(error))
 
 
+def has_run(settings: Settings, run_id: str) -> bool:
+    """Whether a run is there that can be gone on with; one that was deleted cannot.
+
+    Raises:
+        StartError: the server does not answer.
+    """
+    with _start_errors(settings):
+        client = open_client(settings)
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return False
+            raise
+
+
 def require_server(settings: Settings) -> None:
     """Ask whether the MLflow server answers, without loading mlflow.
 

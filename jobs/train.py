@@ -24,7 +24,7 @@ from cluster.model_ref import CANDIDATE, ModelRef
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.submission import git_commit
-from cluster.tracking import RunTracker
+from cluster.tracking import RunTracker, has_run
 from jobs._entrypoint import run_job
 from jobs.data.dataset import Dataset
 from jobs.models.families import make_family
@@ -198,6 +198,10 @@ def tracked(
     sweep: SweepLink | None = None,
 ) -> Iterator[RunTracker]:
     """The run's record, new or continued."""
+    run_id = state.tracking_run_id or None
+    if run_id is not None and not has_run(settings, run_id):
+        say(f"warning: MLflow no longer has run {run_id}, in which this training began: a new one")
+        run_id = None
     values = config.model_dump(mode="json")
     versions = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
     with RunTracker.start(
@@ -207,7 +211,7 @@ def tracked(
         params={**values, "world_size": launcher.world_size, "versions": versions},
         tags={"job": "train", "model": config.name, **facts, **(sweep.tags if sweep else {})},
         parent_run_id=sweep.run_id if sweep else None,
-        run_id=state.tracking_run_id or None,
+        run_id=run_id,
     ) as tracker:
         say(f"run {tracker.url}")
         tracker.log_dict(values, "config.json")

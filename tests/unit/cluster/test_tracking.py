@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import NotRunningError, StartError
 from cluster.settings import Settings
-from cluster.tracking import RunTracker, open_client
+from cluster.tracking import RunTracker, has_run, open_client
 
 
 def test_a_run_keeps_everything_it_is_told(settings: Settings, tmp_path: Path) -> None:
@@ -65,6 +65,15 @@ def test_without_a_server_nothing_begins(settings_without_server: Settings) -> N
     assert "\n" not in str(caught.value)
     with pytest.raises(NotRunningError):
         open_client(settings_without_server)
+
+
+def test_only_a_run_that_is_there_can_be_gone_on_with(settings: Settings) -> None:
+    with RunTracker.start(settings, "e", "r") as tracker:
+        pass
+    assert has_run(settings, tracker.run_id)
+    open_client(settings).delete_run(tracker.run_id)
+    for run_id in (tracker.run_id, "0" * 32, "nope", "../a b?", "x" * 300):
+        assert not has_run(settings, run_id), run_id
 
 
 def test_an_unknown_run_is_one_line(settings: Settings) -> None:
