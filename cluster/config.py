@@ -64,6 +64,9 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 _MAX_SHOWN = 200
 _MAX_FILE_BYTES = 4 * 1024**2
 
+CONFIDENTIAL = "confidential"
+"""Type of a `PydanticCustomError` about a value that is not to be shown."""
+
 
 def load_config(
     path: Path | str, config_type: type[ConfigType], overrides: Sequence[str] = ()
@@ -222,7 +225,9 @@ def _describe(error: ValidationError, values: Any, config_type: type[BaseModel])
     if not name:
         return message + more
     found = first.get("input")
-    is_plain = isinstance(found, (str, int, float, bool, type(None)))
+    is_plain = (
+        isinstance(found, (str, int, float, bool, type(None))) and first["type"] != CONFIDENTIAL
+    )
     shown = _short(f"{found!r}") if is_plain else None
     return f"key '{name}'" + (f" is {shown}: " if shown is not None else ": ") + message + more
 

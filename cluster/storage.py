@@ -30,7 +30,9 @@ from cluster.errors import ConfigError, HeliostatError, MachineError, NotFoundEr
 _MARKER = ".complete"
 _STAGING = ".staging"
 _COPY_BYTES = 1024**2
-_OBJECT_STORES = ("s3", "gs", "gcs")
+
+OBJECT_STORES = ("s3", "gs", "gcs")
+"""Schemes of a root that is no folder."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Storage:
             with _errors_named(str(folder)):
                 folder.mkdir(parents=True, exist_ok=True)
             return cls(fs.LocalFileSystem(), str(folder), str(folder), folder)
-        if scheme not in _OBJECT_STORES:
+        if scheme not in OBJECT_STORES:
             raise ConfigError(
                 f"storage root '{root}' has scheme '{scheme}'",
                 hint="expected a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",

@@ -7,11 +7,13 @@ It knows nothing about files, tokenisers or models; it only says what is wanted.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from cluster.config import StrictModel
+from cluster.config import CONFIDENTIAL, StrictModel
 from cluster.errors import InvalidReferenceError
 from cluster.model_ref import check_name
 
@@ -30,6 +32,9 @@ Name = Annotated[str, AfterValidator(_usable_as_a_folder)]
 Column = str | int
 """A column's name, or its number from 0; -1 is the last."""
 
+# A secret key may hold slashes: what follows a colon there is a port or no part of a host.
+_CREDENTIALS = re.compile(r"[^:/]+://([^/?]*@|[^/?@]*:(?!\d*([/?]|$)))")
+
 
 class PythonTopicsSource(StrictModel):
     """The help texts that ship with Python (`pydoc_data.topics`): English, about 0.5 MB."""
@@ -37,19 +42,17 @@ class PythonTopicsSource(StrictModel):
     kind: Literal["python_topics"]
 
 
-def holds_credentials(location: str) -> bool:
-    """Whether a URL names a user or a key before its host."""
-    return "@" in location.partition("://")[2].partition("/")[0]
-
-
-def _without_a_secret(value: str) -> str:
-    if holds_credentials(value):
+def refuse_credentials(location: str) -> str:
+    """Return a location, unless it is a URL that names a user or a key before its host."""
+    if _CREDENTIALS.match(location):
         # The config is stored with the dataset and shown with every run.
-        raise ValueError("credentials belong in the environment (AWS_ACCESS_KEY_ID, …)")
-    return value
+        raise PydanticCustomError(
+            CONFIDENTIAL, "credentials belong in the environment (AWS_ACCESS_KEY_ID, …)"
+        )
+    return location
 
 
-Location = Annotated[str, AfterValidator(_without_a_secret), Field(min_length=1)]
+Location = Annotated[str, AfterValidator(refuse_credentials), Field(min_length=1)]
 """A path relative to where the job runs, or a URL: `s3://bucket/path`, `gs://…`, `file://…`;
 options of an object store follow a question mark (`?region=…&endpoint_override=…`)."""
 
@@ -113,7 +116,7 @@ class TableSource(StrictModel):
     """
 
     kind: Literal["table"]
-    path: str = Field(min_length=1)
+    path: Location
     """Relative to where the job runs."""
     target: Column
     """The column to predict."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from cluster.config import StrictModel
+from jobs.data.config import Location
 
 Metric = Literal[
     "loss", "perplexity", "next_token_accuracy",
@@ -119,7 +120,7 @@ class LoraConfig(StrictModel):
 class PretrainedLmConfig(LanguageModelConfig):
     """A language model whose weights go on from `base`, which also decides its shape."""
 
-    base: str = Field(min_length=1)
+    base: Location
     """A registered version (NAME, NAME@ALIAS, NAME/VERSION), or a Hugging Face causal-LM directory:
     a path with a slash, or s3://BUCKET/PREFIX."""
     base_digest: str = Field("", pattern=r"^(sha256:[0-9a-f]{64})?$")

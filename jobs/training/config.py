@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from cluster.config import StrictModel
-from jobs.data.config import DataConfig, Name, holds_credentials
+from cluster.storage import OBJECT_STORES
+from jobs.data.config import DataConfig, Name, refuse_credentials
 from jobs.models.config import Metric, ModelConfig
 from jobs.training.deepspeed_section import check_shape
 
@@ -146,11 +147,13 @@ class CheckpointConfig(StrictModel):
 
     @field_validator("location")
     @classmethod
-    def _no_secrets(cls, value: str) -> str:
-        if holds_credentials(value):
+    def _is_a_place(cls, value: str) -> str:
+        refuse_credentials(value)
+        scheme, separator, _ = value.partition("://")
+        if separator and scheme not in ("file", *OBJECT_STORES):
             raise ValueError(
-                "it holds credentials, and a config is stored with its run: give them in the "
-                "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+                f"it has scheme '{scheme}', expected a folder, s3://BUCKET/PREFIX or "
+                "gs://BUCKET/PREFIX"
             )
         return value
 

@@ -314,6 +314,12 @@ def test_a_place_that_nothing_reaches_is_refused(catalog: DatasetCatalog) -> Non
         catalog.ensure(config_of("ftp://host/a.jsonl"))
 
 
-def test_credentials_in_a_location_are_refused() -> None:
+@pytest.mark.parametrize("user", ["me:secret@bucket", "me@bucket", "me:sec/ret@bucket", "me:x"])
+def test_credentials_in_a_location_are_refused(user: str) -> None:
     with pytest.raises(ValueError, match="credentials belong in the environment"):
-        config_of("s3://me:secret@bucket/a.jsonl")
+        config_of(f"s3://{user}/a.jsonl")
+
+
+@pytest.mark.parametrize("location", ["s3://bucket/a@b:c.jsonl", "hdfs://host:80/a", "a/b@c:d/*"])
+def test_a_location_without_credentials_is_taken(location: str) -> None:
+    assert config_of(location)

@@ -244,3 +244,11 @@ def test_a_config_that_is_neither_fresh_nor_given_is_refused(
     model = {"family": "causal_lm", **values}
     with pytest.raises(ConfigError, match=message):
         parse_config({**whole, "model": model}, TrainConfig, source="train")
+
+
+def test_a_base_names_no_credentials() -> None:
+    for base in ("s3://KEY:SECRET@bucket/model", "s3://KEY:SEC/RET@bucket/model?region=x"):
+        values = {"family": "causal_lm", "base": base}
+        with pytest.raises(ConfigError, match="credentials belong in the environment") as caught:
+            parse_config(values, PretrainedLmConfig, source="train.yaml")
+        assert "SEC" not in str(caught.value)

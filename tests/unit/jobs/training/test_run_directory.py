@@ -142,5 +142,13 @@ def test_what_decides_the_result_makes_another_run(
 
 
 def test_a_location_holds_no_credentials(make_config: MakeConfig) -> None:
-    with pytest.raises(ValueError, match="it holds credentials"):
+    with pytest.raises(ValueError, match="credentials belong in the environment"):
         make_config(checkpoint={"location": "s3://key:secret@bucket/prefix"})
+
+
+def test_a_location_that_nothing_can_write_to_is_refused_with_the_config(
+    make_config: MakeConfig,
+) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.location\n.* scheme 'ftp', expected"):
+        make_config(checkpoint={"location": "ftp://host/prefix"})
+    assert make_config(checkpoint={"location": "file:///shared"}).checkpoint.location
