@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster.errors import InputError
 from jobs.data.config import ColumnarSource
-from jobs.data.documents import Document, check_text, missing_field
+from jobs.data.documents import Document, Locate, check_text, missing_field
 from jobs.data.locations import SourceFile, opened
 from jobs.data.parts import Part
 
@@ -42,12 +42,11 @@ def read_part(source: ColumnarSource, part: Part) -> Iterator[Document]:
     read = _read_parquet if source.kind == "parquet" else _read_arrow
     row = part.first_row
     with opened(part.file) as stream:
-        for values in _checked_batches(source, part.file, read(source, part, stream)):
-            for value in values:
-                row += 1
-                locate = functools.partial(_locate, part, row)
-                record = {source.text_field: value}
-                yield Document(check_text(record, source.text_field, locate), locate)
+        for cell in _cells(source, part.file, read(source, part, stream)):
+            row += 1
+            locate = functools.partial(_locate, part, row)
+            record = {source.text_field: _value(cell, source.text_field, locate)}
+            yield Document(check_text(record, source.text_field, locate), locate)
 
 
 def _plan_parquet(source: ColumnarSource, file: SourceFile, stream: Any) -> list[Part]:
@@ -114,15 +113,22 @@ def _read_arrow(source: ColumnarSource, part: Part, stream: Any) -> Iterator[Any
         yield found.get_batch(number)
 
 
-def _checked_batches(
-    source: ColumnarSource, file: SourceFile, batches: Iterator[Any]
-) -> Iterator[list[Any]]:
-    """Values of the text field, a few rows at a time."""
+def _cells(source: ColumnarSource, file: SourceFile, batches: Iterator[Any]) -> Iterator[Any]:
+    """The text field's cells, as Arrow's scalars."""
     with _format_errors(source, file):
         for batch in batches:
-            column = batch.column(source.text_field)
-            for start in range(0, len(column), _ROWS_AT_ONCE):
-                yield column.slice(start, _ROWS_AT_ONCE).to_pylist()
+            yield from batch.column(source.text_field)
+
+
+def _value(cell: Any, field: str, locate: Locate) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"'{locate()}': field '{field}' is not UTF-8 text (byte {error.start})",
+            hint="write the file again with text that is UTF-8",
+            param="data.source.paths",
+        ) from None
 
 
 def _check_schema(source: ColumnarSource, file: SourceFile, schema: Any) -> None:
@@ -130,6 +136,13 @@ def _check_schema(source: ColumnarSource, file: SourceFile, schema: Any) -> None
 
     if source.text_field not in schema.names:
         raise missing_field(file.name, source.text_field, schema.names)
+    if schema.names.count(source.text_field) > 1:
+        raise InputError(
+            f"'{file.name}' has {schema.names.count(source.text_field)} fields named "
+            f"'{source.text_field}', expected one",
+            hint="rename the others, or choose another data.source.text_field",
+            param="data.source.text_field",
+        )
     kind = schema.field(source.text_field).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type

@@ -54,8 +54,13 @@ def _content(source: JsonLinesSource | ChatSource, line: bytes, locate: Locate) 
             hint="convert the file to UTF-8, e.g. with iconv",
             param="data.source.paths",
         ) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = f"{error.msg} (column {error.colno})" if isinstance(error, ValueError) else error
+    # A number of thousands of digits is a plain ValueError.
+    except (ValueError, RecursionError) as error:
+        reason = (
+            f"{error.msg} (column {error.colno})"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error).split(";")[0]
+        )
         raise InputError(
             f"'{locate()}' is not JSON: {reason}",
             hint="correct or remove that line; each line must be one whole JSON object",

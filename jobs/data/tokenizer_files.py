@@ -110,11 +110,11 @@ class TokenizerFiles:
         """Empty if there is none."""
         file = self.get(TEMPLATE_FILE)
         if file is not None:
-            return file.decode("utf-8")
+            return _as_text(file, f"{self.name}/{TEMPLATE_FILE}", _PARAM)
         template = self._json(CONFIG_FILE).get("chat_template")
         if isinstance(template, list):  # several named templates; 'default' is the default
-            named = {entry.get("name"): entry.get("template") for entry in template}
-            template = named.get("default")
+            named = [entry for entry in template if isinstance(entry, dict)]
+            template = next((e.get("template") for e in named if e.get("name") == "default"), None)
         return template if isinstance(template, str) else ""
 
     def check_end(self) -> None:
@@ -150,7 +150,7 @@ class TokenizerFiles:
             return {}
         try:
             values = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
             raise InputError(
@@ -182,10 +182,22 @@ def read_tokenizer(config: ExistingTokenizer) -> TokenizerFiles:
     if config.chat_template is not None:
         param = "data.text.tokenizer.chat_template"
         contents[TEMPLATE_FILE] = read_location(config.chat_template, param) or b""
+        _as_text(contents[TEMPLATE_FILE], config.chat_template.partition("?")[0], param)
     files = TokenizerFiles.of(contents, name)
     files.check_no_code()
     files.load()
     return files
+
+
+def _as_text(content: bytes, file: str, param: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"chat template '{file}' is not UTF-8 text (byte {error.start})",
+            hint="convert it to UTF-8, e.g. with iconv",
+            param=param,
+        ) from None
 
 
 def own_files(tokenizer: Tokenizer, end_token: str) -> TokenizerFiles:

@@ -149,5 +149,14 @@ def _with_base(
 
 
 def _ids_of(path: Path) -> list[object]:
-    content = json.loads(path.read_bytes())
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"'{path}' is no tokenizer: it holds no JSON object",
+            hint="save the tokenizer again with save_pretrained",
+            param="model.base",
+        )
     return [content.get(part) for part in _PARTS]

@@ -127,6 +127,31 @@ def test_a_template_that_refuses_a_conversation_is_quoted(tmp_path: Path) -> Non
         encoder.encode(TALK, lambda: "a:7")
 
 
+def read(directory: Path, **values: Any) -> ChatEncoder:
+    config = ExistingTokenizer(kind="existing", path=str(directory), **values)
+    return ChatEncoder(read_tokenizer(config))
+
+
+def test_a_template_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    directory = make_tokenizer(tmp_path / "t")
+    latin = "{{ 'é' }}".encode("latin-1")
+    (tmp_path / "mine.jinja").write_bytes(latin)
+    with pytest.raises(InputError, match=r"mine\.jinja' is not UTF-8 text \(byte 4\)"):
+        read(directory, chat_template=str(tmp_path / "mine.jinja"))
+    (directory / "chat_template.jinja").write_bytes(latin)
+    with pytest.raises(InputError, match=r"t/chat_template\.jinja' is not UTF-8 text \(byte 4\)"):
+        read(directory)
+
+
+def test_a_configuration_that_holds_no_template_or_no_object_is_one_line(tmp_path: Path) -> None:
+    directory = make_tokenizer(tmp_path / "t", "", chat_template=["a", "b"])
+    with pytest.raises(InputError, match=r"'.*t' has no chat template"):
+        read(directory)
+    (directory / "tokenizer_config.json").write_text("[" * 200_000)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json that is no JSON object"):
+        read(directory)
+
+
 @given(lengths=st.lists(st.integers(1, 9), max_size=300), size=st.integers(9, 20))
 def test_conversations_are_packed_whole_and_none_is_lost(lengths: list[int], size: int) -> None:
     packer = ChatPacker(size - 1, np.uint16, pad_id=0)

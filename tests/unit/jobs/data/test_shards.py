@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -94,6 +96,7 @@ def test_files_are_taken_in_the_order_of_the_patterns_and_once(tmp_path: Path) -
         ('{"body": "a"}', r"bad\.jsonl:31' has no field 'text', it has: body; correct"),
         ('{"text": null}', r"bad\.jsonl:31': field 'text' is null, expected a text"),
         ('{"text": 3}', r"bad\.jsonl:31': field 'text' is a number, expected a text"),
+        (f'{{"n": {"9" * 5000}}}', r"bad\.jsonl:31' is not JSON: Exceeds the limit \(4300 digits"),
     ],
 )
 @pytest.mark.parametrize("shard_bytes", [50, 1 << 20])
@@ -137,6 +140,30 @@ def test_a_truncated_file_is_refused_in_one_line(write_texts: WriteTexts, kind: 
     with pytest.raises(InputError, match=r"is not a whole (Parquet|Arrow) file") as caught:
         read_all(source, plan_shards(source))
     assert "\n" not in str(caught.value)
+
+
+def write_table(path: Path, table: pa.Table) -> LanguageSource:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    return source_of(path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_cell_that_is_not_utf8_is_named(tmp_path: Path, name: str) -> None:
+    cells = pa.array([b"fine", b"a\xff"], pa.binary()).view(pa.string())
+    source = write_table(tmp_path / name, pa.table({"text": cells}))
+    with pytest.raises(InputError, match=rf"{name}, row 2': field 'text' is not UTF-8 .*byte 1\)"):
+        read_all(source, plan_shards(source))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> None:
+    source = write_table(tmp_path / name, pa.table([["a"], ["b"]], names=["text", "text"]))
+    with pytest.raises(InputError, match=rf"{name}' has 2 fields named 'text', expected one"):
+        plan_shards(source)
 
 
 def test_text_taken_for_a_table_is_refused(tmp_path: Path) -> None:

@@ -157,6 +157,18 @@ def test_another_models_tokenizer_is_refused(
     assert "path: helper-base/1" in str(caught.value.hint)
 
 
+def test_a_base_whose_tokenizer_is_no_json_is_one_line(
+    make: Make, settings: Settings, chat_base_dir: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(chat_base_dir, tmp_path / "other"))
+    (other / "tokenizer.json").write_text("[" * 200_000)
+    start = find_start(make(str(other), tokenizer=str(chat_base_dir)), settings)
+    with pytest.raises(
+        InputError, match=r"other/tokenizer\.json' is no tokenizer: it holds no JSON"
+    ):
+        check_family(start, prepared(start, settings))
+
+
 def test_an_adapter_of_an_unregistered_base_must_be_merged(
     make: Make, settings: Settings, chat_base_dir: Path
 ) -> None:
