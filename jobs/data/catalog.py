@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from cluster.errors import NotFoundError
 from cluster.storage import Storage
 from jobs.data.config import DataConfig
 from jobs.data.corpus import Say, existing_tokenizer, plan_corpus
-from jobs.data.dataset import FORMAT_VERSION, Dataset
+from jobs.data.dataset import DATASET_FILE, FORMAT_VERSION, Dataset
 from jobs.data.execution import Executor, in_process
 from jobs.data.preparation import Content, prepare_into, read_numbers, read_source
 from jobs.data.shards import Plan
@@ -34,6 +35,7 @@ from jobs.data.shards import Plan
 _ROOT = "datasets"
 _PREPARED = "prepared"
 _SETTLED_NS = 2_000_000_000
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class DatasetCatalog:
@@ -81,7 +83,10 @@ class DatasetCatalog:
             directory = stage / "dataset"
             directory.mkdir()
             digest = prepare_into(directory, config, content).digest
-            self._storage.put_dir(directory, _directory(config.name, digest), move=True)
+            target = _directory(config.name, digest)
+            if self._storage.exists(target) and not self._is_described(target):
+                self._storage.delete_dir(target)
+            self._storage.put_dir(directory, target, move=True)
         self._remember(config, key, digest)
         return self.open(config.name, digest), True
 
@@ -90,10 +95,16 @@ class DatasetCatalog:
         name = f"{_ROOT}/{config.name}/{_PREPARED}/{key}"
         if not self._storage.exists(name):
             return None
-        digest = self._storage.read_bytes(name).decode()
-        if not self._storage.exists(_directory(config.name, digest)):
+        digest = self._storage.read_bytes(name).decode("utf-8", errors="replace")
+        if not _DIGEST.fullmatch(digest):
+            return None
+        directory = _directory(config.name, digest)
+        if not (self._storage.exists(directory) and self._is_described(directory)):
             return None
         return self.open(config.name, digest)
+
+    def _is_described(self, directory: str) -> bool:
+        return self._storage.exists(f"{directory}/{DATASET_FILE}")
 
     def _remember(self, config: DataConfig, key: str, digest: str) -> None:
         name = f"{_ROOT}/{config.name}/{_PREPARED}/{key}"
@@ -110,7 +121,7 @@ class DatasetCatalog:
         Raises:
             NotFoundError: there is none.
         """
-        ending = f"/{_hex(digest)}/dataset.json"
+        ending = f"/{_hex(digest)}/{DATASET_FILE}"
         for key in self._storage.list(_ROOT):
             if key.endswith(ending):
                 return self.open(key.split("/")[-3], digest)
@@ -121,7 +132,8 @@ class DatasetCatalog:
 
     def _cached(self, key: str) -> Path:
         local = self._cache_dir / key
-        if not local.is_dir():
+        if not (local / DATASET_FILE).is_file():
+            shutil.rmtree(local, ignore_errors=True)
             local.parent.mkdir(parents=True, exist_ok=True)
             partial = local.with_name(f".{local.name}.{os.getpid()}")
             self._storage.get_dir(key, partial)

@@ -111,6 +111,31 @@ def test_a_deleted_dataset_is_prepared_anew(catalog: DatasetCatalog, corpus: Pat
     assert catalog.ensure(config)[1]
 
 
+def test_a_dataset_without_its_description_is_prepared_anew(
+    catalog: DatasetCatalog, corpus: Path
+) -> None:
+    config = text_config(corpus / "*.txt")
+    dataset, _ = catalog.ensure(config)
+    (dataset.directory / "dataset.json").unlink()
+    again, is_new = catalog.ensure(config)
+    assert is_new
+    assert again.info.digest == dataset.info.digest
+    assert not catalog.ensure(config)[1]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../../x", b"sha256:../x", b"sha256:0"])
+def test_a_note_of_what_was_prepared_that_says_nothing_is_written_anew(
+    catalog: DatasetCatalog, corpus: Path, tmp_path: Path, content: bytes
+) -> None:
+    config = text_config(corpus / "*.txt")
+    dataset, _ = catalog.ensure(config)
+    for note in (tmp_path / "storage/datasets/text/prepared").iterdir():
+        note.write_bytes(content)
+    assert catalog.ensure(config)[1]
+    again, is_new = catalog.ensure(config)
+    assert (again.info.digest, is_new) == (dataset.info.digest, False)
+
+
 def test_a_missing_file_is_named(catalog: DatasetCatalog, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data file '.*absent\.txt' does not exist"):
         catalog.ensure(text_config(tmp_path / "absent.txt"))
