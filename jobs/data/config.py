@@ -78,7 +78,8 @@ class JsonLinesSource(StrictModel):
 class ChatSource(StrictModel):
     """A conversation per line: JSON with a list of `{"role": …, "content": …}`.
 
-    Roles are those that the tokenizer's chat template knows; the assistant's turns are learnt.
+    Roles go to the tokenizer's chat template as they are, and it may refuse some; the turns of
+    `assistant` are learnt.
     """
 
     kind: Literal["chat"]

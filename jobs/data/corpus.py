@@ -21,7 +21,7 @@ from jobs.data.config import DataConfig, ExistingTokenizer
 from jobs.data.dataset import TOKENIZER_DIR, TextInfo
 from jobs.data.encoding import EncodeJob, EncodeTask, encode_shard
 from jobs.data.execution import Executor
-from jobs.data.index import LEFT_OUT, Fates, Index, choose, make_index
+from jobs.data.index import LEFT_OUT, Fates, Index, choose, make_index, shown_reasons
 from jobs.data.progress import Progress
 from jobs.data.shards import Plan, plan_shards
 from jobs.data.splits import SPLITS
@@ -169,6 +169,14 @@ def _check_fates(fates: Fates, config: DataConfig) -> None:
 
 def _check_rows(written: Written, config: DataConfig) -> None:
     for split in config.splits.wanted:
+        if not written.num_documents[split] and (reasons := shown_reasons(written.left_out)):
+            raise InputError(
+                f"split '{split}' holds no conversation: all of its were left out ({reasons})",
+                hint="no answer: give an assistant's turn within data.text.sequence_length, and a "
+                "chat template that writes it; too many tokens: raise data.text.sequence_length, "
+                "or set data.text.long_conversations=cut",
+                param="data.source",
+            )
         if not written.num_rows[split]:
             raise InputError(
                 f"split '{split}' holds {written.num_tokens[split]} tokens, fewer than one row of "

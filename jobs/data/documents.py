@@ -84,7 +84,8 @@ def check_conversation(value: Any, locate: Locate, field: str) -> Conversation:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 found = _kind_of(message[key]) if key in message else "missing"
-                raise _not_a_conversation(locate, f"'{key}' of message {number} is {found}")
+                problem = f"'{key}' of message {number} is {found}"
+                raise _not_a_conversation(locate, problem, expected="a text")
     return value
 
 
@@ -139,9 +140,11 @@ def _field(record: Any, field: str, locate: Locate) -> Any:
     return record[field]
 
 
-def _not_a_conversation(locate: Locate, problem: str) -> InputError:
+def _not_a_conversation(
+    locate: Locate, problem: str, *, expected: str = "a list of messages"
+) -> InputError:
     return InputError(
-        f"'{locate()}': {problem}, expected a list of messages",
+        f"'{locate()}': {problem}, expected {expected}",
         hint='write it like [{"role": "user", "content": "…"}, …]',
         param="data.source.messages_field",
     )

@@ -101,9 +101,7 @@ def choose(index: Index, config: DataConfig) -> tuple[Fates, dict[str, int]]:
     kept = np.flatnonzero(~np.any([*reasons.values()], axis=0))
     left_out = {reason: int(found.sum()) for reason, found in reasons.items()}
     if not len(kept):
-        shown = ", ".join(
-            f"{reason.replace('_', ' ')} {count}" for reason, count in left_out.items() if count
-        )
+        shown = shown_reasons(left_out)
         raise InputError(
             f"source '{config.source.kind}' of dataset '{config.name}' holds no document"
             + (f": {shown}" if shown else ""),
@@ -118,6 +116,13 @@ def choose(index: Index, config: DataConfig) -> tuple[Fates, dict[str, int]]:
         for number, split in enumerate(SPLITS):
             fates[kept[ids[split]]] = number
     return fates, left_out
+
+
+def shown_reasons(left_out: dict[str, int]) -> str:
+    """`too short 3, duplicate 1`."""
+    return ", ".join(
+        f"{reason.replace('_', ' ')} {count:,}" for reason, count in left_out.items() if count
+    )
 
 
 def _reasons(index: Index, text: TextConfig) -> dict[str, npt.NDArray[np.bool_]]:

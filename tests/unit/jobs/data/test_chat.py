@@ -127,6 +127,29 @@ def test_a_template_that_refuses_a_conversation_is_quoted(tmp_path: Path) -> Non
         encoder.encode(TALK, lambda: "a:7")
 
 
+@pytest.mark.parametrize(
+    ("template", "content", "text", "reason"),
+    [
+        (PLAIN, "", {}, "no answer 60"),
+        ("{{ messages[0].content }}", "yes", {}, "no answer 60"),
+        (PLAIN, "yes " * 99, {"long_conversations": "drop"}, "too many tokens 60"),
+    ],
+)
+def test_when_nothing_of_the_conversations_is_left_the_reason_is_said(
+    catalog: DatasetCatalog,
+    tmp_path: Path,
+    template: str,
+    content: str,
+    text: dict[str, Any],
+    reason: str,
+) -> None:
+    make_tokenizer(tmp_path / "tokenizer", template)
+    answer = [{"role": "assistant", "content": content}] if content else []
+    talks = [[{"role": "user", "content": f"say {n}"}, *answer] for n in range(60)]
+    with pytest.raises(InputError, match=rf"'train' holds no conversation: .*\({reason}\)"):
+        catalog.ensure(config_of(tmp_path, talks, **text))
+
+
 def read(directory: Path, **values: Any) -> ChatEncoder:
     config = ExistingTokenizer(kind="existing", path=str(directory), **values)
     return ChatEncoder(read_tokenizer(config))

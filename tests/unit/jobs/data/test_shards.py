@@ -177,9 +177,13 @@ def test_text_taken_for_a_table_is_refused(tmp_path: Path) -> None:
     [
         ("hi", r"field 'messages' is no list of messages"),
         ([], r"field 'messages' is no list of messages"),
-        (["hi"], r"message 1 is no object"),
+        (["hi"], r"message 1 is no object, expected a list of messages"),
         ([{"role": "user"}], r"'content' of message 1 is missing"),
-        ([{"role": "user", "content": ["a"]}], r"'content' of message 1 is a list"),
+        (
+            [{"role": "user", "content": ["a"]}],
+            r"'content' of message 1 is a list, expected a text",
+        ),
+        ([{"role": "user", "content": None}], r"'content' of message 1 is null, expected a text"),
         ([{"role": 3, "content": "a"}], r"'role' of message 1 is a number"),
     ],
 )
