@@ -65,6 +65,15 @@ def load_weights(model_dir: Path) -> Any:
             use_safetensors=True,
             dtype="float32",
             output_loading_info=True,
+            # Else transformers refuses them with a report of many lines.
+            ignore_mismatched_sizes=True,
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise PackageError(
+            f"the model's weight '{name}' has shape {list(found)}, and its config.json says "
+            f"{list(expected)}",
+            hint="copy config.json and the weights from the same model",
         )
     if missing := sorted(report["missing_keys"]):
         raise PackageError(

@@ -24,6 +24,8 @@ from jobs.data.parts import Part
 _ROWS_AT_ONCE = 256
 _STREAM = -1
 """End of a part that is a whole Arrow stream."""
+_CONTINUATION = b"\xff" * 4
+_END_MARK = _CONTINUATION + b"\0" * 4
 
 
 def plan_parts(source: ColumnarSource, file: SourceFile, part_bytes: int) -> list[Part]:
@@ -107,10 +109,21 @@ def _read_arrow(source: ColumnarSource, part: Part, stream: Any) -> Iterator[Any
 
     if part.end == _STREAM:
         yield from pa.ipc.open_stream(stream)
+        _check_end(stream)
         return
     found = pa.ipc.open_file(stream)
     for number in range(part.start, part.end):
         yield found.get_batch(number)
+
+
+def _check_end(stream: Any) -> None:
+    """Arrow takes the file's end for the stream's, but writers mark it (format 0.15 and later)."""
+    end = stream.tell()
+    stream.seek(0)
+    is_marked = stream.read(len(_CONTINUATION)) == _CONTINUATION
+    stream.seek(end - len(_END_MARK))
+    if is_marked and stream.read(len(_END_MARK)) != _END_MARK:
+        raise EOFError
 
 
 def _cells(source: ColumnarSource, file: SourceFile, batches: Iterator[Any]) -> Iterator[Any]:

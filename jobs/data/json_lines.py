@@ -116,7 +116,17 @@ def _reader(file: SourceFile) -> Iterator[Any]:
     with opened(file) as stream:
         codec = _compression(file)
         raw = pa.CompressedInputStream(stream, codec) if codec else stream
-        yield io.BufferedReader(raw, _READ_BYTES)
+        try:
+            yield io.BufferedReader(raw, _READ_BYTES)
+        except OSError as error:
+            if codec is None or error.errno is not None:
+                raise
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"data file '{file.name}' is not a whole {codec} file: {reason}",
+                hint="compress or copy it again",
+                param="data.source.paths",
+            ) from None
 
 
 def _compression(file: SourceFile) -> str | None:

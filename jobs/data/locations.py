@@ -9,6 +9,7 @@ It knows nothing about what files hold.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
 import glob
 import re
@@ -22,6 +23,7 @@ from cluster.storage import open_filesystem
 
 _PARAM = "data.source.paths"
 _WILD = re.compile(r"[*?\[]")
+_CLASS = re.compile(r"\[!?\]?[^\]/]*\]")
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,11 @@ def list_files(patterns: Sequence[str]) -> tuple[SourceFile, ...]:
 @contextlib.contextmanager
 def opened(file: SourceFile) -> Iterator[Any]:
     """A pyarrow file that can be read from any position; its errors become one line."""
-    with errors_named(file.name), _filesystem(file.root).open_input_file(file.path) as stream:
-        yield stream
+    filesystem = _filesystem(file.root)
+    with errors_named(file.name):
+        _refuse_what_may_block(filesystem, file.path, file.name, _PARAM)
+        with filesystem.open_input_file(file.path) as stream:
+            yield stream
 
 
 def read_location(location: str, param: str, *, is_optional: bool = False) -> bytes | None:
@@ -73,10 +78,12 @@ def read_location(location: str, param: str, *, is_optional: bool = False) -> by
     """
     from pyarrow import fs
 
-    with errors_named(location.partition("?")[0], param):
+    name = location.partition("?")[0]
+    with errors_named(name, param):
         filesystem, path = open_filesystem(location)
         if is_optional and filesystem.get_file_info(path).type != fs.FileType.File:
             return None
+        _refuse_what_may_block(filesystem, path, name, param)
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
 
@@ -105,6 +112,15 @@ def errors_named(name: str, param: str = _PARAM) -> Iterator[None]:
             hint="check its permissions, and credentials if it is in an object store",
             param=param,
         ) from None
+
+
+def _refuse_what_may_block(filesystem: Any, path: str, name: str, param: str) -> None:
+    """A pipe has no end until someone closes it, nor a beginning until someone writes."""
+    is_local = filesystem.type_name == "local"
+    if is_local and Path(path).exists() and not Path(path).is_file():
+        raise InputError(
+            f"data file '{name}' is no regular file", hint=f"correct {param}", param=param
+        )
 
 
 @functools.lru_cache(maxsize=32)
@@ -157,7 +173,15 @@ def _list_remote(pattern: str) -> list[SourceFile]:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """`**/` is any number of folders, `*` anything but a slash."""
+    """`**/` is any number of folders, `*` anything but a slash, `[a]` and `[!a]` a character."""
     parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
-    pieces = re.split(r"(\*\*/|\*\*|\*)", pattern)
-    return re.compile("".join(parts.get(piece, re.escape(piece)) for piece in pieces))
+    pieces = re.split(rf"(\*\*/|\*\*|\*|{_CLASS.pattern})", pattern)
+    return re.compile("".join(parts.get(piece, _one_of(piece)) for piece in pieces))
+
+
+def _one_of(piece: str) -> str:
+    """A class of characters as an expression; any other piece as it is."""
+    if not _CLASS.fullmatch(piece):
+        return re.escape(piece)
+    # Without the mark of the text's end that `translate` adds.
+    return "(?!/)" + fnmatch.translate(piece)[:-2]

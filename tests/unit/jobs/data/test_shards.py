@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jobs.data.config import (
     LanguageSource,
     TextSource,
 )
+from jobs.data.locations import SourceFile, list_files, opened, read_location
 from jobs.data.shards import Plan, plan_shards, read_shard
 from tests.unit.jobs.data.conftest import WriteTexts
 
@@ -164,6 +166,48 @@ def test_a_field_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> No
     source = write_table(tmp_path / name, pa.table([["a"], ["b"]], names=["text", "text"]))
     with pytest.raises(InputError, match=rf"{name}' has 2 fields named 'text', expected one"):
         plan_shards(source)
+
+
+def test_a_stream_without_its_end_mark_is_refused(write_texts: WriteTexts) -> None:
+    path = write_texts("arrows", TEXTS)
+    path.write_bytes(path.read_bytes()[:-8])
+    source = source_of(path)
+    with pytest.raises(InputError, match="is not a whole Arrow file: it ends too early"):
+        read_all(source, plan_shards(source))
+
+
+def test_a_truncated_gz_file_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    lines = "".join(json.dumps({"text": f"{n * n} {n**7}"}) + "\n" for n in range(999))
+    path.write_bytes(gzip.compress(lines.encode())[:-20])
+    source = source_of(path)
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz' is not a whole gzip file: \w") as caught:
+        read_all(source, plan_shards(source))
+    assert "permissions" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
+def test_a_file_that_becomes_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    os.mkfifo(path)
+    file = SourceFile(str(path), "", str(path), 9, 0)
+    with pytest.raises(InputError, match=rf"{name}' is no regular file"), opened(file):
+        pass
+    with pytest.raises(InputError, match="is no regular file"):
+        read_location(str(path), "data.text.tokenizer.chat_template")
+
+
+@pytest.mark.parametrize("pattern", ["[ac]*.txt", "[!b].txt", "[a-c][!0-9].txt", "**/[[]d].txt"])
+def test_a_class_of_characters_means_the_same_in_a_path_and_a_url(
+    tmp_path: Path, pattern: str
+) -> None:
+    for name in ("a.txt", "b.txt", "c.txt", "c1.txt", "cx.txt", "[d].txt", "[.txt"):
+        (tmp_path / name).write_text(name)
+    names = [
+        sorted(Path(file.path).name for file in list_files([f"{prefix}{tmp_path}/{pattern}"]))
+        for prefix in ("", "file://")
+    ]
+    assert names[0] == names[1] != []
 
 
 def test_text_taken_for_a_table_is_refused(tmp_path: Path) -> None:

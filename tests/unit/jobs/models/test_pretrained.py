@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.config import parse_config
 from cluster.errors import ConfigError, HeliostatError, InputError
+from cluster.model_package.language_model import load_weights
 from cluster.processing.text import TextProcessor
 from cluster.storage import Storage
 from jobs.data.catalog import DatasetCatalog
@@ -252,3 +253,14 @@ def test_a_base_names_no_credentials() -> None:
         with pytest.raises(ConfigError, match="credentials belong in the environment") as caught:
             parse_config(values, PretrainedLmConfig, source="train.yaml")
         assert "SEC" not in str(caught.value)
+
+
+def test_weights_of_another_shape_than_the_base_says_are_named(tmp_path: Path) -> None:
+    directory = save_llama(tmp_path / "base", "text")
+    config = json.loads((directory / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        HeliostatError, match=r"weight '.*mlp.*' has shape \[.*config\.json says \["
+    ):
+        load_weights(directory)
