@@ -11,7 +11,6 @@ requests or HTTP, and never loads torch.
 
 from __future__ import annotations
 
-import functools
 import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cluster.errors import InputError, PackageError
+from cluster.processing.chat_template import render_chat
 
 _REPLACEMENT = "\ufffd"
 _MAX_HELD_REPLACEMENTS = 3
@@ -106,16 +106,13 @@ class TextProcessor:
         for message in messages:
             _checked(str(message.get("content", "")))
         try:
-            template = _compile(self.chat_template)
-            return str(
-                template.render(
-                    messages=list(messages), add_generation_prompt=True, **self.special_tokens
-                )
-            )
+            return render_chat(
+                self.chat_template, messages, add_generation_prompt=True, **self.special_tokens
+            )[0]
         # A template is a program of the package's: it may divide by zero or recurse for ever.
         except Exception as error:
             raise InputError(
-                f"the chat template refuses these messages: {error}",
+                f"the chat template refuses these messages: {' '.join(str(error).split())}",
                 hint="check the order and the roles of the messages",
                 param="messages",
             ) from None
@@ -289,39 +286,6 @@ def _checked(text: str) -> str:
             hint="send complete UTF-8 characters",
         ) from None
     return text
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(source: str) -> Any:
-    """A chat template, compiled as transformers does, but unable to reach or change anything."""
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks answers for training; here they are rendered as they are."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2's own name and type
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_template_error
-    return environment.from_string(source)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_template_error(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

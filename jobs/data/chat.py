@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import InputError
+from cluster.processing.chat_template import Spans, render_chat
 from cluster.processing.text import SpecialTokenGuard
 from jobs.data.documents import Conversation, Locate
 from jobs.data.tokenizer_files import TokenizerFiles
@@ -26,8 +27,6 @@ from jobs.data.tokenizing import Ids, may_cut
 
 ASSISTANT = "assistant"
 Mask = npt.NDArray[np.bool_]
-Spans = list[tuple[int, int]]
-"""First character of each answer in the rendered text, and one past its last."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -82,8 +81,7 @@ class ChatEncoder:
 
     def _render(self, messages: Conversation, locate: Locate) -> tuple[str, Spans]:
         if _GENERATION.search(self._template):
-            rendered, spans = self._apply(messages, locate, has_marks=True)
-            return rendered, spans
+            return self._apply(messages, locate)
         rendered, _ = self._apply(messages, locate)
         spans = []
         for number, message in enumerate(messages):
@@ -108,26 +106,22 @@ class ChatEncoder:
         locate: Locate,
         *,
         is_question: bool = False,
-        has_marks: bool = False,
     ) -> tuple[str, Spans]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            (rendered,), found = render_jinja_template(
-                [messages],
-                chat_template=self._template,
-                return_assistant_tokens_mask=has_marks,
+            return render_chat(
+                self._template,
+                messages,
                 add_generation_prompt=is_question,
                 **self._special_tokens,
             )
         # A template is a program: it may divide by zero or recurse for ever.
         except Exception as error:
             raise InputError(
-                f"'{locate()}': the chat template refuses this conversation: {error}",
+                f"'{locate()}': the chat template refuses this conversation: "
+                f"{' '.join(str(error).split())}",
                 hint="check the order and the roles of its messages",
                 param="data.source.paths",
             ) from None
-        return rendered, list(found[0]) if has_marks else []
 
     def _tokens(
         self, guard: SpecialTokenGuard, rendered: str

@@ -154,12 +154,24 @@ def test_a_hostile_template_reaches_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ 1 / 0 }}", "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{% if %}"],
+    [
+        "{{ 1 / 0 }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% if %}",
+        "{{ 'x' * 10000000000 }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ strftime_now('%Y') }}",
+    ],
 )
 def test_a_broken_template_refuses_and_does_not_crash(tmp_path: Path, template: str) -> None:
     text = TextProcessor.load(save(tmp_path, template))
     with pytest.raises(InputError, match="chat template"):
         text.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_template_is_told_that_there_are_no_tools(tmp_path: Path) -> None:
+    template = "{% if tools is none and documents is none %}none{% endif %}"
+    assert TextProcessor.load(save(tmp_path, template)).render_chat([]) == "none"
 
 
 def test_a_lone_surrogate_is_refused(text: TextProcessor) -> None:

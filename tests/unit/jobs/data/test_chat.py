@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from cluster.config import parse_config
 from cluster.errors import ConfigError, InputError
+from cluster.processing.chat_template import render_chat
 from cluster.processing.text import TextProcessor
 from jobs.data.catalog import DatasetCatalog
 from jobs.data.chat import ChatEncoder
@@ -121,12 +122,6 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
         encoder.encode(TALK, lambda: "a:7")
 
 
-def test_a_template_that_refuses_a_conversation_is_quoted(tmp_path: Path) -> None:
-    encoder = make_encoder(tmp_path / "t", "{{ raise_exception('no system turn') }}")
-    with pytest.raises(InputError, match=r"'a:7': the chat template refuses .* no system turn"):
-        encoder.encode(TALK, lambda: "a:7")
-
-
 @pytest.mark.parametrize(
     ("template", "content", "text", "reason"),
     [
@@ -173,6 +168,53 @@ def test_a_configuration_that_holds_no_template_or_no_object_is_one_line(tmp_pat
     (directory / "tokenizer_config.json").write_text("[" * 200_000)
     with pytest.raises(InputError, match=r"tokenizer_config\.json that is no JSON object"):
         read(directory)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no\\nsystem turn') }}", "no system turn"),
+        ("{{ 'x' * 10000000000 }}", r"'\*' makes more than 10,000,000 characters"),
+        ("{{ 10000000000 * ['x'] }}", r"'\*' makes more than 10,000,000 characters"),
+        ("{{ 9 ** 99999999 }}", r"'\*\*' makes more than 10,000,000 characters"),
+        (
+            "{% set all = range(99999) %}{% macro m() %}{% for a in all %}{% for b in all %}"
+            "{% endfor %}{% endfor %}{% endmacro %}{{ m() }}",
+            "its loops take more than 1,000,000 steps",
+        ),
+        ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
+        ("{% for", "unexpected 'end of template'"),
+    ],
+)
+def test_a_template_is_stopped_in_one_line(tmp_path: Path, template: str, reason: str) -> None:
+    encoder = make_encoder(tmp_path / "t", template)
+    with pytest.raises(InputError, match=rf"'a:7': the chat .* conversation: {reason}") as caught:
+        encoder.encode(TALK, lambda: "a:7")
+    assert "\n" not in str(caught.value)
+
+
+LOOPS = (
+    "{% if tools is not none %}TOOLS{% endif %}{% set ns = namespace(n=0) %}"
+    "{% for m in messages if m.role != 'system' %}{{ loop.index }}/{{ loop.length }}"
+    "{% if loop.last %}!{% endif %}{{ loop.previtem.role if not loop.first }}"
+    "{% set ns.n = ns.n + 2 * 3 %}{% if ns.n > 12 %}{% break %}{% endif %}{% endfor %}"
+    "{% for k, v in messages[0].items() %}{{ k ~ '-' * 3 ~ v | tojson }}{% endfor %}"
+    "{{ ns.n ** 2 }}{{ messages[1:] | tojson(indent=1) }}"
+)
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, LOOPS])
+def test_templates_write_as_those_of_transformers(template: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    (expected,), spans = render_jinja_template(
+        [TALK],
+        chat_template=template,
+        return_assistant_tokens_mask=template == MARKED,
+        eos_token="",
+    )
+    found = render_chat(template, TALK, add_generation_prompt=False, eos_token="")
+    assert found == (expected, [tuple(span) for span in spans[0]] if spans else [])
 
 
 @given(lengths=st.lists(st.integers(1, 9), max_size=300), size=st.integers(9, 20))
