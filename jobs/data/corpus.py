@@ -18,10 +18,10 @@ from pathlib import Path
 from cluster.errors import InputError
 from jobs.data.chat import make_chat_encoder
 from jobs.data.config import DataConfig, ExistingTokenizer
-from jobs.data.dataset import TOKENIZER_DIR, TextInfo
+from jobs.data.dataset import TOKENIZER_DIR, TextInfo, shown_reasons
 from jobs.data.encoding import EncodeJob, EncodeTask, encode_shard
 from jobs.data.execution import Executor
-from jobs.data.index import LEFT_OUT, Fates, Index, choose, make_index, shown_reasons
+from jobs.data.index import LEFT_OUT, Fates, Index, choose, make_index
 from jobs.data.progress import Progress
 from jobs.data.shards import Plan, plan_shards
 from jobs.data.splits import SPLITS

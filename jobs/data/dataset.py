@@ -79,11 +79,17 @@ class TextInfo(StrictModel):
         kept = ", ".join(f"{split} {count:,}" for split, count in self.num_documents.items())
         yield f"documents {self.num_read:,} read: {kept}"
         if self.left_out:
-            reasons = (f"{name.replace('_', ' ')} {n:,}" for name, n in self.left_out.items())
-            yield f"left out: {', '.join(reasons)}"
+            yield f"left out: {shown_reasons(self.left_out)}"
         if self.num_cut:
             yield f"conversations cut to {self.sequence_length + 1} tokens: {self.num_cut:,}"
         yield "tokens: " + ", ".join(f"{s} {count:,}" for s, count in self.num_tokens.items())
+
+
+def shown_reasons(left_out: dict[str, int]) -> str:
+    """`too short 3, duplicate 1`."""
+    return ", ".join(
+        f"{reason.replace('_', ' ')} {count:,}" for reason, count in left_out.items() if count
+    )
 
 
 class DatasetInfo(StrictModel):

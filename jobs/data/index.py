@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from cluster.errors import InputError
 from jobs.data.config import DataConfig, LanguageSource, TextConfig
+from jobs.data.dataset import shown_reasons
 from jobs.data.documents import measure
 from jobs.data.execution import Arrays, Executor
 from jobs.data.progress import Progress
@@ -116,13 +117,6 @@ def choose(index: Index, config: DataConfig) -> tuple[Fates, dict[str, int]]:
         for number, split in enumerate(SPLITS):
             fates[kept[ids[split]]] = number
     return fates, left_out
-
-
-def shown_reasons(left_out: dict[str, int]) -> str:
-    """`too short 3, duplicate 1`."""
-    return ", ".join(
-        f"{reason.replace('_', ' ')} {count:,}" for reason, count in left_out.items() if count
-    )
 
 
 def _reasons(index: Index, text: TextConfig) -> dict[str, npt.NDArray[np.bool_]]:
