@@ -221,7 +221,7 @@ class StartError(HeliostatError):
 
 
 class StoppedError(HeliostatError):
-    """Its exit code is what a shell says of a process that SIGTERM ended."""
+    """Its exit code is what a shell says of a process that SIGTERM ended, unless Ctrl-C did it."""
 
     code = "stopped"
     exit_code = 143

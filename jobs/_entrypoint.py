@@ -20,7 +20,9 @@ from cluster.config import ConfigType, load_config
 from cluster.errors import HeliostatError, StoppedError, UsageError, as_machine_error
 from cluster.settings import Settings, load_settings
 
-_TERMINATED = 128 + signal.SIGTERM
+
+class _Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT: nothing on the way takes it for an error."""
 
 
 class _Arguments(argparse.ArgumentParser):
@@ -60,8 +62,11 @@ def run_job(
         print(f"error: {known}", file=sys.stderr, flush=True)
         sys.exit(known.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        print("interrupted; run it again to go on", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+    except _Terminated:
+        print("stopped; run it again to go on", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGTERM)
     sys.exit(0)
 
 
@@ -85,4 +90,4 @@ def _parse(verb: str, description: str) -> argparse.Namespace:
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     # A stopped job ends its run as KILLED and leaves its checkpoints for the next start.
-    sys.exit(_TERMINATED)
+    raise _Terminated

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from jobs.training.events import Event, Sink
 from jobs.training.process_group import start_process_group
-from jobs.training.stopping import stop_on_sigterm
+from jobs.training.stopping import stop_on_signals
 from jobs.training.worker import Outcome, WorkerJob, run_worker
 
 
@@ -31,7 +31,7 @@ class Launcher(Protocol):
         """Train; `sink` is called in this process.
 
         Raises:
-            StoppedError: SIGTERM asked for it; the run can go on later.
+            StoppedError: SIGTERM or Ctrl-C asked for it; the run can go on later.
         """
 
 
@@ -50,14 +50,14 @@ class LocalLauncher:
 
     def run(self, job: WorkerJob, sink: Sink) -> Outcome:
         group = start_process_group()
-        with stop_on_sigterm() as request:
+        with stop_on_signals() as request:
             return run_worker(group.from_first(job), sink, request.is_set)
 
 
 def follow() -> None:
     """What torchrun's other workers do: wait for the first one's job, and work on it."""
     job: WorkerJob = start_process_group().from_first(None)
-    with stop_on_sigterm() as request:
+    with stop_on_signals() as request:
         run_worker(job, _ignore, request.is_set)
 
 

@@ -29,7 +29,7 @@ from cluster.errors import HeliostatError, JobFailedError, MachineError, NotRunn
 from cluster.settings import Settings
 from jobs.training.config import TrainConfig
 from jobs.training.events import UNKNOWN_STEP, Event, Fault, Progress, Sink
-from jobs.training.stopping import StopRequest, stop_on_sigterm
+from jobs.training.stopping import StopRequest, stop_on_signals
 from jobs.training.worker import Outcome, WorkerJob, run_worker
 
 # Set by Ray for the process that a submitted job starts.
@@ -93,6 +93,8 @@ class RayLauncher:
                     callbacks=[OnLostWorkers(queue.put)],
                 ),
             )
+            # Ray's own answer to Ctrl-C aborts the workers where they are, without a checkpoint.
+            trainer._register_sigint_handler = lambda _controller: None
             try:
                 result = trainer.fit()
             except Exception as error:
@@ -255,12 +257,12 @@ class _StopSignal:
 
 @contextlib.contextmanager
 def _stop_carried() -> Iterator[Any]:
-    """A stop signal that SIGTERM at this process makes."""
+    """A stop signal that SIGTERM or Ctrl-C at this process makes."""
     import ray
 
     signal_actor: Any = ray.remote(**_beside_the_driver())(_StopSignal)
     actor = signal_actor.remote()
-    with stop_on_sigterm() as request:
+    with stop_on_signals() as request:
         threading.Thread(target=_carry, args=(request, actor), daemon=True).start()
         try:
             yield actor

@@ -1,8 +1,8 @@
-"""Stopping in order: SIGTERM asks, workers end together at a step's end, with a checkpoint.
+"""Stopping in order: a signal asks, workers end together at a step's end, with a checkpoint.
 
 It knows nothing of workers; whoever places them carries the request to them.
 
-    with stop_on_sigterm() as request:
+    with stop_on_signals() as request:
         run_worker(job, sink, is_stopping=request.is_set)
 """
 
@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from cluster.errors import StoppedError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 IsStopping = Callable[[], bool]
 
 
@@ -35,23 +38,35 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """SIGTERM makes the request; a second one, or one that nothing came of, does what it did
-    before. Outside of the main thread, which alone gets signals, nothing is changed."""
+def stop_on_signals() -> Iterator[StopRequest]:
+    """SIGTERM or Ctrl-C makes the request, and is the exit code of the StoppedError that comes of
+    it; a second one, or one that nothing came of, does what it did before. Outside of the main
+    thread, which alone gets signals, nothing is changed."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before: Any = signal.getsignal(signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+    asked_by = signal.SIGTERM
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, before)
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked_by
+        asked_by = signal.Signals(number)
+        put_back()
         request.make()
 
-    signal.signal(signal.SIGTERM, ask)
+    for number in _SIGNALS:
+        signal.signal(number, ask)
     try:
         yield request
+    except StoppedError as error:
+        error.exit_code = 128 + asked_by
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        put_back()
     if request.is_set():
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(asked_by)

@@ -109,8 +109,8 @@ def test_a_run_that_is_stopped_and_resized_ends_like_an_unbroken_one(
         stack, config_file, tmp_path / "alone", "run_name=resized", "num_workers=1"
     )
     alone.wait_for_step(first + 30)
-    alone.process.send_signal(signal.SIGTERM)
-    assert alone.wait() == 143, alone.output[-3000:]
+    alone.process.send_signal(signal.SIGINT)
+    assert alone.wait() == 130, alone.output[-3000:]
     second = stopped_at(alone)
     assert f"resized at step {first}: going on with 1 worker(s) instead of 2" in alone.output
 

@@ -152,6 +152,49 @@ def test_a_life_in_one_process(call: Call, home: Path, capfd: pytest.CaptureFixt
     assert found.result["digest"] == trained.result["dataset_digest"]
 
 
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize(("number", "exit_code"), STOPS)
+def test_a_training_that_is_stopped_leaves_a_checkpoint_and_one_line(
+    call: Call, home: Path, monkeypatch: pytest.MonkeyPatch, number: int, exit_code: int
+) -> None:
+    config = {**DIGITS, "name": f"stopped-by-{number}", "steps": 6}
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.training.loop.seed_everything", at_step(3, number))
+        stopped = call("train", config)
+    assert stopped.exit_code == exit_code
+    assert stopped.err.endswith("stopped at step 4; run it again to resume\n"), stopped.err
+    (events,) = (home / "runs").glob(f"{config['name']}-*/events.jsonl")
+    (line,) = events.read_text().splitlines()
+    assert json.loads(line)["text"] == "asked to stop at step 4 of 6"
+    resumed = call("train", config)
+    assert resumed.exit_code == 0, resumed.err
+    assert "resumed from the checkpoint at step 4" in resumed.out
+
+
+def at_step(number: int, signal_number: int) -> Callable[[int, int, int], None]:
+    def raise_then(_seed: int, step: int, _copy: int) -> None:
+        if step == number:
+            signal.raise_signal(signal_number)
+
+    return raise_then
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code", "said"), [(*STOPS[0], "stopped"), (*STOPS[1], "interrupted")]
+)
+def test_a_training_that_is_stopped_in_its_export_says_so(
+    call: Call, monkeypatch: pytest.MonkeyPatch, number: int, exit_code: int, said: str
+) -> None:
+    monkeypatch.setattr(
+        "jobs.training.worker._Worker._export", lambda _worker: signal.raise_signal(number)
+    )
+    stopped = call("train", {**DIGITS, "name": "stopped-late", "steps": 2, "resume": "never"})
+    assert stopped.exit_code == exit_code
+    assert stopped.err.endswith(f"{said}; run it again to go on\n"), stopped.err
+
+
 def test_a_table_with_gaps_is_trained_on_and_its_gaps_are_logged(
     call: Call, home: Path, tmp_path: Path
 ) -> None:

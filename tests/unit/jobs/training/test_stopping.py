@@ -15,7 +15,7 @@ from jobs.training.config import TrainConfig
 from jobs.training.events import Event, Fault, Saved
 from jobs.training.process_group import start_process_group
 from jobs.training.step_log import STEP_LOG_FILE, StepRecord, read_steps
-from jobs.training.stopping import stop_on_sigterm
+from jobs.training.stopping import stop_on_signals
 from jobs.training.worker import WorkerJob, run_worker
 from tests.unit.jobs.training.conftest import MakeConfig
 from tests.unit.jobs.training.ranks import run_ranks
@@ -36,7 +36,7 @@ def stop_and_resume(job: WorkerJob) -> dict[str, Any]:
     told = ""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jobs.training.worker._Worker._export", lambda self: None)
-        with stop_on_sigterm() as request:
+        with stop_on_signals() as request:
             calls = []
 
             def ask() -> bool:
@@ -95,18 +95,19 @@ def test_a_request_at_the_last_step_changes_nothing(
     assert run_worker(job, lambda _event: None, ask_at_the_last).metrics
 
 
-def test_sigterm_asks_once_and_then_does_what_it_did_before() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_once_and_then_does_what_it_did_before(number: signal.Signals) -> None:
     calls: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: calls.append(number))
+    before = signal.signal(number, lambda number, _frame: calls.append(number))
     try:
-        with stop_on_sigterm() as request:
+        with stop_on_signals() as request:
             assert not request.is_set()
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             assert request.is_set()
             assert calls == []
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert calls == [signal.SIGTERM]
+            os.kill(os.getpid(), number)
+            assert calls == [number]
         # Nothing came of the request, so the signal counts after all.
-        assert calls == [signal.SIGTERM, signal.SIGTERM]
+        assert calls == [number, number]
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
