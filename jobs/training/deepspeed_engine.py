@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 
 from cluster.config import first_problem
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, HeliostatError
 from jobs.models.family import Batch
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_section import enabled
@@ -32,6 +32,8 @@ from jobs.training.timing import Stopwatch
 
 # Raw keys under which DeepSpeed builds its own optimizer or sets the learning rate itself.
 _THEIR_OPTIMIZER, _THEIR_SCHEDULER = "optimizer", "scheduler"
+# Lost peers and exhausted memory are torch's RuntimeErrors.
+_NOT_OF_THE_CONFIG = (HeliostatError, OSError, MemoryError, RuntimeError)
 
 
 def import_deepspeed() -> Any:
@@ -77,7 +79,9 @@ def initialize(
             config=deepspeed_config,
             mpu=groups,
         )
-    except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
+    except Exception as error:
+        if isinstance(error, _NOT_OF_THE_CONFIG) and not isinstance(error, NotImplementedError):
+            raise
         raise ConfigError(
             f"DeepSpeed refuses the configuration: {_reason(error)}",
             hint="correct the deepspeed section",

@@ -11,6 +11,8 @@ from jobs.training.deepspeed_section import check_shape
         {},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
         {"zero_optimization": {"stage": "auto"}, "bf16": {"enabled": "auto"}},
+        {"zero_optimization": {"reduce_bucket_size": 5e8}, "gradient_clipping": 0},
+        {"tensorboard": {"enabled": False}, "gradient_clipping": "auto"},
         {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "train_batch_size": "auto"},
     ],
 )
@@ -33,6 +35,27 @@ def test_what_deepspeed_takes_passes(section: dict[str, Any]) -> None:
         ({"optimizer": {"type": "Adam", "params": [1]}}, "optimizer.params"),
         ({"optimizer": {"params": {}}}, "optimizer.type is None"),
         ({"tensor_parallel": 2}, "tensor_parallel is 2"),
+        ({"zero_optimization": {"reduce_bucket_size": "abc"}}, "reduce_bucket_size is 'abc'"),
+        ({"zero_optimization": {"reduce_bucket_size": {"a": 1}}}, "reduce_bucket_size is {'a': 1}"),
+        ({"zero_optimization": {"reduce_bucket_size": 0}}, "reduce_bucket_size is 0"),
+        ({"zero_optimization": {"reduce_bucket_size": True}}, "reduce_bucket_size is True"),
+        ({"gradient_clipping": "abc"}, "gradient_clipping is 'abc', expected a number from 0"),
+        ({"gradient_clipping": -1}, "gradient_clipping is -1"),
+        ({"gradient_clipping": float("nan")}, "gradient_clipping is nan"),
+        ({"bf16": {"enabled": "no"}}, "bf16.enabled is 'no', expected true or false"),
+        ({"flops_profiler": {"enabled": 1}}, "flops_profiler.enabled is 1"),
+        ({"a": {"b": {"enabled": None}}}, "a.b.enabled is None"),
+        ({"tensorboard": {"enabled": True}}, "MLflow gets the metrics: remove tensorboard"),
+        ({"wandb": {"enabled": True}}, "remove wandb"),
+        ({"curriculum_learning": {"enabled": True}}, "which rows a step sees"),
+        ({"optimizer": {"type": "Muon"}}, "set optimizer.name to muon, with ZeRO stage 0"),
+        (
+            {
+                "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+                "zero_force_ds_cpu_optimizer": True,
+            },
+            "the optimizers here are torch's: remove it",
+        ),
     ],
 )
 def test_a_value_of_the_wrong_form_is_named(section: dict[str, Any], message: str) -> None:
