@@ -10,9 +10,10 @@ from pydantic import BaseModel
 
 from cluster.config import load_config
 from jobs.compression.config import CompressConfig
-from jobs.data.config import DataConfig
+from jobs.data.config import DataConfig, ExistingTokenizer
 from jobs.evaluation.config import EvaluateConfig
 from jobs.exporting.config import ExportConfig
+from jobs.models.config import CausalLmConfig, PretrainedLmConfig
 from jobs.promotion.config import ServiceConfig
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
@@ -61,3 +62,28 @@ def test_a_file_opens_with_the_command_that_runs_it(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     relative = path.relative_to(ROOT).as_posix()
     assert re.fullmatch(rf"# heliostat .*--config {re.escape(relative)}( .*)?", first)
+
+
+def test_the_recipe_of_the_training_page_runs_as_printed(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    loaded = {}
+    for kind, name, body in re.findall(
+        r"```yaml\n# configs/(\w+)/(\w+)\.yaml\n(.*?)```", page, re.DOTALL
+    ):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(body, encoding="utf-8")
+        loaded[name] = load_config(path, TYPES[kind])
+    corpus, base, assistant = (loaded[f"my_{name}"] for name in ("corpus", "base", "assistant"))
+    assert isinstance(base, TrainConfig)
+    assert isinstance(base.model, CausalLmConfig)
+    assert base.data == corpus
+    assert isinstance(assistant, TrainConfig)
+    assert isinstance(assistant.model, PretrainedLmConfig)
+    tokenizer = assistant.data.text.tokenizer
+    assert isinstance(tokenizer, ExistingTokenizer)
+    assert assistant.model.base == tokenizer.path == f"{base.name}@candidate"
+    assert base.model.max_context_tokens is not None
+    assert assistant.data.text.sequence_length <= base.model.max_context_tokens
+    # A base trained here has a tokenizer of its own, which knows no chats.
+    assert tokenizer.chat_template is not None
+    assert (ROOT / tokenizer.chat_template).is_file()
