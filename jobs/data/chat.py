@@ -31,6 +31,17 @@ Mask = npt.NDArray[np.bool_]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+def check_chat_template(files: TokenizerFiles) -> None:
+    """Raises InputError if the tokenizer has none."""
+    if not files.chat_template:
+        raise InputError(
+            f"'{files.name}' has no chat template",
+            hint="give one with data.text.tokenizer.chat_template=FILE "
+            "(jobs/data/plain_chat.jinja is a plain one)",
+            param="data.text.tokenizer.chat_template",
+        )
+
+
 @functools.lru_cache(maxsize=2)
 def make_chat_encoder(files: TokenizerFiles) -> ChatEncoder:
     return ChatEncoder(files)
@@ -40,13 +51,8 @@ class ChatEncoder:
     """Raises InputError if the tokenizer has no chat template."""
 
     def __init__(self, files: TokenizerFiles) -> None:
+        check_chat_template(files)
         self._template = files.chat_template
-        if not self._template:
-            raise InputError(
-                f"'{files.name}' has no chat template",
-                hint="give one with data.text.tokenizer.chat_template=FILE",
-                param="data.text.tokenizer.chat_template",
-            )
         self._special_tokens = files.special_tokens
         # As `TextProcessor` does when it serves: what a user wrote stays plain text.
         self._plain, self._marked = files.load(), files.load()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from jobs.data.chat import make_chat_encoder
+from jobs.data.chat import check_chat_template, make_chat_encoder
 from jobs.data.config import BpeTokenizer, CharacterTokenizer, DataConfig
 from jobs.data.corpus import existing_tokenizer, plan_corpus
 from jobs.data.documents import Document, batched, measure
@@ -53,6 +53,8 @@ def expected_vocab_size(config: DataConfig) -> int:
         return len(seen) + 1
     files = existing_tokenizer(config)
     assert files is not None
+    if config.is_chat:
+        check_chat_template(files)
     return files.vocab_size
 
 

@@ -20,6 +20,7 @@ from jobs.data.catalog import DatasetCatalog
 from jobs.data.chat import ChatEncoder
 from jobs.data.config import DataConfig, ExistingTokenizer
 from jobs.data.dataset import DOCUMENT_STARTS, LOSS_MASK, TOKENS, Dataset
+from jobs.data.inspection import expected_vocab_size
 from jobs.data.packing import ChatPacker
 from jobs.data.tokenizer_files import read_tokenizer
 from jobs.data.tokenizing import train_bpe
@@ -266,7 +267,7 @@ def test_a_dataset_of_conversations(catalog: DatasetCatalog, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "template", "message"),
     [
-        ({}, "", "has no chat template; give one with data.text.tokenizer.chat_template=FILE"),
+        ({}, "", "has no chat template; give one with data.text.tokenizer.chat_template=FILE "),
         ({"auto_map": {"AutoTokenizer": "code.Mine"}}, PLAIN, "asks for code of its own"),
         ({"eos_token": None}, PLAIN, "names no eos_token"),
     ],
@@ -277,6 +278,15 @@ def test_a_tokenizer_that_will_not_do_is_refused(
     make_tokenizer(tmp_path / "tokenizer", template, **settings)
     with pytest.raises(InputError, match=message):
         catalog.ensure(config_of(tmp_path, [TALK, TALK[1:3], TALK[3:]]))
+
+
+def test_a_look_at_the_vocabulary_already_refuses_a_tokenizer_without_a_template(
+    tmp_path: Path,
+) -> None:
+    make_tokenizer(tmp_path / "tokenizer", "")
+    config = config_of(tmp_path, [TALK, TALK[1:3], TALK[3:]])
+    with pytest.raises(InputError, match=r"\(jobs/data/plain_chat\.jinja is a plain one\)"):
+        expected_vocab_size(config)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(
