@@ -7,7 +7,7 @@ drove the run. Kept across restarts: useful seconds lie in every checkpoint, the
 
     goodput = Goodput(began_at=state.began_at)
     goodput.observe(event)
-    goodput.share(), goodput.breakdown()      # 0.91, {'useful': 0.91, 'restart': 0.05, …}
+    goodput.share(), goodput.breakdown()      # 0.91, {'useful': 0.91, 'start': 0.05, …}
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Goodput:
         now = self._clock()
         if isinstance(event, Started):
             # Up to a logging interval of steps that nobody heard of is in it.
-            self._spent_s["restart"] += now - self._last_heard_at
+            is_first = not self._has_started and event.first_step == 0
+            self._spent_s["start" if is_first else "restart"] += now - self._last_heard_at
             self._start_from(event.useful_s)
             self._settle_warm_up()
         elif isinstance(event, Progress):
@@ -58,9 +59,10 @@ class Goodput:
     def breakdown(self) -> dict[str, float]:
         """Shares of all seconds since the beginning; they add up to 1.
 
-        useful; lost: steps that were taken again; restart: starts and restarts, from the last sign
-        of life; warm_up: what first steps took longer; checkpoint, evaluate: while training waited;
-        before: up to this driver's start, what was useful left out; other.
+        useful; lost: steps that were taken again; start: up to the first step of all; restart:
+        likewise for what went on, from the last sign of life; warm_up: what first steps took
+        longer; checkpoint, evaluate: while training waited; before: up to this driver's start, what
+        was useful left out; other.
         """
         elapsed_s = max(self._elapsed_s(), 1e-9)
         spent = dict(self._spent_s)

@@ -126,7 +126,8 @@ def test_goodput_counts_each_step_once_and_accounts_for_the_rest() -> None:
     assert found == {
         "useful": 66.0,
         "lost": 35.0,
-        "restart": 20.0,
+        "start": 10.0,
+        "restart": 10.0,
         "warm_up": 12.0,
         "checkpoint": 1.0,
         "evaluate": 2.0,
