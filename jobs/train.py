@@ -37,7 +37,7 @@ from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.elastic import check_worker_counts
 from jobs.training.estimate import estimate
 from jobs.training.following import followed
-from jobs.training.launchers import Launcher, LocalLauncher, follow
+from jobs.training.launchers import Launcher, LocalLauncher, check_local_device, follow
 from jobs.training.matmul_peak import PEAKS_FILE
 from jobs.training.monitor import check_metrics
 from jobs.training.parallelism import Layout
@@ -161,6 +161,8 @@ def check_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """The ds_config that workers will use; raises before anything is started."""
     if config.launcher == "ray":
         check_worker_counts(config)
+    else:
+        check_local_device(config)
     plan = BatchPlan.of(config, Layout.of(config, world_size).num_copies)
     deepspeed_config = make_deepspeed_config(config, plan)
     require_compiler(deepspeed_config)

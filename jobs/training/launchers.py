@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
+
+from cluster.errors import MachineError
+from jobs.training.config import TrainConfig
 from jobs.training.events import Event, Sink
 from jobs.training.process_group import start_process_group
 from jobs.training.stopping import stop_on_signals
@@ -52,6 +56,16 @@ class LocalLauncher:
         group = start_process_group()
         with stop_on_signals() as request:
             return run_worker(group.from_first(job), sink, request.is_set)
+
+
+def check_local_device(config: TrainConfig) -> None:
+    """Raises MachineError if this process is to train on a GPU that is not there."""
+    if config.device == "gpu" and not torch.cuda.is_available():
+        raise MachineError(
+            "device is 'gpu', and this machine has none that torch can use",
+            hint="set device to cpu or auto",
+            param="device",
+        )
 
 
 def follow() -> None:
