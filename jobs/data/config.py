@@ -236,8 +236,9 @@ class TextConfig(StrictModel):
     """Longer documents are left out."""
     long_conversations: Literal["cut", "drop"] = "cut"
     """What to do with a conversation of more than `sequence_length` + 1 tokens."""
-    sequence_length: int = Field(256, ge=2)
-    """Tokens predicted per row; a row stores one more, to predict from."""
+    sequence_length: int = Field(256, ge=2, le=2**17)
+    """Tokens predicted per row; a row stores one more, to predict from. The limit is
+    the context of today's open models; planning a longer row would take minutes."""
 
 
 class DataConfig(StrictModel):

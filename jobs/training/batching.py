@@ -6,10 +6,13 @@ plan.accumulation_steps    # 4
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError
 from jobs.training.config import TrainConfig
+
+_MAX_CHOICES = 12
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,16 @@ class BatchPlan:
             )
         micro = micro_batch_size or share
         if share % micro:
-            divisors = [n for n in range(1, share + 1) if share % n == 0]
+            nearest = sorted(divisors(share), key=lambda count: abs(count - micro))[:_MAX_CHOICES]
             raise ConfigError(
                 f"micro_batch_size {micro} does not divide a worker's {share} rows per step",
-                hint=f"choose one of: {', '.join(map(str, divisors))}",
+                hint=f"choose one of: {', '.join(map(str, sorted(nearest)))}",
                 param="micro_batch_size",
             )
         return cls(batch_size, micro, share // micro, world_size)
+
+
+def divisors(number: int) -> list[int]:
+    """Of a positive number, sorted; in the time of its square root."""
+    small = [count for count in range(1, math.isqrt(number) + 1) if number % count == 0]
+    return sorted({*small, *(number // count for count in small)})

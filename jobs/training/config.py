@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from cluster.config import StrictModel
 from cluster.storage import OBJECT_STORES
@@ -198,10 +198,15 @@ class ParallelismConfig(StrictModel):
     """Workers that hold consecutive layers; give micro_batch_size, so that they work at once."""
 
 
+def _as_text(value: Any) -> Any:
+    # YAML takes 4090 for a number; it is answered with the names that there are.
+    return str(value) if isinstance(value, int) else value
+
+
 class PlannerConfig(StrictModel):
     """What `--check` plans for."""
 
-    device: str = ""
+    device: Annotated[str, BeforeValidator(_as_text)] = ""
     """What each worker has: a name (h100-80g, laptop-16g, …) or a size (24GiB, a GPU's); empty
     means this machine."""
 
@@ -222,7 +227,7 @@ class TrainConfig(StrictModel):
     early_stopping: EarlyStoppingConfig | None = None
     steps: int = Field(ge=1)
     """Optimizer steps, at most."""
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=2**31)
     """Rows per step over all workers; what a step sees never depends on their number."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Rows per worker at a time; None means a worker's whole share at once."""
@@ -240,7 +245,7 @@ class TrainConfig(StrictModel):
     num_workers: int = Field(2, ge=1)
     """Processes that share a batch, or, by `parallelism`, the model."""
     parallelism: ParallelismConfig = ParallelismConfig()
-    threads_per_worker: int = Field(1, ge=1)
+    threads_per_worker: int = Field(1, ge=1, le=1024)
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: one GPU per worker where the cluster has that many, else CPUs."""
     launcher: Literal["ray", "local"] = "ray"
@@ -258,9 +263,10 @@ class TrainConfig(StrictModel):
     min_workers: int | None = Field(None, ge=1)
     """Go on with so few of `num_workers` where no more can be placed, and with more when they can
     be; None means never with less. A copy of the model stays whole."""
-    hang_timeout_s: float = Field(600.0, gt=0)
+    hang_timeout_s: float = Field(600.0, ge=1)
     """A worker that shows no sign of life (a step, a batch of an evaluation) for so long has hung:
-    it and its peers are replaced. Longer than the slowest step, its compilation included."""
+    it and its peers are replaced, or, with launcher local, ended. Longer than the slowest step, its
+    compilation included."""
     recovery: RecoveryConfig = RecoveryConfig()
     planner: PlannerConfig = PlannerConfig()
     tenant: Name = "local"

@@ -68,7 +68,7 @@ def find_device(name: str, num_workers: int) -> Device:
     if match := _SIZE.fullmatch(name):
         return Device(name, round(float(match[1]) * _UNITS[match[2]]), True, {})
     known = [*_GPUS, *_MACHINES_GIB]
-    near = difflib.get_close_matches(name, known, n=1)
+    near = [one for one in known if name in one] or difflib.get_close_matches(name, known, n=1)
     raise ConfigError(
         f"planner.device '{name}' is not known" + (f"; did you mean '{near[0]}'?" if near else ""),
         hint=f"expected a size such as 24GiB, or one of: {', '.join(known)}",

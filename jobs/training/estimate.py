@@ -18,7 +18,7 @@ import torch
 from jobs.models.config import LanguageModelConfig
 from jobs.models.families import make_family
 from jobs.models.family import DataShape, Family
-from jobs.training.batching import BatchPlan
+from jobs.training.batching import BatchPlan, divisors
 from jobs.training.config import TrainConfig
 from jobs.training.deepspeed_config import make_deepspeed_config
 from jobs.training.deepspeed_section import enabled, zero_stage
@@ -124,7 +124,9 @@ class Estimate:
                 f"({_size(self.memory.copies)}); deepspeed.bf16.enabled=true does not"
             )
         if self.best is None:
-            yield "            no ZeRO stage and no number of workers makes it fit"
+            yield (
+                "            at this precision no ZeRO stage and no number of workers makes it fit"
+            )
             return
         workers = f"{self.best_world_size} workers" if self.best_world_size > 1 else "1 worker"
         yield (
@@ -135,8 +137,9 @@ class Estimate:
     def _time(self) -> Iterator[str]:
         if self.step_s is None or self.peak_flops is None:
             return
+        duration = f"{self.step_s:,.2f} s" if self.step_s >= 1 else f"{self.step_s * 1e3:,.2g} ms"
         yield (
-            f"time        {self.step_s:,.2f} s a step, {format_duration(self.step_s * self.steps)} "
+            f"time        {duration} a step, {format_duration(self.step_s * self.steps)} "
             f"in all, at {_ASSUMED_UTILISATION:.0%} of {self.peak_flops / 1e12:,.2f} TFLOP/s a "
             "worker"
         )
@@ -234,8 +237,7 @@ def _best(
     """On as many workers as given, or else on the fewest doublings of them."""
     layout = workload.layout
     while layout.world_size <= _MAX_WORKERS and config.batch_size % layout.num_copies == 0:
-        share = config.batch_size // layout.num_copies
-        rows = [count for count in range(1, share + 1) if share % count == 0]
+        rows = divisors(config.batch_size // layout.num_copies)
         planner = Planner(footprint, dataclasses.replace(workload, layout=layout))
         best = planner.best(device, rows, _possible_stages(config, layout))
         if best is not None:

@@ -7,6 +7,7 @@ with followed(config, settings, dataset, run, state, tracker) as sink:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 from cluster.database import open_database
@@ -16,7 +17,7 @@ from cluster.tracking import RunTracker
 from jobs.data.dataset import Dataset
 from jobs.training.config import TrainConfig
 from jobs.training.event_log import EVENTS_FILE, EventLog
-from jobs.training.events import Event, Fault, Sink
+from jobs.training.events import UNKNOWN_STEP, Event, Fault, Progress, Sink
 from jobs.training.goodput import Goodput
 from jobs.training.reporter import Reporter
 from jobs.training.run_directory import RunDirectory, RunState
@@ -43,7 +44,15 @@ def followed(
         num_workers=config.num_workers,
     )
 
+    last_step = 0
+
     def hear(event: Event) -> None:
+        nonlocal last_step
+        if isinstance(event, Progress):
+            last_step = event.step
+        elif isinstance(event, Fault) and event.step == UNKNOWN_STEP:
+            # Ray's controller and watchdogs know of no steps: the last one seen is put in.
+            event = dataclasses.replace(event, step=last_step)
         meter.observe(event)
         reporter(event)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from typing import Any
 from cluster.errors import HeliostatError, JobFailedError, MachineError, NotRunningError
 from cluster.settings import Settings
 from jobs.training.config import TrainConfig
-from jobs.training.events import UNKNOWN_STEP, Event, Fault, Progress, Sink
+from jobs.training.events import Sink
 from jobs.training.stopping import StopRequest, stop_on_signals
 from jobs.training.worker import Outcome, WorkerJob, run_worker
 
@@ -222,24 +221,8 @@ def _forwarded(sink: Sink) -> Iterator[Any]:
 
 
 def _forward(queue: Any, sink: Sink) -> None:
-    tell = _with_steps(sink)
     while (event := queue.get()) is not None:
-        tell(event)
-
-
-def _with_steps(sink: Sink) -> Sink:
-    """Ray's controller knows of faults but not of steps: the last one seen is put in."""
-    last_step = 0
-
-    def tell(event: Event) -> None:
-        nonlocal last_step
-        if isinstance(event, Progress):
-            last_step = event.step
-        elif isinstance(event, Fault) and event.step == UNKNOWN_STEP:
-            event = dataclasses.replace(event, step=last_step)
         sink(event)
-
-    return tell
 
 
 class _StopSignal:

@@ -100,16 +100,21 @@ def run_worker(job: WorkerJob, sink: Sink, is_stopping: IsStopping = lambda: Fal
     def report_hang(seconds: float) -> None:
         # The second speaks where the first is the one that hangs.
         if group.rank <= 1:
-            sink(Fault(UNKNOWN_STEP, "worker_hung", _hang_text(group.rank, seconds)))
+            sink(Fault(UNKNOWN_STEP, "worker_hung", hang_text(job.config, group.rank, seconds)))
 
     with Watchdog(job.config.hang_timeout_s, report_hang) as watchdog:
         return _Worker(job, group, tell, is_stopping, watchdog).run()
 
 
-def _hang_text(rank: int, seconds: float) -> str:
+def hang_text(config: TrainConfig, rank: int, seconds: float) -> str:
+    """What a worker says that its watchdog ends, and what comes next."""
+    if config.launcher == "ray":
+        what_follows = "it ends, so that all are replaced"
+    else:
+        what_follows = "it ends; run it again to resume"
     return (
-        f"worker {rank} has waited {seconds:.0f} s for the others (hang_timeout_s); it ends, so "
-        "that all are replaced"
+        f"worker {rank} has shown no sign of life for {seconds:.0f} s (hang_timeout_s); "
+        f"{what_follows}"
     )
 
 

@@ -80,12 +80,15 @@ def test_what_does_not_fit_names_what_would(plan_for: Any) -> None:
     assert any("micro_batch_size up to" in line for line in lines)
     tiny = plan_for(planner={"device": "100MiB"})
     assert tiny.best is None
-    assert any("no ZeRO stage" in line for line in tiny.lines())
+    assert any("at this precision no ZeRO stage" in line for line in tiny.lines())
 
 
 def test_an_unknown_device_is_one_line_with_the_nearest(plan_for: Any) -> None:
     with pytest.raises(ConfigError, match="did you mean 'h100-80g'"):
         plan_for(planner={"device": "h100-80gb"})
+    # Unquoted in YAML it is a number.
+    with pytest.raises(ConfigError, match="'4090' is not known; did you mean 'rtx4090-24g'"):
+        plan_for(planner={"device": 4090})
 
 
 def test_workers_on_one_machine_share_its_memory() -> None:

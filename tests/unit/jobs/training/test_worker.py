@@ -205,11 +205,18 @@ def test_an_existing_ds_config_trains(
     assert rates[-1] == pytest.approx(2e-3)
 
 
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"zero_optimization": {"stage": 1, "sub_group_size": -1}}, "sub_group_size: "),
+        ({"checkpoint": {"tag_validation": "perhaps"}}, "tag_validation"),
+    ],
+)
 def test_what_deepspeed_refuses_is_one_line(
-    make_config: MakeConfig, digits: Dataset, tmp_path: Path
+    make_config: MakeConfig, digits: Dataset, tmp_path: Path, section: dict[str, Any], key: str
 ) -> None:
-    config = make_config(deepspeed={"zero_optimization": {"stage": 1, "sub_group_size": -1}})
-    with pytest.raises(ConfigError, match=r"DeepSpeed refuses the .*: sub_group_size: ") as caught:
+    config = make_config(deepspeed=section)
+    with pytest.raises(ConfigError, match=f"DeepSpeed refuses the .*{key}") as caught:
         run(config, digits, tmp_path, Recorder())
     assert "\n" not in str(caught.value)
 
