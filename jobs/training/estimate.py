@@ -224,6 +224,7 @@ def _workload(
         bucket_numbers=int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET_NUMBERS)),
         offloads_optimizer=str(offload.get("device", "none")) != "none",
         is_gpu=device.is_gpu,
+        under_ray=config.launcher == "ray",
     )
 
 

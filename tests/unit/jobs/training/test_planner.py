@@ -17,7 +17,7 @@ from jobs.training.estimate import Estimate, estimate
 from jobs.training.expected_shape import expected_shape
 from jobs.training.footprint import Footprint, Trace, trace_footprint
 from jobs.training.parallelism import Layout
-from jobs.training.planner import CPU_BASELINE_BYTES, Planner, Workload
+from jobs.training.planner import CPU_BASELINE_BYTES, RAY_BYTES, Planner, Workload
 from tests.unit.jobs.training.conftest import MakeConfig
 from tests.unit.jobs.training.ranks import run_ranks
 
@@ -42,7 +42,8 @@ LLAMA_70B: dict[str, Any] = {
 def plan_for(make_config: MakeConfig) -> Any:
     def plan(world_size: int = 1, **values: Any) -> Estimate:
         model = {"family": "causal_lm", "hidden_size": 64, "num_layers": 4, "num_heads": 4}
-        config = make_config(**{"data": TEXT, "model": model, "batch_size": 16, **values})
+        defaults = {"data": TEXT, "model": model, "batch_size": 16, "launcher": "local"}
+        config = make_config(**{**defaults, **values})
         return estimate(config, world_size)
 
     return plan
@@ -81,6 +82,12 @@ def test_what_does_not_fit_names_what_would(plan_for: Any) -> None:
     tiny = plan_for(planner={"device": "100MiB"})
     assert tiny.best is None
     assert any("at this precision no ZeRO stage" in line for line in tiny.lines())
+
+
+def test_a_worker_under_ray_holds_ray_too(plan_for: Any) -> None:
+    alone, under_ray = (plan_for(launcher=launcher).memory for launcher in ("local", "ray"))
+    assert under_ray.framework - alone.framework == RAY_BYTES
+    assert under_ray.peak_bytes - alone.peak_bytes == RAY_BYTES
 
 
 def test_an_unknown_device_is_one_line_with_the_nearest(plan_for: Any) -> None:
@@ -137,7 +144,7 @@ def test_the_plan_of_layers_traced_is_that_of_all_layers(make_config: MakeConfig
 def test_sharding_more_never_keeps_more(is_gpu: bool) -> None:
     nothing = {(layers, rows): Trace(0, 0, 0) for layers in (1, 2) for rows in (1, 2)}
     footprint = Footprint({"w": 1_000_000}, 1_000_000, 0, nothing)
-    workload = Workload(Layout(8), 4, 2, False, 10_000, False, is_gpu)
+    workload = Workload(Layout(8), 4, 2, False, 10_000, False, is_gpu, False)
     kept = []
     for stage in (0, 1, 2, 3):
         memory = Planner(footprint, workload).memory(stage, 1)
@@ -192,6 +199,7 @@ def check_plan(name: str, case: Any, make_config: MakeConfig) -> None:
         batch_size=rows * world_size,
         micro_batch_size=rows,
         deepspeed={"zero_optimization": {"stage": stage}},
+        launcher="local",
         **values,
     )
     memory = estimate(config, world_size).memory
