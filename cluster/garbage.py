@@ -129,6 +129,7 @@ def _checkpoints(run: Path) -> Iterator[Garbage]:
         return
     try:
         storage = Storage.open(state[_LOCATION])
+        storage.require_root()
         saved = storage.directories(state[_NAME])
     except HeliostatError as error:
         _logger.warning("checkpoints of run %s are left alone: %s", run.name, error.message)

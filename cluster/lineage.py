@@ -106,6 +106,7 @@ def _dataset_link(digest: str, settings: Settings, with_data: bool, depth: int) 
         return Link("dataset", digest, "unknown", "the manifest names none", depth)
     try:
         storage = Storage.open(settings.storage_root)
+        storage.require_root()
         directory = _find_dataset(storage, match[1])
         note = _verify_dataset(storage, directory, digest, with_data)
     except (NotFoundError, NotRunningError) as error:

@@ -57,7 +57,7 @@ class Storage:
 
     @classmethod
     def open(cls, root: str) -> Storage:
-        """Open a folder (made if absent), `s3://bucket/prefix` or `gs://bucket/prefix`.
+        """Open a folder (made by the first write), `s3://bucket/prefix` or `gs://bucket/prefix`.
 
         Raises:
             ConfigError: not a root this door knows.
@@ -67,8 +67,6 @@ class Storage:
         scheme, separator, _ = root.partition("://")
         if not separator or scheme == "file":
             folder = Path(root.removeprefix("file://")).expanduser().absolute()
-            with _errors_named(str(folder)):
-                folder.mkdir(parents=True, exist_ok=True)
             return cls(fs.LocalFileSystem(), str(folder), str(folder), folder)
         if scheme not in OBJECT_STORES:
             raise ConfigError(
@@ -90,6 +88,14 @@ class Storage:
     def is_folder(self) -> bool:
         """Whether the root is a folder, rather than in an object store."""
         return self._folder is not None
+
+    def require_root(self) -> None:
+        """Raises NotRunningError for a folder that is not there, as of a disk not mounted."""
+        if self._folder is not None and not self._folder.is_dir():
+            raise NotRunningError(
+                f"storage folder {self.root} is not there",
+                hint="mount its disk, or check HELIOSTAT_STORAGE_URL",
+            )
 
     def path(self, key: str) -> str:
         """Where `key` lies, for people and for tools: a path or a URL."""
@@ -201,7 +207,7 @@ class Storage:
         with _errors_named(self.root):
             parent = self._folder / _STAGING if self._folder is not None else None
             if parent is not None:
-                parent.mkdir(exist_ok=True)
+                parent.mkdir(parents=True, exist_ok=True)
             stage = Path(tempfile.mkdtemp(prefix="stage-", dir=parent))
             # mkdtemp's 0700 would hide what is published from other users of a shared folder.
             stage.chmod(0o755)

@@ -146,6 +146,7 @@ def verify(
     version = _registry().resolve(ModelRef.parse(target))
     try:
         storage = Storage.open(settings.storage_root)
+        storage.require_root()
         cache, keyset = settings.package_cache_dir, open_keyset(settings)
         with fetched(version.digest, storage, cache, keyset) as copy:
             package = verify_directory(
@@ -227,6 +228,8 @@ def rekey() -> None:
             "packages are not encrypted here", hint="set HELIOSTAT_ENCRYPT_PACKAGES=true first"
         )
     storage = Storage.open(settings.storage_root)
+    # Without its packages, a keyset would lose the keys that they need.
+    storage.require_root()
     done = rekey_all(storage, keyset, say=lambda line: typer.echo(line, err=True))
     detail = {"num_packages": done.num_packages, "is_new": done.is_new}
     audit = AuditLog(open_database(settings.database))

@@ -70,6 +70,7 @@ def open_digest(digest: str, settings: Settings) -> ModelPackage:
     """
     try:
         storage = Storage.open(settings.storage_root)
+        storage.require_root()
         storage.exists(package_key(digest))
     except NotRunningError as error:
         if (copy := open_copy(digest, settings)) is None:

@@ -197,7 +197,6 @@ def test_this_machines_copy_verifies_while_storage_is_down(
         if number == 1:
             run("show", f"{name}/1")  # makes the copy
     url = "s3://a:b@bucket/root?scheme=http&endpoint_override=127.0.0.1%3A9&region=us-east-1"
-    (tmp_path / "unmounted").touch()
     url = url if storage == "s3" else str(tmp_path / "unmounted" / "storage")
     monkeypatch.setenv("HELIOSTAT_STORAGE_URL", url)
     verified = run("verify", f"{name}/1")
@@ -208,6 +207,7 @@ def test_this_machines_copy_verifies_while_storage_is_down(
         assert "is this machine's verified copy" in caplog.text
         fails(NotRunningError, "show", f"{name}/2")
         fails(NotRunningError, "verify", f"{name}/2")
+    assert not (tmp_path / "unmounted").exists(), "reading makes no folder"
 
 
 def test_a_tampered_package_does_not_verify(home: Path, graph: Path, name: str) -> None:
