@@ -27,6 +27,7 @@ def describe(package: ModelPackage) -> dict[str, Any]:
         "inputs": [str(spec) for spec in public_inputs(manifest)],
         "outputs": [str(spec) for spec in public_outputs(manifest)],
         "metrics": manifest.metrics,
+        "quantisation": manifest.quantisation,
         "parity": manifest.parity,
         "files": {name: entry.size_bytes for name, entry in sorted(manifest.files.items())},
     }

@@ -135,11 +135,17 @@ def verify(
         open_trust,
         verify_directory,
     )
+    from cluster.model_package.stored import ENCRYPTION
     from cluster.storage import Storage
 
     settings = load_settings()
     trust = open_trust(settings)
     if Path(target).is_dir():
+        if (Path(target) / ENCRYPTION).exists():
+            raise UsageError(
+                f"'{target}' is encrypted, as packages lie in storage",
+                hint="verify the version by its name: `heliostat models verify NAME/VERSION`",
+            )
         package = verify_directory(Path(target), trust, allow_unsigned=settings.allow_unsigned)
         _print_verified(package, settings, data, as_json)
         return

@@ -7,7 +7,10 @@ Pure text from the manifest; knows nothing of MLflow.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from pydantic import JsonValue
 
 from cluster.model_package.manifest import Manifest
 from cluster.processing import public_inputs, public_outputs
@@ -50,6 +53,8 @@ def model_card(digest: str, manifest: Manifest, links: CardLinks = CardLinks()) 
         _facts(digest, manifest, links),
         _interface(manifest),
         _table("Metrics", ("metric", "value"), [(n, f"{v:.6g}") for n, v in _metrics(manifest)]),
+        _plain("Quantisation", manifest.quantisation),
+        _plain("Parity with what it was derived from", manifest.parity),
         _table(
             "Files",
             ("file", "bytes"),
@@ -98,6 +103,15 @@ def _interface(manifest: Manifest) -> str:
 
 def _metrics(manifest: Manifest) -> list[tuple[str, float]]:
     return sorted(manifest.metrics.items())
+
+
+def _plain(title: str, values: Mapping[str, JsonValue]) -> str:
+    rows = [(name.replace("_", " "), _cell(value)) for name, value in sorted(values.items())]
+    return _table(title, ("", ""), rows)
+
+
+def _cell(value: JsonValue) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _table(title: str, heads: tuple[str, ...], rows: list[tuple[str, str]]) -> str:

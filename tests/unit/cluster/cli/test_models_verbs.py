@@ -28,7 +28,7 @@ from cluster.errors import (
     UsageError,
 )
 from cluster.evaluations import EvaluationRecord
-from cluster.model_package import ensure_local_key
+from cluster.model_package import Keyset, ensure_local_key
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
 from cluster.settings import Settings
@@ -217,6 +217,17 @@ def test_a_tampered_package_does_not_verify(home: Path, graph: Path, name: str) 
     for target in (f"{name}/1", row["location"]):
         assert "model/extra.json" in fails(ExtraFileError, "verify", target)
     assert not list((home / "cache/packages").glob(".incoming-*"))
+
+
+def test_an_encrypted_directory_is_said_to_be_one(
+    home: Path, graph: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HELIOSTAT_ENCRYPT_PACKAGES", "true")
+    Keyset(home / "keys/encryption_keyset.json").ensure()
+    run("import", str(graph), "--name", name)
+    (row,) = read("list", name)
+    assert "is encrypted" in fails(UsageError, "verify", row["location"])
+    assert "verified: sha256:" in run("verify", f"{name}/1").stdout
 
 
 def test_a_package_from_elsewhere_needs_its_key(

@@ -26,6 +26,17 @@ def test_a_card_names_origin_size_and_quality() -> None:
     assert len(card) <= MAX_CHARACTERS
 
 
+def test_a_card_says_what_was_made_of_its_parent() -> None:
+    derived = {
+        "quantisation": {"method": "int8_dynamic", "num_bits": 8},
+        "parity": {"largest_difference": 0.0123456, "tolerance": 0.1},
+    }
+    card = model_card("sha256:2", MANIFEST.model_copy(update=derived))
+    for text in ("| num bits | 8 |", "int8_dynamic", "| largest difference | 0.0123 |"):
+        assert text in card
+    assert "Quantisation" not in model_card("sha256:2", MANIFEST)
+
+
 def test_tags_leave_out_what_is_not_known() -> None:
     tags = version_tags("sha256:2", MANIFEST, "there")
     assert tags["heliostat.parent"] == "sha256:1"
