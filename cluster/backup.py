@@ -43,7 +43,7 @@ MLFLOW_DATABASE = "mlflow.db"
 # Of the home directory; the rest is made anew by `up`.
 _KEPT = ("keys", "runs")
 # Names of files that belong to running or interrupted processes.
-_PASSING = ("lock", ".partial-")
+_PASSING = ("lock", ".partial-", ".new-")
 
 
 class MemberInfo(StrictModel):

@@ -27,7 +27,9 @@ from cluster.errors import (
     ConflictError,
     MachineError,
     NotFoundError,
+    NotRunningError,
     RevokedKeyError,
+    SignatureError,
     UnknownKeyError,
     UsageError,
     as_machine_error,
@@ -194,8 +196,10 @@ class SigningKeys:
         return matching[0]
 
     def known(self) -> list[SigningKey]:
-        """Every known key, those that may sign first."""
-        local = fingerprint_of(public_pem(self.private_key)) if self.private_key.exists() else ""
+        """Every known key, those that may sign first; none is local if that cannot be read."""
+        local = ""
+        with contextlib.suppress(NotRunningError, SignatureError):
+            local = fingerprint_of(public_pem(self.private_key))
         revoked = {path.stem for path in self._trusted.glob("*.revoked")}
         trusted = {path.stem for path in self._trusted.glob("*.pub")} - revoked
         return [SigningKey(name, "trusted", name == local, "") for name in sorted(trusted)] + [

@@ -7,7 +7,10 @@ Knows nothing of where keys lie. The library is imported on first use.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +29,51 @@ def public_pem(private_key: Path) -> bytes:
 
     Raises:
         NotRunningError: there is no such file.
-        SignatureError: it cannot be read.
+        SignatureError: it cannot be read, or is not EC P-256.
     """
     from cryptography.hazmat.primitives import serialization
 
+    hint = "restore it, or move it away and run `heliostat up`"
     try:
-        key = serialization.load_pem_private_key(private_key.read_bytes(), None)
+        key = serialization.load_pem_private_key(_read_plain(private_key), None)
     except FileNotFoundError:
         raise NotRunningError(
             f"there is no signing key at {private_key}", hint="run `heliostat up` first"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    # Depending on what is wrong also UnsupportedAlgorithm, which is no ValueError.
+    except Exception as error:
         raise SignatureError(
-            f"signing key {private_key} cannot be read ({type(error).__name__})",
-            hint="restore it, or move it away and run `heliostat up`",
+            f"signing key {private_key} cannot be read ({type(error).__name__})", hint=hint
         ) from None
-    return _to_pem(key.public_key())
+    public: Any = key.public_key()
+    if not _is_p256(public):
+        raise SignatureError(
+            f"signing key {private_key} is not of the kind EC P-256, expected that", hint=hint
+        )
+    return _to_pem(public)
 
 
 def read_pem(path: Path) -> bytes:
-    """A file that may be a key. Raises InputError."""
+    """A plain file that may be a key. Raises InputError."""
     try:
-        with path.open("rb") as file:
-            return file.read(_MAX_PEM_BYTES)
+        return _read_plain(path)
     except OSError as error:
         raise InputError(
             f"'{path}' cannot be read: {error.strerror}", hint="give the PEM file of a public key"
         ) from None
 
 
+def _read_plain(path: Path) -> bytes:
+    """Does not wait for whoever writes into a pipe."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file")
+        return file.read(_MAX_PEM_BYTES)
+
+
 def normalised_pem(pem: bytes) -> bytes:
     """One spelling of each key, because the fingerprint is of the text."""
     from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
 
     if b"PRIVATE KEY" in pem:
         raise InputError(
@@ -69,12 +84,18 @@ def normalised_pem(pem: bytes) -> bytes:
     # Depending on what is wrong also UnsupportedAlgorithm, which is no ValueError.
     except Exception:
         key = None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+    if not _is_p256(key):
         raise InputError(
             "this is no public key of the kind EC P-256",
             hint="give a PEM file that begins with BEGIN PUBLIC KEY",
         )
     return _to_pem(key)
+
+
+def _is_p256(key: Any) -> bool:
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)
 
 
 def _to_pem(public_key: Any) -> bytes:

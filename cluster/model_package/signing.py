@@ -70,23 +70,30 @@ class Trust(Protocol):
 
 
 class LocalSigner:
-    """Signs with the local key of a directory.
+    """Signs with the local key of a directory, whichever that is by then.
 
     Raises:
         NotRunningError: there is no key yet.
-        RevokedKeyError: it may sign no more.
+        SignatureError: it cannot be read, or is not EC P-256.
+        RevokedKeyError: it may sign no more; `sign` and `fingerprint` look again.
     """
 
     def __init__(self, keys_dir: Path) -> None:
-        keys = SigningKeys(keys_dir)
-        self._path = keys.private_key
-        self.fingerprint = keys.local()
+        self._keys = SigningKeys(keys_dir)
+        self._keys.local()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._keys.local()
 
     def sign(self, directory: Path) -> None:
         from model_signing import signing
 
-        config = signing.Config().use_elliptic_key_signer(private_key=self._path)
+        self._keys.local()
+        config = signing.Config().use_elliptic_key_signer(private_key=self._keys.private_key)
         config.set_hashing_config(_hashing_config()).sign(directory, directory / SIGNATURE)
+        # Hashing takes a while, in which the key may be revoked.
+        self._keys.public_key(_named_key(_read_bundle(directory)))
 
 
 class TrustStore:

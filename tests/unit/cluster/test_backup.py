@@ -66,6 +66,7 @@ def fill(settings: Settings, tmp_path: Path) -> None:
     (checkpoints / ".partial-step-20").mkdir()
     (checkpoints / ".partial-step-20" / "state").write_bytes(b"half")
     (home / "runs" / "digits" / "lock").touch()
+    (settings.keys_dir / ".new-abc").write_text("the private key of a rotation that was killed")
 
 
 def package(settings: Settings, directory: Path) -> None:
@@ -113,6 +114,7 @@ def check(restored: Settings, key: str) -> None:
     assert (restored.home / "mlflow/artifacts/1/config.json").read_text() == "{}"
     found = {path.name for path in (restored.home / "runs").rglob("*") if path.is_file()}
     assert found == {"state"}
+    assert not list(restored.keys_dir.glob(".new-*"))
     assert (restored.home / "runs/digits/checkpoints/step-10/state").read_bytes() == b"state"
     assert restored.keys_dir.stat().st_mode & 0o777 == 0o700
     assert restored.api_key_path.stat().st_mode & 0o777 == 0o600

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -16,6 +18,7 @@ from cluster.errors import (
     MachineError,
     NotFoundError,
     RevokedKeyError,
+    SignatureError,
     UnknownKeyError,
     UsageError,
 )
@@ -26,7 +29,9 @@ from cluster.model_package import (
     TrustStore,
     ensure_local_key,
     open_package,
+    signing,
 )
+from cluster.model_package.pem import read_pem
 from cluster.storage import Storage
 
 
@@ -132,6 +137,79 @@ def test_a_new_key_leaves_old_signatures_good_until_the_old_one_is_revoked(
     (signed / "a.json").write_text("1")
     LocalSigner(keys_dir).sign(signed)
     assert trust.verify(signed).fingerprint == new
+
+
+def test_a_signer_looks_at_its_key_each_time(
+    keys: SigningKeys, keys_dir: Path, tmp_path: Path
+) -> None:
+    signer, directory = LocalSigner(keys_dir), tmp_path / "signed"
+    directory.mkdir()
+    (directory / "a.json").write_text("1")
+    assert signer.fingerprint == keys.local()
+    keys.revoke(keys.local(), reason="stolen meanwhile")
+    with pytest.raises(RevokedKeyError, match="stolen meanwhile"):
+        signer.sign(directory)
+    assert [path.name for path in directory.iterdir()] == ["a.json"]
+    new = keys.rotate_local()
+    signer.sign(directory)
+    assert signer.fingerprint == new == TrustStore(keys_dir).verify(directory).fingerprint
+
+
+def test_a_key_that_is_revoked_while_files_are_hashed_signs_nothing(
+    keys: SigningKeys, keys_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = signing._hashed
+
+    def revoked_meanwhile(*arguments: Any) -> Any:
+        keys.revoke(keys.local(), reason="stolen meanwhile")
+        return hashed(*arguments)
+
+    (tmp_path / "signed").mkdir()
+    monkeypatch.setattr(signing, "_hashed", revoked_meanwhile)
+    with pytest.raises(RevokedKeyError, match="stolen meanwhile"):
+        LocalSigner(keys_dir).sign(tmp_path / "signed")
+
+
+@pytest.mark.parametrize(
+    "key", [rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP384R1())]
+)
+def test_only_a_key_of_the_right_kind_signs(
+    tmp_path: Path, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
+) -> None:
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    (tmp_path / "signing_key.pem").write_bytes(pem)
+    for act in (lambda: ensure_local_key(tmp_path), lambda: LocalSigner(tmp_path)):
+        with pytest.raises(SignatureError, match="EC P-256") as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "trusted").glob("*.pub"))
+
+
+def test_a_broken_key_of_ones_own_hides_no_other(keys: SigningKeys, keys_dir: Path) -> None:
+    (key,) = keys.known()
+    keys.private_key.write_text("broken")
+    (found,) = keys.known()
+    assert (found.fingerprint, found.is_local) == (key.fingerprint, False)
+    keys.revoke(keys.find(key.fingerprint[:8]), reason="lost")
+    keys.rotate_local()
+    assert [(key.state, key.is_local) for key in keys.known()] == [
+        ("trusted", True),
+        ("revoked", False),
+    ]
+
+
+def test_a_pipe_is_no_key(keys: SigningKeys, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="no plain file"):
+        read_pem(tmp_path / "pipe")
+    keys.private_key.unlink()
+    os.mkfifo(keys.private_key)
+    with pytest.raises(SignatureError, match="cannot be read"):
+        keys.local()
 
 
 def test_a_strangers_key_can_be_trusted(keys: SigningKeys, tmp_path: Path) -> None:
