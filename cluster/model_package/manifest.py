@@ -84,7 +84,7 @@ class AdapterInfo(StrictModel):
 class Manifest(StrictModel):
     """Everything a package declares. File names are POSIX paths relative to the package."""
 
-    format_version: int = Field(FORMAT_VERSION, ge=1)
+    format_version: int = Field(FORMAT_VERSION, ge=1, strict=True)
     kind: Kind
     name: Line
     """Name it was published under; the registry may list it under others too."""
@@ -157,7 +157,8 @@ class Manifest(StrictModel):
         version = values.get("format_version") if isinstance(values, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise NewerFormatError(
-                f"the package has format version {version}, expected {FORMAT_VERSION} or older",
+                f"the package has format version {version!s:.40}, "
+                f"expected {FORMAT_VERSION} or older",
                 hint="upgrade Heliostat",
             )
         try:

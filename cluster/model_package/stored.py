@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
 
-from cluster.errors import DecryptionError, NotFoundError
+from cluster.errors import DecryptionError, ForbiddenFileError, NotFoundError
 from cluster.model_package.encryption import ALGORITHM, Keys, Keyset, bound_to
 from cluster.model_package.files import check_file_name, list_files
 from cluster.model_package.manifest import package_key
@@ -24,6 +25,8 @@ ENCRYPTION = "encryption.json"
 SUFFIX = ".aead"
 _FORMAT_VERSION = 1
 _COPY_BYTES = 1024**2
+# Of Tink: 32 bits without a sign.
+_KEY_IDS = range(2**32)
 
 
 def publish(directory: Path, digest: str, storage: Storage, keyset: Keyset | None) -> None:
@@ -84,7 +87,8 @@ def encryption_key_of(digest: str, storage: Storage) -> int | None:
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         version, algorithm, key_id = None, None, None
-    if (version, algorithm) != (_FORMAT_VERSION, ALGORITHM) or type(key_id) is not int:
+    is_known = type(version) is int and (version, algorithm) == (_FORMAT_VERSION, ALGORITHM)
+    if not is_known or type(key_id) is not int or key_id not in _KEY_IDS:
         raise DecryptionError(
             f"{ENCRYPTION} of package {digest} is not of format {_FORMAT_VERSION}, {ALGORITHM}",
             hint="upgrade Heliostat, or publish the package again",
@@ -104,6 +108,8 @@ def reencrypt(digest: str, storage: Storage, keys: Keys) -> None:
     was_encrypted = ENCRYPTION in names
     plain = [name for name in names if not name.endswith(SUFFIX) and name != ENCRYPTION]
     sealed = [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
+    if not was_encrypted:
+        _refuse_unknown_key(digest, sealed, plain)
     with storage.staging() as stage:
         for name in sealed if was_encrypted else plain:
             _reencrypt_file(digest, name, storage, keys, stage, was_encrypted)
@@ -148,24 +154,49 @@ def _fetch_plain(digest: str, storage: Storage, target: Path) -> int | None:
     if (key_id := encryption_key_of(digest, storage)) is not None:
         shutil.rmtree(target)
         return key_id
-    for sealed in target.rglob(f"*{SUFFIX}"):
+    sealed = [*target.rglob(f"*{SUFFIX}")]
+    plain = [path for path in target.rglob("*") if path.is_file()]
+    _refuse_unknown_key(digest, [str(p).removesuffix(SUFFIX) for p in sealed], [*map(str, plain)])
+    for path in sealed:
         # Of an encryption that was interrupted.
-        sealed.unlink()
+        path.unlink()
     return None
+
+
+def _refuse_unknown_key(digest: str, sealed: Collection[str], plain: Collection[str]) -> None:
+    """An encryption that was interrupted has all its plain files still.
+
+    Where one is gone, nothing but the note could say which key opens the package.
+    """
+    if not set(sealed) <= set(plain):
+        raise DecryptionError(
+            f"package {digest} is encrypted, and its {ENCRYPTION} is missing",
+            hint="restore that file, or publish the package again",
+        )
 
 
 def _fetch_encrypted(digest: str, storage: Storage, target: Path, keys: Keys) -> None:
     place = package_key(digest)
     if not storage.exists(place):
         raise NotFoundError(f"{storage.path(place)} does not exist", hint="check storage_url")
-    for stored in _names(digest, storage):
-        if not stored.endswith(SUFFIX):
-            continue
-        name = stored.removesuffix(SUFFIX)
+    stored = _names(digest, storage)
+    names = [name.removesuffix(SUFFIX) for name in stored if name.endswith(SUFFIX)]
+    _refuse_files_in_files(names)
+    for name in names:
         plain = target / name
         plain.parent.mkdir(parents=True, exist_ok=True)
-        with storage.reading(f"{place}/{stored}") as source, plain.open("xb") as file:
+        with storage.reading(f"{place}/{name}{SUFFIX}") as source, plain.open("xb") as file:
             keys.decrypt(source, file, bound_to(digest, name), name=name)
+
+
+def _refuse_files_in_files(names: Collection[str]) -> None:
+    """Encrypted, a file and a directory of one name can lie side by side."""
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    if both := sorted(folders & set(names)):
+        raise ForbiddenFileError(
+            f"'{both[0]}' is a file and a directory in the encrypted package",
+            hint="publish the package again",
+        )
 
 
 def _keys_with(key_id: int, digest: str, keyset: Keyset | None) -> Keys:

@@ -221,7 +221,9 @@ def test_files_that_may_not_be_in_a_package_are_not_decrypted_either(
     "text",
     ["", "[]", "{}", "[" * 100_000, '{"format_version": 2}',
      '{"algorithm": "ROT13", "format_version": 1, "key_id": 1}',
-     '{"algorithm": "AES256_GCM_HKDF_1MB", "format_version": 1, "key_id": "1"}'],
+     '{"algorithm": "AES256_GCM_HKDF_1MB", "format_version": 1, "key_id": "1"}',
+     '{"algorithm": "AES256_GCM_HKDF_1MB", "format_version": true, "key_id": 1}',
+     '{"algorithm": "AES256_GCM_HKDF_1MB", "format_version": 1, "key_id": 1' + "0" * 400 + "}"],
 )  # fmt: skip
 def test_a_broken_note_of_the_encryption_is_one_line(
     sealed: PublishedPackage, reopen: Open, text: str
@@ -230,6 +232,41 @@ def test_a_broken_note_of_the_encryption_is_one_line(
     with pytest.raises(PackageError) as caught:
         reopen(sealed)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("is_left", [[], ["model/README.md"]])
+def test_without_the_note_of_its_key_a_package_is_left_as_it_is(
+    seal: Callable[..., PublishedPackage], storage: Storage, keyset: Keyset, reopen: Open,
+    is_left: list[str],
+) -> None:  # fmt: skip
+    packages = [seal(), seal()]
+    place = Path(packages[0].location)
+    note = (place / "encryption.json").read_bytes()
+    (place / "encryption.json").unlink()
+    for name in is_left:
+        (place / name).write_text("plain")
+    before, ids = files_below(place), keyset.open().ids
+    for _ in range(3):
+        with pytest.raises(PackageError, match=r"1 of 1 .* its encryption\.json is missing"):
+            rekey(storage, keyset, say=lambda _: None)
+    assert files_below(place) == before
+    assert keyset.open().ids == ids
+    with pytest.raises(DecryptionError, match=r"its encryption\.json is missing"):
+        reopen(packages[0])
+    for name in is_left:
+        (place / name).unlink()
+    (place / "encryption.json").write_bytes(note)
+    assert rekey(storage, keyset, say=lambda _: None).num_packages == 2
+    assert reopen(packages[0]).digest == packages[0].digest
+
+
+def test_a_file_that_is_a_directory_too_is_one_line(sealed: PublishedPackage, reopen: Open) -> None:
+    graph = Path(sealed.location) / "model/model.onnx.aead"
+    (graph.parent / "model.onnx").mkdir()
+    shutil.copyfile(graph, graph.parent / "model.onnx/z.json.aead")
+    with pytest.raises(ForbiddenFileError, match="is a file and a directory"):
+        reopen(sealed)
 
 
 def test_packages_in_an_object_store_are_encrypted_too(

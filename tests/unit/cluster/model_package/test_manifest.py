@@ -78,7 +78,7 @@ def test_bytes_that_are_no_manifest_are_a_package_error(data: bytes) -> None:
         json.dumps(values()).encode()[:-1] + b',"name":"again"}',
         json.dumps(values(metrics={"x": float("nan")})).encode(),
         json.dumps(values(format_version=0)).encode(),
-        json.dumps(values(format_version=True, extra=1)).encode(),
+        json.dumps(values(format_version=True)).encode(),
         json.dumps(values(kind="code")).encode(),
         b'{"format_version":' + b"9" * 5000 + b"}",
         json.dumps(values(files={"model/a.json": {"sha256": "0" * 63, "size_bytes": 1}})).encode(),
