@@ -54,9 +54,11 @@ def convert_estimator(source: Path, graph: Path) -> ConvertedEstimator:
     # Of a search, what it found.
     estimator = getattr(loaded, "best_estimator_", loaded)
     task = _task_of(estimator)
-    inputs = describe_inputs(estimator)
-    rows = inputs.make_rows()
-    expected = _answers(estimator, task, inputs.as_fitted(rows))
+    with one_line("what the estimator takes cannot be told", hint="fit it before you save it"):
+        inputs = describe_inputs(estimator)
+        rows = inputs.make_rows()
+        fitted_rows = inputs.as_fitted(rows)
+    expected = _answers(estimator, task, fitted_rows)
     _write_graph(estimator, inputs, task, graph)
     parity = _certify(expected, graph, rows)
     notes += (f"largest difference from scikit-learn: {parity['largest_difference']:.2g}",)
@@ -136,8 +138,15 @@ def _name_inputs(model: Any, specs: Sequence[TensorSpec]) -> None:
     """The converter replaces what is no letter or digit in a column's name."""
     from onnx import helper
 
+    taken = {value.name for value in model.graph.input}
     for value, spec in zip(model.graph.input, specs, strict=True):
         if value.name != spec.name:
+            if spec.name in taken:
+                raise PackageError(
+                    f"column '{spec.name}' and another one differ only in marks, which the "
+                    "converter replaces by '_'",
+                    hint="rename one of them and fit the estimator again",
+                )
             model.graph.node.insert(0, helper.make_node("Identity", [spec.name], [value.name]))
             value.name = spec.name
 

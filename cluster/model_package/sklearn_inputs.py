@@ -25,6 +25,8 @@ FEATURES, TEXT = "features", "text"
 _NUM_ROWS = 16
 _SEED = 20260101
 _WORDS_PER_TEXT = 6
+# The golden rows of more would not fit into a manifest.
+_MAX_FEATURES = 100_000
 # Nobody knows the units of a column that was not scaled.
 _MAGNITUDES = (1.0, 10.0, 100.0)
 
@@ -114,7 +116,10 @@ class EstimatorInputs:
 
 
 def describe_inputs(estimator: Any) -> EstimatorInputs:
-    """Raises PackageError if the estimator is not fitted, or mixes types without naming columns."""
+    """Raises PackageError if the estimator is not fitted, or mixes types without naming columns.
+
+    ValueError and more of attributes that no fitted estimator has.
+    """
     from sklearn.compose import ColumnTransformer
 
     first = next(steps(estimator))
@@ -126,7 +131,19 @@ def describe_inputs(estimator: Any) -> EstimatorInputs:
             "the estimator does not say what it takes: it has no n_features_in_",
             hint="fit it before you save it; documents need a vectorizer with a vocabulary first",
         )
+    if not isinstance(count, int | np.integer) or not 0 < count <= _MAX_FEATURES:
+        raise PackageError(
+            f"the estimator's n_features_in_ is {count!r:.40}, expected 1 to {_MAX_FEATURES}",
+            hint="fit it on fewer features",
+        )
+    count = int(count)
     names = [str(name) for name in getattr(estimator, "feature_names_in_", ())]
+    if names and len(set(names)) != count:
+        raise PackageError(
+            f"the estimator has {len(set(names))} different feature_names_in_, "
+            f"expected {count}, its n_features_in_",
+            hint="fit it again on a frame whose columns have different names",
+        )
     if not isinstance(first, ColumnTransformer):
         return EstimatorInputs(
             dict(zip(names or map(str, range(count)), _columns(estimator, count), strict=True)),

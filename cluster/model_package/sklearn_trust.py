@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import ForbiddenFileError, HeliostatError, PackageError
+from cluster.model_package.skops_archive import check_archive
 
 # scikit-learn's own, that hold numbers and are built without running anything.
 _TREE = "sklearn.tree._tree.Tree"
@@ -37,6 +38,8 @@ _HARMLESS = (
     "sklearn.utils._bunch.Bunch",
 )
 _LEAF = -1
+# Of the words of a vocabulary: no row is made for more.
+_MAX_WIDTH = 10_000_000
 _SAVE = "save it with skops: skops.io.dump(model, 'model.skops')"
 
 
@@ -45,11 +48,12 @@ def load_estimator(source: Path) -> tuple[Any, tuple[str, ...]]:
 
     Raises:
         ForbiddenFileError: it holds types that are not known to be harmless.
-        PackageError: it is no skops file, or a damaged one.
+        PackageError: it is no skops file, a damaged one, or one that would fill the memory.
     """
     import skops.io
 
     with one_line(f"'{source}' is not a skops file", hint=_SAVE):
+        check_archive(source)
         found = skops.io.get_untrusted_types(file=source)
     if untrusted := sorted(set(found) - set(_HARMLESS)):
         raise ForbiddenFileError(
@@ -64,7 +68,8 @@ def load_estimator(source: Path) -> tuple[Any, tuple[str, ...]]:
     ):
         warnings.simplefilter("always")
         estimator = skops.io.load(source, trusted=[*found])
-    _check_trees(source, estimator)
+    with one_line(f"'{source}' is damaged", hint=_SAVE):
+        _check_trees(source, estimator)
     return estimator, tuple(dict.fromkeys(_first_line(w.message) for w in caught))
 
 
@@ -137,6 +142,8 @@ def _is_sound_boosting(estimator: Any) -> bool:
     if not isinstance(estimator, BaseGradientBoosting) or not hasattr(estimator, "estimators_"):
         return True
     with one_line("the gradient boosting is not whole", hint=_SAVE):
+        if not 0 < estimator.n_features_in_ <= _MAX_WIDTH:
+            return False
         row = np.zeros((1, estimator.n_features_in_), np.float32)
         return bool(estimator._raw_predict_init(row).shape[1] == estimator.estimators_.shape[1])
 

@@ -249,6 +249,36 @@ def test_types_that_are_not_known_are_refused_by_name(prepare: Prepare) -> None:
         prepare(Own().fit(X, CLASSES))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_features_in_", 10**9),
+        ("n_features_in_", -1),
+        ("n_features_in_", "x"),
+        ("n_features_in_", 3),
+        ("feature_names_in_", np.array(["a"], dtype=object)),
+        ("feature_names_in_", np.array([*"aaaa"], dtype=object)),
+        ("feature_names_in_", 7),
+    ],
+)
+def test_features_that_no_estimator_has_are_one_line(
+    prepare: Prepare, name: str, value: object
+) -> None:
+    for estimator in (LinearRegression(), GradientBoostingRegressor(n_estimators=2)):
+        estimator.fit(X, X[:, 0])
+        setattr(estimator, name, value)
+        with pytest.raises(PackageError) as caught:
+            prepare(estimator)
+        assert "\n" not in str(caught.value)
+
+
+def test_columns_that_the_converter_calls_alike_are_refused(prepare: Prepare) -> None:
+    frame = pd.DataFrame({"a b": X[:, 0], "a_b": X[:, 1]})
+    columns = ColumnTransformer([("n", StandardScaler(), ["a b", "a_b"])])
+    with pytest.raises(PackageError, match="column 'a_b' and another one differ only in marks"):
+        prepare(make_pipeline(columns, LogisticRegression()).fit(frame, CLASSES))
+
+
 @pytest.mark.parametrize("name", ["model.pkl", "model.joblib", "model.skops"])
 def test_pickles_are_refused_with_the_way_to_convert_them(
     tmp_path: Path, stage: Path, name: str
