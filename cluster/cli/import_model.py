@@ -61,6 +61,7 @@ def import_path(
             profile=prepared.profile,
             base=base_package,
             parity=prepared.parity,
+            require_finite=True,
         )
     return _register(ModelRegistry.open(settings), name, published, storage)
 

@@ -78,11 +78,27 @@ def _load_language_model(package: ModelPackage, base: ModelPackage | None) -> An
 
 
 def compute_graph(
-    model: Described, run: RunGraph, inputs: Mapping[str, Array], *, is_quantised: bool = False
+    model: Described,
+    run: RunGraph,
+    inputs: Mapping[str, Array],
+    *,
+    is_quantised: bool = False,
+    require_finite: bool = False,
 ) -> Golden:
-    """Golden outputs of a graph for what a client might send."""
+    """Golden outputs of a graph for what a client might send.
+
+    Raises:
+        PackageError: with `require_finite`, an output is not.
+    """
     relative = _RELATIVE_QUANTISED_TOLERANCE if is_quantised else _RELATIVE_TOLERANCE
     outputs = postprocess(model, run(preprocess(model, inputs)))
+    for name, array in outputs.items():
+        if require_finite and array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise PackageError(
+                f"output '{name}' is not finite (NaN or infinite) for the golden inputs",
+                hint="the model's weights are broken, or it works on no values in 0 to 1; "
+                "check it and export it again",
+            )
     largest = max((_largest(array) for array in outputs.values()), default=0.0)
     return Golden(
         inputs={name: _to_json(array) for name, array in inputs.items()},

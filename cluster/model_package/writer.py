@@ -82,6 +82,7 @@ def write_package(
     base: ModelPackage | None = None,
     parity: Mapping[str, float] | None = None,
     quantisation: Mapping[str, JsonValue] | None = None,
+    require_finite: bool = False,
     work_dir: Path | None = None,
 ) -> PublishedPackage:
     """Publish the model in `model_dir`.
@@ -97,11 +98,14 @@ def write_package(
         base: what an adapter was trained on; its golden outputs are of both together.
         parity: how far a derived package is from its parent.
         quantisation: how its weights were made smaller, if they were.
+        require_finite: whether a graph's golden outputs must be numbers, as a language model's
+            always must.
         work_dir: where to stage; None stages beside the storage folder.
 
     Raises:
         ForbiddenFileError: pickle, code, links or other files that may not be in a package.
-        PackageError: the model is not whole, or its processing does not fit it.
+        PackageError: the model is not whole, its processing does not fit it, or it computes no
+            numbers.
         MachineError: no space left.
     """
     check_name(name)
@@ -123,6 +127,7 @@ def write_package(
                 golden_inputs,
                 language_model,
                 is_quantised=bool(quantisation),
+                require_finite=require_finite,
             )
         manifest = Manifest(
             kind=kind,
@@ -174,12 +179,19 @@ def _describe(
     language_model: LanguageModelInfo | None,
     *,
     is_quantised: bool,
+    require_finite: bool,
 ) -> dict[str, Any]:
     """The manifest's fields that depend on the model itself."""
     if kind == "graph":
         if golden_inputs is not None and not isinstance(golden_inputs, Mapping):
             raise PackageError("golden inputs of a graph are arrays by name, not prompts")
-        return _describe_graph(model_dir, processing, golden_inputs, is_quantised=is_quantised)
+        return _describe_graph(
+            model_dir,
+            processing,
+            golden_inputs,
+            is_quantised=is_quantised,
+            require_finite=require_finite,
+        )
     from cluster.model_package.language_model import load_reference
 
     return _describe_text(
@@ -224,6 +236,7 @@ def _describe_graph(
     golden_inputs: Mapping[str, Array] | None,
     *,
     is_quantised: bool,
+    require_finite: bool,
 ) -> dict[str, Any]:
     from cluster.model_package.golden_inputs import find_inputs
     from cluster.runtimes.onnx import OnnxRuntime
@@ -235,7 +248,13 @@ def _describe_graph(
     graph = _Graph(runtime.inputs, runtime.outputs, processing)
     check_processing(graph)
     inputs = golden_inputs if golden_inputs is not None else find_inputs(graph, runtime.run)
-    computed = golden.compute_graph(graph, runtime.run, inputs, is_quantised=is_quantised)
+    computed = golden.compute_graph(
+        graph,
+        runtime.run,
+        inputs,
+        is_quantised=is_quantised,
+        require_finite=require_finite,
+    )
     fields = {"inputs": graph.inputs, "outputs": graph.outputs, "processing": processing}
     _check_deterministic(path, {**fields, "golden": computed})
     return {**fields, "golden": computed}

@@ -204,6 +204,23 @@ def test_outputs_that_json_has_no_number_for_are_replayed(
     assert published.manifest.golden.outputs == {"y": ["nan", "-inf", 0.0]}
 
 
+def test_an_import_must_compute_numbers(graph_dir: Path, storage: Storage, keys_dir: Path) -> None:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b"])
+    save_graph(graph_dir, helper.make_node("Log", ["x"], ["y"]), [x], [y])
+    for golden in ([-1.0, -4.0], [1.0, -1.0], [0.0]):
+        with pytest.raises(PackageError, match="output 'y' is not finite"):
+            write(
+                graph_dir,
+                storage,
+                keys_dir,
+                golden_inputs={"x": np.array(golden, np.float32)},
+                require_finite=True,
+            )
+    assert is_empty(storage)
+    write(graph_dir, storage, keys_dir, require_finite=True)
+
+
 def test_a_language_model_is_described_and_remembers_what_it_says(
     llama_dir: Path, storage: Storage, keys_dir: Path
 ) -> None:
