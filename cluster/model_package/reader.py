@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -124,7 +125,11 @@ def open_cached(
         UnknownKeyError: it is whole, and signed by a key that is not trusted here.
     """
     entry = _entry(digest, cache_dir)
-    if not entry.exists():
+    if not os.path.lexists(entry):
+        return None
+    if entry.is_symlink() or not entry.is_dir():
+        _logger.warning("cached package %s is no directory, and is fetched again", digest)
+        _discard(entry)
         return None
     try:
         return verify_directory(entry, trust, digest=digest, allow_unsigned=allow_unsigned)

@@ -240,6 +240,26 @@ def test_a_tampered_cache_is_dropped_and_fetched_again(
     assert [p.name for p in again.path.parent.iterdir()] == [again.path.name]
 
 
+@pytest.mark.parametrize("kind", ["file", "pipe", "dangling", "elsewhere"])
+def test_a_cache_entry_that_is_no_directory_is_dropped_and_fetched_again(
+    reopen: Open, tmp_path: Path, kind: str
+) -> None:
+    entry = reopen().path
+    entry.rename(tmp_path / "elsewhere")
+    if kind == "file":
+        entry.write_text("x")
+    elif kind == "pipe":
+        os.mkfifo(entry)
+    else:
+        entry.symlink_to(tmp_path / kind)
+    again = reopen()
+    assert again.path == entry
+    assert entry.is_dir()
+    assert not entry.is_symlink()
+    assert [path.name for path in entry.parent.iterdir()] == [entry.name]
+    assert (tmp_path / "elsewhere/manifest.json").exists()
+
+
 def test_readers_that_start_together_share_one_copy(reopen: Open) -> None:
     with ThreadPoolExecutor(6) as pool:
         packages = list(pool.map(lambda _: reopen(), range(12)))
