@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from pydantic import ValidationError
 
 from cluster.errors import InputError, PackageError
 from cluster.processing import Array, Datatype, TensorSpec
@@ -113,12 +114,20 @@ def _open_session(path: Path, num_threads: int, use_gpu: bool) -> Any:
 def _spec(path: Path, node: Any) -> TensorSpec:
     if node.type not in _DATATYPES:
         raise PackageError(
-            f"'{path.name}': '{node.name}' is a {node.type}, expected a tensor",
+            f"'{path.name}': {node.name[:80]!r} is a {node.type}, expected a tensor",
             hint="export without maps and sequences (scikit-learn: options={'zipmap': False}) "
             "and with numbers of at least 8 bits other than bfloat16",
         )
     shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
-    return TensorSpec(name=node.name, datatype=_DATATYPES[node.type], shape=shape)
+    try:
+        return TensorSpec(name=node.name, datatype=_DATATYPES[node.type], shape=shape)
+    except ValidationError:
+        raise PackageError(
+            f"'{path.name}': {node.name[:80]!r} with {len(shape)} dimensions is no tensor that can "
+            "be described",
+            hint="expected a name of 1 to 256 characters without control characters, and at most "
+            "16 dimensions; rename it and export it again",
+        ) from None
 
 
 def _to_text(values: Array) -> Array:

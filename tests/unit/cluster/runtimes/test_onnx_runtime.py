@@ -74,3 +74,13 @@ def test_outputs_that_are_not_tensors_are_refused_with_the_fix(tmp_path: Path) -
     node = helper.make_node("SequenceConstruct", ["x"], ["y"])
     with pytest.raises(PackageError, match="zipmap"):
         describe_graph(save(tmp_path / "seq.onnx", [node], [x], [y]))
+
+
+@pytest.mark.parametrize("name", ["x\ny\x1b[2J", "x" * 300])
+def test_a_tensor_whose_name_cannot_be_shown_is_one_line(tmp_path: Path, name: str) -> None:
+    x = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    node = helper.make_node("Identity", [name], ["y"])
+    with pytest.raises(PackageError, match="control characters") as caught:
+        describe_graph(save(tmp_path / "m.onnx", [node], [x], [y]))
+    assert str(caught.value).isprintable()
