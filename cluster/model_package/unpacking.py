@@ -5,6 +5,7 @@ unpack(open_version(version, settings), Path("out"))   # a Hugging Face director
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ def unpack(package: ModelPackage, target: Path) -> None:
     It appears whole or not at all.
 
     Raises:
-        InputError: there is something at `target`.
+        InputError: there is something at `target`, it is a mount point, or lies in the cache.
         MachineError: it cannot be written there.
     """
     target = target.absolute()
@@ -28,6 +29,10 @@ def unpack(package: ModelPackage, target: Path) -> None:
         raise InputError(
             f"'{target}' exists and is not an empty directory", hint="name another directory"
         )
+    if target.resolve().is_relative_to(cache := package.path.parent.resolve()):
+        raise InputError(f"'{target}' lies in the package cache {cache}", hint="name another place")
+    if target.is_mount():
+        raise _mount_point(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -38,10 +43,19 @@ def unpack(package: ModelPackage, target: Path) -> None:
         finally:
             shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _mount_point(target) from None
         raise MachineError(
             f"'{target}' cannot be written: {error.strerror or error}",
             hint="check the path, its permissions and the free space",
         ) from None
+
+
+def _mount_point(target: Path) -> InputError:
+    return InputError(
+        f"'{target}' is a mount point, which cannot be replaced as a whole",
+        hint=f"name a directory in it: '{target / 'model'}'",
+    )
 
 
 def _is_empty_directory(path: Path) -> bool:

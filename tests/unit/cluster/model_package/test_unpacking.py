@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,37 @@ def test_nothing_half_written_is_left(
     with pytest.raises(MachineError, match="No space left"):
         unpack(package, tmp_path / "place" / "out")
     assert not list((tmp_path / "place").iterdir())
+
+
+def test_a_mount_point_is_left_with_the_way_round(
+    package: ModelPackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(self: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    (tmp_path / "out").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(InputError, match="is a mount point") as caught:
+        unpack(package, tmp_path / "out")
+    assert f"{tmp_path}/out/model" in str(caught.value.hint)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_of_its_own_takes_a_directory_in_it(package: ModelPackage, small_disk: Path) -> None:
+    if small_disk.is_mount():
+        with pytest.raises(InputError, match="is a mount point"):
+            unpack(package, small_disk)
+    unpack(package, small_disk / "model")
+    assert (small_disk / "model/model.onnx").is_file()
+
+
+def test_the_cache_is_no_place_for_an_export(
+    package: ModelPackage, cache_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(cache_dir)
+    before = sorted(cache_dir.rglob("*"))
+    for target in (cache_dir / "out", package.path / "out", tmp_path / "link/out"):
+        with pytest.raises(InputError, match="lies in the package cache"):
+            unpack(package, target)
+    assert sorted(cache_dir.rglob("*")) == before
