@@ -111,7 +111,7 @@ class PackageFuzzer:
         """The same in storage, or in the cache."""
         storage, cache = Storage.open(str(work / "storage")), work / "cache"
         stored = work / "storage" / package_key(self._digest)
-        stored.parent.mkdir()
+        stored.parent.mkdir(parents=True)
         if chance.random() < 0.5:
             self._mutant(chance, stored)
         else:
