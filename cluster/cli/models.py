@@ -233,6 +233,7 @@ def rekey() -> None:
         raise UsageError(
             "packages are not encrypted here", hint="set HELIOSTAT_ENCRYPT_PACKAGES=true first"
         )
+    keyset.open()
     storage = Storage.open(settings.storage_root)
     # Without its packages, a keyset would lose the keys that they need.
     storage.require_root()

@@ -26,8 +26,8 @@ def prepare_home(home: Path) -> None:
         MachineError: it cannot be made.
     """
     try:
-        for path in (home, home / "keys", home / "logs", home / "cache", home / "mlflow"):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("", "keys", "logs", "cache", "mlflow", "storage"):
+            (home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         # A verb that opens the database may have made it before, or the user did.
         home.chmod(0o700)
     except OSError as error:
