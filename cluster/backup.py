@@ -15,6 +15,7 @@ to is never changed. It holds the signing key and the API key, so it is readable
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -32,7 +33,7 @@ from sqlalchemy.engine import Connection
 
 from cluster import database
 from cluster.config import StrictModel
-from cluster.errors import ConflictError, as_machine_error
+from cluster.errors import ConflictError, MachineError, as_machine_error
 from cluster.settings import SETTINGS_FILE, Settings
 from cluster.storage import Storage
 
@@ -71,21 +72,38 @@ def write_backup(settings: Settings, path: Path) -> BackupIndex:
         ConflictError: the file exists.
         MachineError: it cannot be written; nothing is left of it.
     """
-    if path.exists():
-        raise ConflictError(f"{path} exists already", hint="choose another name, or remove it")
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        if path.exists():
+            raise _exists(path)
+        if not path.parent.is_dir():
+            raise MachineError(f"{path.parent} is no directory", hint="make it first")
+        with _new_file(path) as file:
             index = _Writer(file, settings).run()
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise (as_machine_error(error) or error) from None
-    finally:
-        partial.unlink(missing_ok=True)
     return index
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file of mode 0600 that appears at `path` once it is whole, and replaces nothing."""
+    # Under a name that nobody can have made before, who would then read the keys or have us
+    # overwrite another file.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".backup-", suffix=".partial")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(name, path)
+    except FileExistsError:
+        raise _exists(path) from None
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _exists(path: Path) -> ConflictError:
+    return ConflictError(f"{path} exists already", hint="choose another name, or remove it")
 
 
 class _Writer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import threading
 import uuid
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import sqlalchemy as sa
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from cluster import database
+from cluster import backup, database
 from cluster.backup import write_backup
 from cluster.cli.app import app
 from cluster.database import model_versions, open_database
@@ -187,6 +188,48 @@ def test_a_home_with_state_is_left_alone(settings: Settings, tmp_path: Path) -> 
         write_backup(settings, archive)
     with pytest.raises(InputError, match="does not exist"):
         restore_backup(tmp_path / "none.tar", tmp_path / "other", load)
+
+
+def test_what_was_planted_beside_a_backup_gets_nothing_of_it(
+    settings: Settings, tmp_path: Path
+) -> None:
+    victim, planted = tmp_path / "victim", tmp_path / ".backup.tar.partial"
+    victim.write_text("precious")
+    planted.symlink_to(victim)
+    write_backup(settings, tmp_path / "backup.tar")
+    assert victim.read_text() == "precious"
+    assert planted.is_symlink()
+    with pytest.raises(MachineError, match="is no directory"):
+        write_backup(settings, tmp_path / "none" / "backup.tar")
+
+
+def test_of_two_backups_of_one_name_one_is_whole_and_the_other_says_so(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, together, real = tmp_path / "backup.tar", threading.Barrier(2), backup._Writer.run
+
+    def run(writer: backup._Writer) -> backup.BackupIndex:
+        together.wait(30)
+        return real(writer)
+
+    monkeypatch.setattr(backup._Writer, "run", run)
+    outcomes: list[str] = []
+
+    def write() -> None:
+        try:
+            write_backup(settings, archive)
+            outcomes.append("written")
+        except ConflictError as error:
+            outcomes.append(error.message)
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == [f"{archive} exists already", "written"]
+    restore_backup(archive, tmp_path / "other", load)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_full_disk_leaves_no_backup(settings: Settings, small_disk: Path) -> None:
