@@ -27,7 +27,8 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from cluster import database
-from cluster.database import deployments, model_versions
+from cluster.aliases import ALIASES_LOCK
+from cluster.database import begin_alone, deployments, model_versions
 from cluster.errors import HeliostatError
 from cluster.settings import Settings
 from cluster.storage import Storage, StoredDirectory
@@ -69,12 +70,26 @@ def find_garbage(settings: Settings, *, older_than_s: float) -> list[Garbage]:
 
 
 def remove(garbage: Garbage, settings: Settings) -> bool:
-    """Remove it; False if something refers to it by now, or a run has been taken up again."""
+    """Remove it; False if something refers to it by now, it was published again, or a run has been
+    taken up again."""
     if garbage.kind == "checkpoints":
         return _remove_checkpoints(settings.home / _RUNS / garbage.run, garbage.key)
-    if garbage.kind == "package" and _name(garbage.key) in _referenced(settings):
+    storage = Storage.open(settings.storage_root)
+    if garbage.kind == "staging":
+        return _remove_if_old(storage, garbage)
+    # The lock under which packages are listed: none is while this looks and removes.
+    with begin_alone(database.open_database(settings.database), ALIASES_LOCK):
+        if _name(garbage.key) in _referenced(settings):
+            return False
+        return _remove_if_old(storage, garbage)
+
+
+def _remove_if_old(storage: Storage, garbage: Garbage) -> bool:
+    """Unless it is younger than when it was found: somebody has written it again since."""
+    modified_at_s = storage.modified_at_s(garbage.key)
+    if modified_at_s is None or time.time() - modified_at_s < garbage.age_s:
         return False
-    Storage.open(settings.storage_root).delete_dir(garbage.key)
+    storage.delete_dir(garbage.key)
     return True
 
 

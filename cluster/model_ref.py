@@ -19,6 +19,8 @@ CANDIDATE = "candidate"
 
 # ASCII only: a look-alike letter or a path is not a name.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+# What MLflow, which shows the aliases, refuses or keeps for itself.
+_ALIAS = re.compile(r"(?!(latest|v[0-9]+)\Z)[A-Za-z0-9_-]+", re.ASCII | re.IGNORECASE)
 _VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -65,3 +67,14 @@ def check_name(name: str, shown: str | None = None) -> str:
             "write NAME, NAME@ALIAS or NAME/VERSION",
         )
     return name
+
+
+def check_alias(alias: str) -> str:
+    """Return `alias` if a version may be given it, else raise InvalidReferenceError."""
+    if not _ALIAS.fullmatch(check_name(alias)):
+        raise InvalidReferenceError(
+            f"alias {alias!r} is not valid",
+            hint="aliases have A-Z a-z 0-9 _ - and are neither 'latest' nor like 'v1': those mean "
+            "something else in MLflow",
+        )
+    return alias

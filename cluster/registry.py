@@ -12,9 +12,9 @@ same package twice gives the same version.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -36,7 +36,7 @@ from cluster.errors import ConflictError, HeliostatError, NotFoundError, NotRunn
 from cluster.evaluations import EvaluationRecord, read_evaluations, write_evaluation
 from cluster.model_package.manifest import package_key
 from cluster.model_package.writer import PublishedPackage
-from cluster.model_ref import CHAMPION, ModelRef, check_name
+from cluster.model_ref import CHAMPION, ModelRef, check_alias, check_name
 from cluster.model_versions import ModelVersion as ModelVersion
 from cluster.model_versions import (
     is_referred_to,
@@ -73,6 +73,7 @@ class ModelRegistry:
 
         Raises:
             NotRunningError: the MLflow server does not answer, and the package is not listed yet.
+            ConflictError: the package is not in storage: it was removed as garbage.
         """
         check_name(name)
         if (known := self._find_digest(name, published.digest)) is not None:
@@ -99,10 +100,18 @@ class ModelRegistry:
             "created_at": database.now(),
         }
         try:
-            with self._engine.begin() as connection:
+            # The lock under which packages are removed: this one stays, or is not listed.
+            with begin_alone(self._engine, ALIASES_LOCK) as connection:
+                self._require_stored(published)
                 connection.execute(sa.insert(model_versions).values(row))
         except sa.exc.IntegrityError:
             return self._lost_race(client, name, number, published.digest)
+        except Exception:
+            # Unless the same package was registered by somebody else meanwhile.
+            if self._find_digest(name, published.digest) is None:
+                with contextlib.suppress(NotRunningError), _mlflow_errors(self._settings):
+                    forget_version(client, name, number)
+            raise
         return self._version(name, number)
 
     def resolve(self, ref: ModelRef) -> ModelVersion:
@@ -169,9 +178,11 @@ class ModelRegistry:
         Raises:
             ConflictError: somebody else moved the alias since.
             NotFoundError: no such version.
+            InvalidReferenceError: MLflow has no such aliases.
         """
         check_name(alias)
         if version is not None:
+            check_alias(alias)
             self._version(name, version)
         change = AliasChange(name, alias, None, version, actor, reason, database.now())
         with begin_alone(self._engine, ALIASES_LOCK) as connection:
@@ -229,19 +240,28 @@ class ModelRegistry:
                     model_versions.c.name == name, model_versions.c.version == version
                 )
             )
-            is_needed = is_referred_to(connection, found.digest)
         # From here on it is deleted; what cannot be done now is only tidiness.
         try:
             with _mlflow_errors(self._settings):
                 forget_version(client, name, version)
         except NotRunningError as error:
             _logger.warning("%s is deleted, and still shown in MLflow: %s", found.ref, error)
-        if is_needed:
-            return
         try:
-            Storage.open(self._settings.storage_root).delete_dir(package_key(found.digest))
+            with begin_alone(self._engine, ALIASES_LOCK) as connection:
+                if not is_referred_to(connection, found.digest):
+                    storage = Storage.open(self._settings.storage_root)
+                    storage.delete_dir(package_key(found.digest))
         except NotRunningError as error:
             _logger.warning("its package stays until `heliostat gc`: %s", error.message)
+
+    def _require_stored(self, published: PublishedPackage) -> None:
+        storage = Storage.open(self._settings.storage_root)
+        if not storage.exists(key := package_key(published.digest)):
+            raise ConflictError(
+                f"package {published.digest} is not in storage: {storage.path(key)} was removed "
+                "before it was listed",
+                hint="publish it again",
+            )
 
     def _version(self, name: str, version: int) -> ModelVersion:
         for found in self.list_versions(name):
@@ -304,7 +324,7 @@ class ModelRegistry:
             return read_edits(client, name)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _mlflow_errors(settings: Settings) -> Iterator[None]:
     try:
         yield

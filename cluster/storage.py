@@ -174,6 +174,17 @@ class Storage:
                 times_ns[directory] = max(times_ns[directory], info.mtime_ns)
         return [StoredDirectory(key, sizes[key], times_ns[key] / 1e9) for key in sorted(sizes)]
 
+    def modified_at_s(self, key: str) -> float | None:
+        """When a directory's newest file was written, in seconds since 1970; None without any."""
+        from pyarrow import fs
+
+        with _errors_named(self.path(key)):
+            marker = self._filesystem.get_file_info(self._full(key + _MARKER))
+        infos = self._files(key)
+        if marker.type == fs.FileType.File:
+            infos.append(marker)
+        return max(info.mtime_ns for info in infos) / 1e9 if infos else None
+
     def stages(self) -> builtins.list[StoredDirectory]:
         """Staging directories, of writers at work and of such as were killed."""
         return self.directories(_STAGING)

@@ -106,6 +106,18 @@ def test_what_is_listed_after_it_was_found_stays(settings: Settings, tmp_path: P
     assert Storage.open(settings.storage_root).exists(f"packages/{digest}")
 
 
+def test_what_is_published_again_after_it_was_found_stays(
+    settings: Settings, tmp_path: Path
+) -> None:
+    digest = publish(settings, tmp_path, "a")
+    (found,) = find_garbage(settings, older_than_s=0)
+    storage = Storage.open(settings.storage_root)
+    time.sleep(1.1 - time.time() % 1)  # an object store's dates are of whole seconds
+    assert not storage.put_dir(tmp_path / "source-a", f"packages/{digest}")
+    assert not remove(found, settings)
+    assert storage.exists(f"packages/{digest}")
+
+
 def test_what_a_killed_writer_left_is_found(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     stage = Path(settings.storage_root) / ".staging" / "stage-x"

@@ -10,10 +10,16 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from mlflow import MlflowClient
 
 from cluster import database
 from cluster.database import deployments, open_database
-from cluster.errors import ConflictError, NotFoundError, NotRunningError
+from cluster.errors import (
+    ConflictError,
+    InvalidReferenceError,
+    NotFoundError,
+    NotRunningError,
+)
 from cluster.garbage import find_garbage
 from cluster.model_package import Golden, Kind, Lineage, Manifest, PublishedPackage
 from cluster.model_ref import ModelRef
@@ -240,6 +246,58 @@ def test_an_alias_moved_in_mlflow_is_noticed_reported_and_moves_nothing(
             )
         ).all()
     assert sorted(targets) == [f"{name}@best", f"{name}@champion"]
+
+
+def test_a_mirror_that_breaks_off_is_nobodys_edit(
+    registry: ModelRegistry, settings: Settings, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        registry.register(name, package(settings))
+    for alias in ("a", "b"):
+        registry.set_alias(name, alias, 1, actor="test", reason="why")
+    client = open_client(settings)
+    real = type(client).set_registered_model_tag
+    with monkeypatch.context() as patch:
+        told: list[str] = []
+
+        def refuse_the_last(self: MlflowClient, *arguments: str) -> None:
+            told.append(arguments[-1])
+            if len(told) % 2 == 0:
+                raise ConnectionError("gone")
+            real(self, *arguments)
+
+        patch.setattr(type(client), "set_registered_model_tag", refuse_the_last)
+        for version in (2, 3, None):
+            registry.set_alias(name, "a", version, actor="test", reason="why")
+            assert registry.foreign_edits(name) == []
+    client.set_registered_model_alias(name, "b", "3")
+    assert [edit.alias for edit in registry.foreign_edits(name)] == ["b"]
+    registry.mirror_aliases(name)
+    assert client.get_registered_model(name).aliases == {"b": "1"}
+    assert registry.foreign_edits(name) == []
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v1", "V20", "a.b"])
+def test_what_mlflow_keeps_for_itself_is_no_alias(
+    registry: ModelRegistry, settings: Settings, name: str, alias: str
+) -> None:
+    registry.register(name, package(settings))
+    with pytest.raises(InvalidReferenceError, match="is not valid") as caught:
+        registry.set_alias(name, alias, 1, actor="test", reason="why")
+    assert "\n" not in str(caught.value)
+    registry.set_alias(name, "v1-latest", 1, actor="test", reason="why")
+    assert open_client(settings).get_registered_model(name).aliases == {"v1-latest": "1"}
+
+
+def test_a_package_that_is_gone_is_not_listed(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    published = package(settings)
+    Path(published.location).rmdir()
+    with pytest.raises(ConflictError, match="is not in storage"):
+        registry.register(name, published)
+    assert registry.list_versions(name) == []
+    assert not open_client(settings).search_model_versions(f"name = '{name}'")
 
 
 def test_a_description_written_in_mlflow_stays_above_a_long_history(
