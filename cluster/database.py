@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sqlite3
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,10 +21,12 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 
-from cluster.errors import ConfigError, NotRunningError
+from cluster.errors import ConfigError, NotRunningError, OverloadedError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 7233542
+_BUSY_TIMEOUT_S = 10
+_BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 metadata = sa.MetaData()
 
@@ -164,6 +167,8 @@ def now() -> str:
 def open_database(url: str) -> Engine:
     """Connect and bring the schema to its newest version; one engine per URL and process.
 
+    Any use of it raises OverloadedError while another process keeps SQLite's file to itself.
+
     Raises:
         NotRunningError: the database cannot be reached.
     """
@@ -180,6 +185,7 @@ def open_database(url: str) -> Engine:
         engine = sa.create_engine(location, pool_pre_ping=True)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _prepare_sqlite)
+            event.listen(engine, "handle_error", _name_busy)
         migrate(engine)
     except (sa.exc.DBAPIError, OSError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
@@ -224,7 +230,20 @@ def begin_alone(engine: Engine, lock: int) -> Iterator[Connection]:
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_S * 1000}")
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
+
+
+def _name_busy(context: sa.engine.ExceptionContext) -> None:
+    error = context.original_exception
+    # The lowest byte is the code, the others say more of it.
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if isinstance(error, sqlite3.OperationalError) and code in _BUSY_CODES:
+        location = context.engine.url.database if context.engine is not None else "SQLite"
+        raise OverloadedError(
+            f"the database {location} is busy: another process has kept it locked for "
+            f"{_BUSY_TIMEOUT_S} s",
+            hint="try again once that is done, or use PostgreSQL: HELIOSTAT_DATABASE_URL",
+        ) from None

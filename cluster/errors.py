@@ -194,7 +194,11 @@ _MACHINE_ERRNOS = frozenset(
 
 
 def as_machine_error(error: OSError) -> MachineError | None:
-    """A full, read-only or closed disk as one of ours; None for what is rather our mistake."""
+    """A full, read-only or closed disk, or too long a path, as one of ours; None for what is
+    rather our mistake."""
+    if error.errno == errno.ENAMETOOLONG:
+        shown = f"path '{str(error.filename)[:60]}…'" if error.filename else "a path"
+        return MachineError(f"{shown} is too long for the file system", hint="give a shorter one")
     if error.errno not in _MACHINE_ERRNOS:
         return None
     where = f"'{error.filename}' cannot be used" if error.filename else "a file cannot be written"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.errors import HeliostatError, InputError
+from cluster.errors import InputError
 from cluster.model_package import (
     Lineage,
     ModelPackage,
@@ -81,8 +81,10 @@ def _register(
 ) -> ModelVersion:
     try:
         version = registry.register(name, published)
-    except HeliostatError:
-        storage.delete_dir(package_key(published.digest))
+    except BaseException:
+        # Unless it was listed before something else went wrong.
+        if all(version.digest != published.digest for version in registry.list_versions()):
+            storage.delete_dir(package_key(published.digest))
         raise
     registry.set_alias(name, CANDIDATE, version.version, actor="models import", reason="imported")
     return registry.resolve(version.ref)

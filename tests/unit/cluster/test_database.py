@@ -1,3 +1,4 @@
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from cluster import database
-from cluster.errors import NotRunningError
+from cluster.errors import NotRunningError, OverloadedError
 
 
 def test_the_migrations_give_exactly_the_tables(tmp_path: Path) -> None:
@@ -36,6 +37,23 @@ def test_several_processes_may_open_a_new_database_at_once(tmp_path: Path) -> No
     for process in running:
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 0, stderr.decode()
+
+
+def test_a_database_that_another_keeps_locked_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_BUSY_TIMEOUT_S", 0)
+    engine = database.open_database(f"sqlite:///{tmp_path / 'a.db'}")
+    tenant = {"name": "t", "created_at": database.now()}
+    with sqlite3.connect(tmp_path / "a.db") as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OverloadedError, match=r"a\.db is busy"), engine.begin() as connection:
+            connection.execute(sa.insert(database.tenants).values(tenant))
+        with pytest.raises(OverloadedError, match="try again"), database.begin_alone(engine, 1):
+            pass
+        other.rollback()
+    with engine.begin() as connection:
+        connection.execute(sa.insert(database.tenants).values(tenant))
 
 
 def test_a_database_that_cannot_be_opened_is_one_line_without_its_password() -> None:

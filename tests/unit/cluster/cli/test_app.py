@@ -96,6 +96,22 @@ def test_a_disk_that_cannot_be_used_is_one_line_and_no_mistake_of_ours(
     assert "report" not in line
 
 
+@pytest.mark.parametrize("verb", ["import", "export", "verify", "backup", "restore"])
+def test_a_path_that_is_too_long_is_one_short_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str
+) -> None:
+    path = "/".join([str(tmp_path), "x" * 5000])
+    arguments = {
+        "import": ["models", "import", path, "--name", "m"],
+        "export": ["models", "export", "m/1", "--to", path],
+        "verify": ["models", "verify", path],
+    }.get(verb, [verb, path])
+    assert run(monkeypatch, *arguments) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "report" not in line
+    assert len(line) < 300
+
+
 def test_a_verb_that_is_told_to_end_runs_its_endings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 from typer.testing import CliRunner, Result
 
+from cluster import database
 from cluster.cli.models import app
 from cluster.errors import (
     ChangedFileError,
@@ -24,6 +26,7 @@ from cluster.errors import (
     InvalidReferenceError,
     NotFoundError,
     NotRunningError,
+    OverloadedError,
     UnknownKeyError,
     UsageError,
 )
@@ -311,6 +314,19 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
     assert "does not exist" in fails(NotFoundError, "show", "nothing")
     assert read("list") == []
     assert "models import" in run("list").stdout
+
+
+def test_an_import_that_cannot_be_registered_leaves_nothing(
+    home: Path, settings: Settings, graph: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_BUSY_TIMEOUT_S", 0)
+    assert read("list") == []
+    with sqlite3.connect(settings.database.removeprefix("sqlite:///")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert "is busy" in fails(OverloadedError, "import", str(graph), "--name", name)
+        other.rollback()
+    assert not list((home / "storage/packages").iterdir())
+    assert not open_client(settings).search_model_versions(f"name = '{name}'")
 
 
 def test_without_the_server_an_import_says_so_before_it_works(
