@@ -7,12 +7,15 @@ It knows the format from `cluster.backup`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from pydantic import ValidationError
@@ -21,7 +24,13 @@ from sqlalchemy.engine import Connection
 from cluster import database
 from cluster.backup import FORMAT_VERSION, HOME, INDEX, MLFLOW, STORAGE, TABLES, BackupIndex
 from cluster.database import model_versions
-from cluster.errors import ConflictError, InputError, MachineError, as_machine_error
+from cluster.errors import (
+    ConflictError,
+    HeliostatError,
+    InputError,
+    MachineError,
+    as_machine_error,
+)
 from cluster.settings import Settings
 from cluster.storage import Storage
 
@@ -40,24 +49,35 @@ def restore_backup(path: Path, home: Path, load: Callable[[Path], Settings]) -> 
         MachineError: it cannot be written; home is as it was.
     """
     _require_empty(home)
-    stage = home.with_name(f".{home.name}.restoring")
-    shutil.rmtree(stage, ignore_errors=True)
     try:
-        stage.mkdir(mode=0o700, parents=True)
-        index = _unpack(path, stage)
-        staged_home = stage / HOME
-        for private in (staged_home, staged_home / "keys"):
-            private.mkdir(exist_ok=True)
-            private.chmod(0o700)
-        _fill(index, stage, load(staged_home), home)
-        if home.exists():
-            home.rmdir()
-        staged_home.rename(home)
+        _require_file(path)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=home.parent, prefix=".restoring-", ignore_cleanup_errors=True
+        ) as scratch:
+            stage = Path(scratch)
+            index = _unpack(path, stage)
+            staged_home = stage / HOME
+            for private in (staged_home, staged_home / "keys"):
+                private.mkdir(exist_ok=True)
+                private.chmod(0o700)
+            with contextlib.ExitStack() as undo:
+                _fill(path, index, stage, load(staged_home), home, undo)
+                if home.exists():
+                    home.rmdir()
+                staged_home.rename(home)
+                undo.pop_all()
     except OSError as error:
         raise (as_machine_error(error) or _cannot_write(home, error)) from None
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return index
+
+
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        raise InputError(f"{path} does not exist", hint="give the path of a backup")
+    # A pipe would be waited for, maybe for ever.
+    if not path.is_file():
+        raise InputError(f"{path} is no regular file", hint="give the path of a backup")
 
 
 def _require_empty(home: Path) -> None:
@@ -84,9 +104,7 @@ def _unpack(path: Path, stage: Path) -> BackupIndex:
                 if not member.isreg() or not _is_inner(member.name):
                     raise _damaged(path, f"{member.name} is no plain file of a backup")
                 found[member.name] = _extract(tar, member, stage)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist", hint="give the path of a backup") from None
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError) as error:
         raise _damaged(path, str(error)) from None
     if INDEX not in found:
         raise _damaged(path, f"it has no {INDEX} at its end: it was cut short")
@@ -127,7 +145,7 @@ def _read_index(path: Path, file: Path) -> BackupIndex:
                 hint="restore it with the version that wrote it, or a newer one",
             )
         return BackupIndex.model_validate(values)
-    except (ValueError, AttributeError, ValidationError) as error:
+    except (ValueError, AttributeError, ValidationError, RecursionError) as error:
         raise _damaged(path, f"{INDEX} cannot be read: {str(error).splitlines()[0]}") from None
 
 
@@ -135,8 +153,19 @@ def _damaged(path: Path, reason: str) -> InputError:
     return InputError(f"{path} is not a whole backup: {reason}", hint="use another copy")
 
 
-def _fill(index: BackupIndex, stage: Path, settings: Settings, home: Path) -> None:
-    """Fill the staged home, and the storage and database that its settings name."""
+def _fill(
+    path: Path,
+    index: BackupIndex,
+    stage: Path,
+    settings: Settings,
+    home: Path,
+    undo: contextlib.ExitStack,
+) -> None:
+    """Fill the staged home, and the storage and database that its settings name.
+
+    Args:
+        undo: what takes back what was written to a storage that lies elsewhere.
+    """
     storage = Storage.open(settings.storage_root)
     if storage.is_folder != index.storage_is_folder:
         kinds = ("a folder", "an object store")
@@ -150,18 +179,29 @@ def _fill(index: BackupIndex, stage: Path, settings: Settings, home: Path) -> No
     engine = database.open_database(settings.database)
     new_root = storage.root.replace(str(settings.home), str(home), 1)
     with engine.begin() as connection:
-        _fill_tables(connection, stage / TABLES)
+        _fill_tables(path, connection, stage / TABLES)
         _move_locations(connection, index.storage_root, new_root)
         for name in sorted(index.members):
             if name.startswith(f"{STORAGE}/"):
+                key = name.removeprefix(f"{STORAGE}/")
+                undo.callback(_unwrite, storage, key)
                 with (stage / name).open("rb") as file:
-                    storage.write_file(name.removeprefix(f"{STORAGE}/"), file)
+                    storage.write_file(key, file)
     engine.dispose()
     if (stage / MLFLOW).exists():
         (stage / MLFLOW).rename(settings.home / "mlflow")
 
 
-def _fill_tables(connection: Connection, directory: Path) -> None:
+def _unwrite(storage: Storage, key: str) -> None:
+    """Remove a file and the directories that are empty without it; what fails here stays."""
+    with contextlib.suppress(HeliostatError, OSError):
+        storage.delete_file(key)
+        if (file := storage.local_path(key)) is not None:
+            for directory in list(file.parents)[: key.count("/")]:
+                directory.rmdir()
+
+
+def _fill_tables(path: Path, connection: Connection, directory: Path) -> None:
     for table in database.metadata.sorted_tables:
         if connection.scalar(sa.select(sa.func.count()).select_from(table)):
             raise ConflictError(
@@ -170,13 +210,32 @@ def _fill_tables(connection: Connection, directory: Path) -> None:
             )
         file = directory / f"{table.name}.jsonl"
         # A table that is younger than the backup stays empty.
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        lines = [line for line in text.split("\n") if line]
-        if not lines:
+        if not file.exists():
             continue
-        connection.execute(sa.insert(table), [json.loads(line) for line in lines])
+        try:
+            rows = _read_rows(file, table)
+            if rows:
+                connection.execute(sa.insert(table), rows)
+        except sa.exc.OperationalError:
+            raise
+        except (ValueError, OverflowError, RecursionError, sa.exc.StatementError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise _damaged(path, f"{TABLES}/{file.name} cannot be read: {reason}") from None
         if connection.dialect.name == "postgresql" and "id" in table.columns:
             _count_on(connection, table)
+
+
+def _read_rows(file: Path, table: sa.Table) -> list[dict[str, Any]]:
+    """Raises ValueError for what are no rows of the table."""
+    # Not splitlines: a text may hold other line breaks.
+    lines = file.read_bytes().decode().split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError("a line is no object")
+        if unknown := row.keys() - table.columns.keys():
+            raise ValueError(f"unknown column {min(unknown)!r}")
+    return rows
 
 
 def _count_on(connection: Connection, table: sa.Table) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 import shutil
 import sqlite3
+import tarfile
 import threading
 import uuid
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -177,6 +182,98 @@ def test_a_damaged_backup_changes_nothing(settings: Settings, tmp_path: Path, da
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "other").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tables/audit_log.jsonl", b"{"),
+        ("tables/audit_log.jsonl", b"\xff"),
+        ("tables/audit_log.jsonl", b"[1]"),
+        ("tables/audit_log.jsonl", b"[" * 100_000),
+        ("tables/audit_log.jsonl", b'{"colour": "red"}'),
+        ("tables/audit_log.jsonl", b'{"actor": {"a": 1}}'),
+        ("tables/audit_log.jsonl", b'{"id": 9' + b"9" * 30 + b"}"),
+        ("tables/tenants.jsonl", b'{"name": "a"}'),
+        ("backup.json", b"[" * 100_000),
+        ("backup.json", b"\xff"),
+        ("backup.json", b"[]"),
+    ],
+)
+def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    members = {} if name == "backup.json" else {name: content}
+    index = backup.BackupIndex(
+        created_at="",
+        storage_root="",
+        storage_is_folder=True,
+        members={
+            name: backup.MemberInfo(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for name, data in members.items()
+        },
+    )
+    files = {"backup.json": index.model_dump_json().encode(), **members, name: content}
+    with tarfile.open(tmp_path / "backup.tar", "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(InputError, match="is not a whole backup") as caught:
+        restore_backup(tmp_path / "backup.tar", tmp_path / "other", load)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["backup.tar"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_a_restore_that_fails_leaves_storage_elsewhere_empty(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    root = str(tmp_path / "elsewhere")
+    if kind == "s3":
+        template: str = request.getfixturevalue("s3_root")
+        root = template.replace("/root?", f"/{uuid.uuid4().hex}?")
+
+    def load_elsewhere(home: Path) -> Settings:
+        return Settings(home=home, storage_url=root)
+
+    settings = load_elsewhere(tmp_path / "home")
+    fill(settings, tmp_path)
+    archive = tmp_path / "backup.tar"
+    write_backup(settings, archive)
+    (packages,) = {key.split("/")[0] for key in Storage.open(root).list()}
+    Storage.open(root).delete_dir(packages)
+    written: list[str] = []
+    real = Storage.write_file
+
+    def fail_later(self: Storage, key: str, source: BinaryIO) -> None:
+        real(self, key, source)
+        written.append(key)
+        if len(written) == 2:
+            raise MachineError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write_file", fail_later)
+        with pytest.raises(MachineError, match="full"):
+            restore_backup(archive, tmp_path / "other", load_elsewhere)
+    assert Storage.open(root).contents() == []
+    assert not Storage.open(root).exists(packages)
+    assert not (tmp_path / "other").exists()
+    restore_backup(archive, tmp_path / "other", load_elsewhere)
+    assert len(Storage.open(root).contents()) > len(written)
+
+
+def test_only_a_file_is_restored_and_what_lies_beside_the_home_stays(
+    settings: Settings, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(InputError, match="is no regular file"):
+            restore_backup(path, tmp_path / "other", load)
+    theirs = tmp_path / ".other.restoring" / "file"
+    theirs.parent.mkdir()
+    theirs.touch()
+    write_backup(settings, tmp_path / "backup.tar")
+    restore_backup(tmp_path / "backup.tar", tmp_path / "other", load)
+    assert theirs.exists()
 
 
 def test_a_home_with_state_is_left_alone(settings: Settings, tmp_path: Path) -> None:
