@@ -5,6 +5,7 @@
     │   ├── ConfigError              a configuration file or an override is wrong
     │   ├── InvalidReferenceError    a model reference is not NAME, NAME@ALIAS or NAME/VERSION
     │   └── InputError               bad content in a request or a data file; `param` names it
+    │       └── NotFiniteError       a model gives what is no finite number
     ├── AuthenticationError          no key, or a wrong, expired or revoked one
     ├── PermissionDeniedError        the key lacks the scope
     ├── NotFoundError                the named thing does not exist
@@ -93,6 +94,10 @@ class InvalidReferenceError(UsageError):
 
 class InputError(UsageError):
     code = "invalid_input"
+
+
+class NotFiniteError(InputError):
+    code = "not_finite"
 
 
 class AuthenticationError(HeliostatError):

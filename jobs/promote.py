@@ -21,6 +21,7 @@ from cluster.errors import (
     ConflictError,
     InputError,
     JobFailedError,
+    NotFiniteError,
     NotFoundError,
     PackageError,
 )
@@ -62,8 +63,12 @@ def promote(config: ServiceConfig, settings: Settings) -> None:
     print(describe(dataset.info), flush=True)
     with _tracked(config, contest, dataset, settings) as tracker:
         print(f"run {tracker.url}", flush=True)
-        state = _measure_both(config, contest, package, dataset, settings, tracker)
-        decision = PromotionPolicy(config.metric, config.objective, config.budget).decide(state)
+        state = None
+        try:
+            state = _measure_both(config, contest, package, dataset, settings, tracker)
+            decision = PromotionPolicy(config.metric, config.objective, config.budget).decide(state)
+        except NotFiniteError as error:
+            decision = PromotionDecision(False, f"it cannot be measured: {error.message}")
         promoted = decision.promote or config.force
         reason = decision.reason if decision.promote else _forced(config, decision)
         _require_unmoved(contest, registry)
@@ -280,14 +285,17 @@ def _tracked(
 
 
 def _evidence(
-    config: ServiceConfig, contest: Contest, state: PromotionState, decision: PromotionDecision
+    config: ServiceConfig,
+    contest: Contest,
+    state: PromotionState | None,
+    decision: PromotionDecision,
 ) -> dict[str, object]:
     return {
         "service": config.service,
         "candidate": str(contest.candidate.ref),
         "champion": str(contest.champion.ref) if contest.champion else None,
         "metric": config.metric,
-        "measured": asdict(state),
+        "measured": asdict(state) if state else None,
         "promoted": decision.promote or config.force,
         "forced": config.force and not decision.promote,
         "reason": decision.reason,

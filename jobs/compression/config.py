@@ -215,7 +215,7 @@ class CompressConfig(StrictModel):
     split: Literal["train", "validation", "test"] = "validation"
     """What `metric` is measured on."""
     batch_size: int = Field(32, ge=1)
-    num_threads: int = Field(2, ge=1)
+    num_threads: int = Field(2, ge=1, le=256)
     speed_rounds: int = Field(5, ge=1)
     """Turns that the model and a candidate take at being timed; the median counts."""
     experiment: str = "compress"

@@ -23,7 +23,7 @@ class EvaluateConfig(StrictModel):
     split: Literal["train", "validation", "test"] = "test"
     batch_size: int = Field(32, ge=1)
     """Rows at a time; no metric depends on it."""
-    num_threads: int = Field(2, ge=1)
+    num_threads: int = Field(2, ge=1, le=256)
     label: str = ""
     """For graphs: the column that holds class numbers, or the numbers to predict; empty means
     `label` or `target`, whichever the data has."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.errors import InputError
+from cluster.errors import InputError, NotFiniteError
 from jobs.data.dataset import Dataset
 from jobs.data.rows import Array
 from jobs.data.table_info import FEATURES, LABEL
@@ -46,7 +46,7 @@ class Evaluation:
 
 
 def require_finite(what: str, values: Array) -> None:
-    """Raises InputError if a row of `values` holds something that is no number.
+    """Raises NotFiniteError if a row of `values` holds something that is no number.
 
     Args:
         what: its name, for the error.
@@ -54,7 +54,7 @@ def require_finite(what: str, values: Array) -> None:
     rows = values.reshape(len(values), -1)
     if values.dtype.kind == "f" and not (is_finite := np.isfinite(rows).all(axis=1)).all():
         row = int(np.flatnonzero(~is_finite)[0])
-        raise InputError(
+        raise NotFiniteError(
             f"the model's '{what}' of row {row} is no finite number",
             hint="mend the model, or leave such rows out",
         )

@@ -6,15 +6,26 @@ ServiceConfig(service="digits", model="digits", owner="…", purpose="…", metr
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, StringConstraints
 
 from cluster.config import StrictModel
 from jobs.data.config import DataConfig, Name
 
 PromotionMetric = Literal["accuracy", "next_token_accuracy", "loss", "mse", "mae"]
 """Metrics that are means over rows, so that two models can be compared row by row."""
+
+
+def _one_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("expected one line without control characters")
+    return value
+
+
+Line = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_one_line)
+]
 
 
 class BudgetConfig(StrictModel):
@@ -35,9 +46,9 @@ class ServiceConfig(StrictModel):
     service: Name
     model: Name
     """The registered name whose versions serve it."""
-    owner: str = Field(min_length=1)
+    owner: Line
     """Whom to ask."""
-    purpose: str = Field(min_length=1)
+    purpose: Line
     metric: PromotionMetric
     objective: float
     """What a version must reach: at least this where higher is better, at most this elsewhere."""
@@ -46,14 +57,14 @@ class ServiceConfig(StrictModel):
     """None means the dataset that the candidate was trained on."""
     split: Literal["validation", "test"] = "test"
     batch_size: int = Field(32, ge=1)
-    num_threads: int = Field(2, ge=1)
+    num_threads: int = Field(2, ge=1, le=256)
     candidate: str = ""
     """NAME/VERSION or NAME@ALIAS; empty means the newest version of `model`."""
     force: bool = False
     """Promote whatever the comparison says; recorded as forced."""
     reason: str = ""
     """Why it is forced; required with `force`."""
-    actor: str = Field("jobs.promote", min_length=1, max_length=128)
+    actor: Line = Field("jobs.promote", max_length=128)
     """Who asks, for the alias history."""
     experiment: str = "promote"
     """MLflow experiment."""

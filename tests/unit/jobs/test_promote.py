@@ -261,6 +261,19 @@ def test_a_champion_that_cannot_be_measured_refuses_and_can_be_forced(
     assert "forced: it was tampered with" in registry.history("sums")[-1].reason
 
 
+def test_a_candidate_that_gives_no_numbers_is_refused_as_others_are(
+    settings: Settings, registry: ModelRegistry, register: Register
+) -> None:
+    register(0.1)
+    crown(registry, 1)
+    register(float("nan"))
+    assert alias(registry) == 2
+    with pytest.raises(JobFailedError, match=r"cannot be measured: .* is no finite number"):
+        promote(service(), settings)
+    assert alias(registry) == 1
+    assert "sums/2 refused: it cannot be measured" in registry.history("sums")[-1].reason
+
+
 def test_mlflow_that_is_down_stops_it_before_anything_moves(
     settings: Settings, registry: ModelRegistry, register: Register
 ) -> None:
@@ -299,6 +312,11 @@ def _refuse() -> None:
         ({"budget": {"max_regression": 0, "alpha": 0.9}}, "less than 0.5"),
         ({"budget": None}, "budget"),
         ({"owner": ""}, "key 'owner'"),
+        ({"owner": " \n"}, "key 'owner'"),
+        ({"purpose": "a\x1b[2Jb"}, "expected one line without control characters"),
+        ({"actor": "ada\nroot"}, "expected one line without control characters"),
+        ({"actor": " "}, "key 'actor'"),
+        ({"num_threads": 257}, "less than or equal to 256"),
         ({"model": "../up"}, "key 'model' is '../up'"),
         ({"force": "maybe"}, "key 'force' is 'maybe'"),
         ({"actor": "a" * 129}, "key 'actor'"),
@@ -310,6 +328,10 @@ def test_what_a_service_cannot_say(changes: dict[str, Any], message: str) -> Non
     with pytest.raises(ConfigError, match=message) as caught:
         service(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_service_says_is_stripped() -> None:
+    assert service(purpose=" adds two numbers\n").purpose == "adds two numbers"
 
 
 def test_who_cannot_be_a_candidate(registry: ModelRegistry, register: Register) -> None:
