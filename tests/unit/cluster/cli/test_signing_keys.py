@@ -89,7 +89,7 @@ def test_packages_are_encrypted_anew_only_where_that_is_on(
     with pytest.raises(NotRunningError, match="heliostat up"):
         CliRunner().invoke(app, ["models", "rekey"], catch_exceptions=False)
     open_keyset(settings).ensure()
-    with pytest.raises(NotRunningError, match="storage folder .* is not there"):
+    with pytest.raises(NotRunningError, match=r"storage folder .* is not there"):
         CliRunner().invoke(app, ["models", "rekey"], catch_exceptions=False)
     Path(settings.storage_root).mkdir()
     result = CliRunner().invoke(app, ["models", "rekey"], catch_exceptions=False)
