@@ -85,13 +85,13 @@ def test_the_demo_prints_answers_beside_what_they_should_be(life: Life) -> None:
 
 def test_the_demo_prints_the_verified_lineage_of_what_it_served(life: Life) -> None:
     origin = life.output.partition("Where the answers came from")[2]
-    for name in ("digits", "pydoc-lm"):
+    for name, data in (("digits", "digits"), ("pydoc-lm", "python_topics")):
         version = life.version(name)
         assert version.run_id is not None
         part = origin.partition(str(version.ref))[2]
         package, dataset, commit, run = part.splitlines()[1:5]
         assert re.match(rf"\s+package\s+verified\s+{version.digest}  \(.*signed by key", package)
-        assert re.match(rf"\s+dataset\s+verified\s+sha256:[0-9a-f]{{64}}  \({name[:5]}", dataset)
+        assert re.match(rf"\s+dataset\s+verified\s+sha256:[0-9a-f]{{64}}  \({data}, ", dataset)
         assert re.match(r"\s+commit\s+(verified|recorded)\s+[0-9a-f]{40}", commit)
         assert version.run_id in run
 
