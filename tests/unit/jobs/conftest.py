@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # A shared machine has no deadlines.
-settings.register_profile("jobs", deadline=None, max_examples=40)
+settings.register_profile(
+    "jobs", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @pytest.fixture(autouse=True, scope="package")
