@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from cluster.database import aliases, deployments, model_versions
-from cluster.errors import ConflictError, NotFoundError
+from cluster.errors import ConflictError, InputError, NotFoundError
 from cluster.model_ref import ModelRef
 
 
@@ -35,6 +35,18 @@ class ModelVersion:
     @property
     def ref(self) -> ModelRef:
         return ModelRef(self.name, version=self.version)
+
+
+def require_language_model(
+    version: ModelVersion, named: str, *, hint: str, param: str | None = None
+) -> None:
+    """Raises InputError if what `named` refers to is of another kind."""
+    if version.kind != "language_model":
+        raise InputError(
+            f"{named} {version.ref} is of kind '{version.kind}', expected a language model",
+            hint=hint,
+            param=param,
+        )
 
 
 def read_versions(connection: Connection, name: str | None) -> list[ModelVersion]:

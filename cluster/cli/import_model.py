@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.errors import InputError
 from cluster.model_package import (
     Lineage,
     ModelPackage,
@@ -18,6 +17,7 @@ from cluster.model_package import (
 )
 from cluster.model_package.importing import prepare_import
 from cluster.model_ref import CANDIDATE, ModelRef
+from cluster.model_versions import require_language_model
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.storage import Storage
@@ -68,11 +68,7 @@ def import_path(
 
 def _open_base(reference: str, settings: Settings) -> ModelPackage:
     version = ModelRegistry.open(settings).resolve(ModelRef.parse(reference))
-    if version.kind != "language_model":
-        raise InputError(
-            f"--base {version.ref} is of kind '{version.kind}', expected a language model",
-            hint="name what the adapter was trained on",
-        )
+    require_language_model(version, "--base", hint="name what the adapter was trained on")
     return open_version(version, settings)
 
 

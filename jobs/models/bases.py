@@ -25,6 +25,7 @@ from cluster.model_package import ModelPackage, open_version
 from cluster.model_package.importing import choose_files, language_model_files
 from cluster.model_package.language_model import check_language_model_files
 from cluster.model_ref import ModelRef
+from cluster.model_versions import ModelVersion, require_language_model
 from cluster.registry import ModelRegistry
 from cluster.settings import Settings
 from cluster.storage import open_filesystem
@@ -75,13 +76,13 @@ def _registered(wanted: ModelRef, settings: Settings) -> Base:
             hint=f"{error.hint}; a directory is written ./{wanted.name}",
             param=_PARAM,
         ) from None
-    if version.kind != "language_model":
-        hint = "name its merged model, or the base" if version.kind == "adapter" else "name another"
-        raise InputError(
-            f"model.base {version.ref} is of kind '{version.kind}', expected a language model",
-            hint=hint,
-            param=_PARAM,
-        )
+    hint = "name its merged model, or the base" if version.kind == "adapter" else "name another"
+    require_language_model(version, _PARAM, hint=hint, param=_PARAM)
+    return open_registered(version, settings)
+
+
+def open_registered(version: ModelVersion, settings: Settings) -> Base:
+    """A version that is a language model; raises PackageError if it cannot be trusted."""
     package = open_version(version, settings)
     return Base(str(version.ref), package.model_dir, package.digest, package)
 

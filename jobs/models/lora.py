@@ -46,10 +46,6 @@ def add_lora(model: torch.nn.Module, config: LoraConfig) -> None:
     peft_config.target_modules = {path.rpartition(".")[2] for path in peft_config.target_modules}
 
 
-def has_lora(model: torch.nn.Module) -> bool:
-    return hasattr(model, "peft_config")
-
-
 def save_adapter(model: Any, directory: Path) -> None:
     """Write the matrices of `add_lora` and their configuration, as peft does."""
     from peft import get_peft_model_state_dict

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ChangedFileError, InputError
-from cluster.model_package import open_version
 from cluster.model_ref import ModelRef
+from cluster.model_versions import require_language_model
 from cluster.registry import ModelRegistry
 from cluster.settings import Settings
 from jobs.data.config import DataConfig, ExistingTokenizer
 from jobs.data.dataset import TOKENIZER_FILE, Dataset
-from jobs.models.bases import Base, find_base
+from jobs.models.bases import Base, find_base, open_registered
 from jobs.models.config import DistillationConfig, LanguageModelConfig, PretrainedLmConfig
 from jobs.training.config import TrainConfig
+
+_BASE, _TEACHER = "model.base", "model.distillation.teacher"
 
 # What decides the ids that a text gets; the rest of the file is how it is laid out.
 _PARTS = ("model", "normalizer", "pre_tokenizer", "added_tokens")
@@ -61,11 +63,7 @@ def _from_base(config: TrainConfig, settings: Settings) -> Start:
         return Start(config, config)
     _require_its_tokenizer(config.data, model)
     base = find_base(model.base, settings)
-    if model.base_digest not in ("", base.digest):
-        raise ChangedFileError(
-            f"model.base '{model.base}' has digest {base.digest}, expected {model.base_digest}",
-            hint="correct model.base_digest, or leave it out",
-        )
+    _require_digest(_BASE, model.base, base.digest, model.base_digest)
     _refuse_without_package(model, base)
     return Start(
         config=_with_base(config, model, base, base.reference),
@@ -74,7 +72,7 @@ def _from_base(config: TrainConfig, settings: Settings) -> Start:
     )
 
 
-def check_tokenizer(dataset: Dataset, base: Base, named: str = "model.base") -> None:
+def check_tokenizer(dataset: Dataset, base: Base, named: str = _BASE) -> None:
     """Raises InputError if the dataset's token ids mean something else to the base."""
     path = base.directory / TOKENIZER_FILE
     if path.is_file() and _ids_of(path) == _ids_of(dataset.tokenizer_path):
@@ -89,21 +87,17 @@ def check_tokenizer(dataset: Dataset, base: Base, named: str = "model.base") -> 
 
 def _find_teacher(distillation: DistillationConfig, settings: Settings) -> Base:
     version = ModelRegistry.open(settings).resolve(ModelRef.parse(distillation.teacher))
-    if version.kind != "language_model":
-        raise InputError(
-            f"model.distillation.teacher {version.ref} is of kind '{version.kind}', expected a "
-            "language model",
-            hint="name another",
-            param="model.distillation.teacher",
-        )
-    if distillation.teacher_digest not in ("", version.digest):
+    require_language_model(version, _TEACHER, hint="name another", param=_TEACHER)
+    _require_digest(_TEACHER, distillation.teacher, version.digest, distillation.teacher_digest)
+    return open_registered(version, settings)
+
+
+def _require_digest(named: str, reference: str, found: str, expected: str) -> None:
+    if expected not in ("", found):
         raise ChangedFileError(
-            f"model.distillation.teacher '{distillation.teacher}' has digest {version.digest}, "
-            f"expected {distillation.teacher_digest}",
-            hint="correct model.distillation.teacher_digest, or leave it out",
+            f"{named} '{reference}' has digest {found}, expected {expected}",
+            hint=f"correct {named}_digest, or leave it out",
         )
-    package = open_version(version, settings)
-    return Base(str(version.ref), package.model_dir, package.digest, package)
 
 
 def _with_teacher(config: TrainConfig, teacher: Base, location: str) -> TrainConfig:
