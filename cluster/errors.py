@@ -198,6 +198,11 @@ _MACHINE_ERRNOS = frozenset(
 )
 
 
+def first_line(error: object) -> str:
+    """What other people's exceptions say before they go into detail."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def as_machine_error(error: OSError) -> MachineError | None:
     """A full, read-only or closed disk, or too long a path, as one of ours; None for what is
     rather our mistake."""

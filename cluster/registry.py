@@ -32,7 +32,7 @@ from cluster.aliases import (
     read_history,
 )
 from cluster.database import begin_alone, model_versions
-from cluster.errors import ConflictError, HeliostatError, NotFoundError, NotRunningError
+from cluster.errors import ConflictError, HeliostatError, NotFoundError, NotRunningError, first_line
 from cluster.evaluations import EvaluationRecord, read_evaluations, write_evaluation
 from cluster.model_package.manifest import package_key
 from cluster.model_package.writer import PublishedPackage
@@ -332,8 +332,7 @@ def _mlflow_errors(settings: Settings) -> Iterator[None]:
         raise
     # mlflow and requests raise many types; all mean that the server did not do it.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise NotRunningError(
-            f"MLflow at {settings.tracking_uri} did not do it: {reason}",
+            f"MLflow at {settings.tracking_uri} did not do it: {first_line(error)}",
             hint="see `heliostat status` and MLflow's log",
         ) from None

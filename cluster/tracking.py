@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cluster.errors import NotRunningError, StartError, StoppedError
+from cluster.errors import NotRunningError, StartError, StoppedError, first_line
 from cluster.observability.write_queue import WriteQueue
 from cluster.settings import Settings
 
@@ -72,7 +72,7 @@ def close_run(settings: Settings, run_id: str, status: str) -> None:
         open_client(settings).set_terminated(run_id, status)
     # Anything the client or the network raises: it is only the record.
     except Exception as error:
-        _logger.warning("MLflow did not take the end of run %s: %s", run_id, _first_line(error))
+        _logger.warning("MLflow did not take the end of run %s: %s", run_id, first_line(error))
 
 
 def has_run(settings: Settings, run_id: str) -> bool:
@@ -253,7 +253,7 @@ class RunTracker:
             write()
         # Anything the client or the network raises: the training matters more than its record.
         except Exception as error:
-            _logger.warning("MLflow did not take %s: %s", what, _first_line(error))
+            _logger.warning("MLflow did not take %s: %s", what, first_line(error))
 
 
 def _experiment_id(client: Any, name: str) -> str:
@@ -314,7 +314,7 @@ def _start_monitor(run_id: str, uri: str, *, resume: bool) -> Any:
         )
         monitor.start()
     except Exception as error:
-        _logger.warning("no system metrics for run %s: %s", run_id, _first_line(error))
+        _logger.warning("no system metrics for run %s: %s", run_id, first_line(error))
         return None
     return monitor
 
@@ -328,10 +328,6 @@ def _start_errors(settings: Settings) -> Iterator[None]:
     # mlflow and requests raise many types; before training any of them is a reason not to begin.
     except Exception as error:
         raise StartError(
-            f"MLflow at {settings.tracking_uri} does not accept the run: {_first_line(error)}",
+            f"MLflow at {settings.tracking_uri} does not accept the run: {first_line(error)}",
             hint="see its log with `heliostat status`",
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -18,7 +18,13 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from cluster.errors import ForbiddenFileError, InputError, MissingFileError, PackageError
+from cluster.errors import (
+    ForbiddenFileError,
+    InputError,
+    MissingFileError,
+    PackageError,
+    first_line,
+)
 from cluster.model_package.files import ADAPTER_CONFIG, GRAPH, TOKENIZER, check_file_name
 from cluster.model_package.manifest import Kind
 from cluster.model_package.reader import ModelPackage
@@ -254,9 +260,8 @@ def _prepare_graph(source: Path, stage: Path) -> PreparedImport:
         onnx.load_external_data_for_model(model, str(source.parent))
     # ValueError, onnx's own ValidationError and more, on links, offsets and sizes.
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise PackageError(
-            f"'{source}': its tensors cannot be read: {first_line}", hint="export it again"
+            f"'{source}': its tensors cannot be read: {first_line(error)}", hint="export it again"
         ) from None
     inline = total < _MAX_INLINE_BYTES
     onnx.save_model(

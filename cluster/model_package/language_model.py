@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import HeliostatError, MissingFileError, PackageError
+from cluster.errors import HeliostatError, MissingFileError, PackageError, first_line
 from cluster.model_package.files import list_files, refuse_code_references
 from cluster.model_package.golden import MAX_NEW_TOKENS, MAX_PROMPT_TOKENS
 from cluster.model_package.manifest import LanguageModelInfo
@@ -218,8 +218,7 @@ def one_line(what: str, hint: str = _HINT) -> Iterator[None]:
     except HeliostatError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise PackageError(f"{what}: {lines[0][:300]}", hint=hint) from None
+        raise PackageError(f"{what}: {first_line(error)}", hint=hint) from None
 
 
 @contextlib.contextmanager

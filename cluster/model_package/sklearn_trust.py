@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.errors import ForbiddenFileError, HeliostatError, PackageError
+from cluster.errors import ForbiddenFileError, HeliostatError, PackageError, first_line
 from cluster.model_package.skops_archive import check_archive
 
 # scikit-learn's own, that hold numbers and are built without running anything.
@@ -70,7 +70,7 @@ def load_estimator(source: Path) -> tuple[Any, tuple[str, ...]]:
         estimator = skops.io.load(source, trusted=[*found])
     with one_line(f"'{source}' is damaged", hint=_SAVE):
         _check_trees(source, estimator)
-    return estimator, tuple(dict.fromkeys(_first_line(w.message) for w in caught))
+    return estimator, tuple(dict.fromkeys(first_line(w.message) for w in caught))
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def one_line(
     except HeliostatError:
         raise
     except Exception as error:
-        raise PackageError(f"{what}: {_first_line(error)}", hint=hint) from None
+        raise PackageError(f"{what}: {first_line(error)}", hint=hint) from None
 
 
 def _check_trees(source: Path, estimator: Any) -> None:
@@ -163,7 +163,3 @@ def _is_sound(tree: Any, width: int | None) -> bool:
         and (feature[inner] >= 0).all()
         and (feature[inner] < min(tree.n_features, width)).all()
     )
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

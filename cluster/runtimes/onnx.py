@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 from pydantic import ValidationError
 
-from cluster.errors import InputError, PackageError
+from cluster.errors import InputError, PackageError, first_line
 from cluster.processing import Array, Datatype, TensorSpec
 
 _DATATYPES: dict[str, Datatype] = {
@@ -72,7 +72,7 @@ class OnnxRuntime:
         # Whatever type ONNX Runtime raises here, it is about these inputs: the graph was loaded.
         except Exception as error:
             raise InputError(
-                f"the graph cannot run on these inputs: {_first_line(error)}",
+                f"the graph cannot run on these inputs: {first_line(error)}",
                 hint="expected " + ", ".join(str(spec) for spec in self.inputs),
             ) from None
         found = dict(zip(names, values, strict=True))
@@ -106,7 +106,7 @@ def _open_session(path: Path, num_threads: int, use_gpu: bool) -> Any:
     # ONNX Runtime has a dozen unrelated exception types, all meaning that it cannot load the file.
     except Exception as error:
         raise PackageError(
-            f"'{path.name}' is not a graph that ONNX Runtime can load: {_first_line(error)}",
+            f"'{path.name}' is not a graph that ONNX Runtime can load: {first_line(error)}",
             hint="export it again; check it with onnx.checker",
         ) from None
 
@@ -137,7 +137,3 @@ def _to_text(values: Array) -> Array:
 
 def _to_bytes(values: Array) -> Array:
     return np.array([str(v).encode() for v in values.flat], dtype=object).reshape(values.shape)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

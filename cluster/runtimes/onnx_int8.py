@@ -17,7 +17,7 @@ from typing import Any
 
 import onnxruntime
 
-from cluster.errors import InputError, PackageError
+from cluster.errors import InputError, PackageError, first_line
 from cluster.processing import Array
 
 # With 7 bits of weight no product overflows on CPUs without VNNI, so every machine computes alike.
@@ -109,9 +109,8 @@ def _one_line() -> Iterator[None]:
         yield
     # Whatever it raises, it is about this graph, which ONNX Runtime could load before.
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise PackageError(
-            f"the graph cannot be quantised: {lines[0][:300]}", hint="try another method"
+            f"the graph cannot be quantised: {first_line(error)}", hint="try another method"
         ) from None
     finally:
         root.setLevel(level)
