@@ -9,6 +9,7 @@ It knows nothing of what jobs do. The underscore keeps it out of the list of job
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import sys
@@ -45,7 +46,7 @@ def run_job(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, _stop)
     try:
-        arguments = _parse(verb, description)
+        arguments = _parse(verb, description, config_type)
         config = load_config(arguments.config, config_type, arguments.overrides)
         action = check if arguments.check else run
         action(config, load_settings())
@@ -70,7 +71,7 @@ def run_job(
     sys.exit(0)
 
 
-def _parse(verb: str, description: str) -> argparse.Namespace:
+def _parse(verb: str, description: str, config_type: type[ConfigType]) -> argparse.Namespace:
     parser = _Arguments(prog=f"jobs.{verb}", description=description)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     parser.add_argument(
@@ -85,7 +86,12 @@ def _parse(verb: str, description: str) -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="validate and estimate, then exit; starts nothing"
     )
-    return parser.parse_args()
+    if "force" in config_type.model_fields:
+        parser.add_argument("--force", metavar="WHY", help="do it all the same, and record why")
+    arguments = parser.parse_args()
+    if getattr(arguments, "force", None) is not None:
+        arguments.overrides.append(f"force={json.dumps(arguments.force)}")
+    return arguments
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable
 
 from cluster.errors import JobFailedError
-from cluster.evaluations import EvaluationRecord
 from cluster.model_package import ModelPackage, open_version
 from cluster.model_ref import CANDIDATE, ModelRef
 from cluster.registry import ModelRegistry, ModelVersion
@@ -28,7 +27,7 @@ from jobs.compression.publishing import publish
 from jobs.compression.search import Search, Tried
 from jobs.data.dataset import Dataset
 from jobs.data.inspection import inspect
-from jobs.evaluate import find_dataset, find_evaluator
+from jobs.evaluate import find_dataset, find_evaluator, record
 from jobs.evaluation.config import EvaluateConfig
 from jobs.evaluation.evaluation import Evaluation
 from jobs.prepare import describe
@@ -46,6 +45,8 @@ def compress(config: CompressConfig, settings: Settings) -> None:
     storage = Storage.open(settings.storage_root)
     with _tracked(config, version, dataset, settings) as tracker, storage.staging() as stage:
         print(f"run {tracker.url}", flush=True)
+        info, source = dataset.info, str(dataset.directory)
+        tracker.log_dataset(info.name, info.digest, source=source, context="evaluation")
         search = Search(
             config,
             package,
@@ -75,13 +76,7 @@ def compress(config: CompressConfig, settings: Settings) -> None:
         tracker.set_tags({"model_version": str(compressed.ref)})
         for one, tried in ((version, found.parent), (compressed, found.chosen)):
             ModelRegistry.open(settings).add_evaluation(
-                EvaluationRecord(
-                    one.digest,
-                    dataset.info.digest,
-                    config.split,
-                    dict(tried.metrics),
-                    tracker.run_id,
-                )
+                record(one, dataset, config.split, tried.metrics, tracker)
             )
     print(f"registered {compressed.ref} ({compressed.digest}): {reason}")
     print(f"deploy it: heliostat deploy {compressed.name}@{CANDIDATE}")

@@ -10,7 +10,7 @@ slices and figures, to MLflow.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from cluster.errors import InputError
 from cluster.evaluations import EvaluationRecord
@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig, settings: Settings) -> None:
         print(f"run {tracker.url}", flush=True)
         evaluation = evaluator(package, dataset, config, settings)
         log_evaluation(evaluation, dataset, config.split, tracker)
-    registry.add_evaluation(record(version, dataset, config.split, evaluation, tracker))
+    registry.add_evaluation(record(version, dataset, config.split, evaluation.metrics, tracker))
     print(f"{name} on {config.split}: {shown(evaluation.metrics)}")
     for part, metrics in evaluation.slices.items():
         print(f"  {part}: {shown(metrics)}")
@@ -89,11 +89,15 @@ def log_evaluation(
 
 
 def record(
-    version: ModelVersion, dataset: Dataset, split: str, evaluation: Evaluation, tracker: RunTracker
+    version: ModelVersion,
+    dataset: Dataset,
+    split: str,
+    metrics: Mapping[str, float],
+    tracker: RunTracker,
 ) -> EvaluationRecord:
     """What the registry keeps of it."""
     digest = dataset.info.digest
-    return EvaluationRecord(version.digest, digest, split, evaluation.metrics, tracker.run_id)
+    return EvaluationRecord(version.digest, digest, split, dict(metrics), tracker.run_id)
 
 
 def shown(metrics: dict[str, float]) -> str:

@@ -2,7 +2,7 @@
 
     python -m jobs.promote --config configs/services/digits.yaml
     python -m jobs.promote --config configs/services/digits.yaml --set candidate=digits/3
-    python -m jobs.promote … --set force=true --set reason="the champion leaks"
+    python -m jobs.promote … --force "the champion leaks"
 
 Both are measured on the same rows, as their clients would meet them. A refused version loses the
 alias `candidate`, if it had it, to the champion. The decision and its evidence are kept in MLflow
@@ -69,7 +69,7 @@ def promote(config: ServiceConfig, settings: Settings) -> None:
             decision = PromotionPolicy(config.metric, config.objective, config.budget).decide(state)
         except NotFiniteError as error:
             decision = PromotionDecision(False, f"it cannot be measured: {error.message}")
-        promoted = decision.promote or config.force
+        promoted = decision.promote or config.force is not None
         reason = decision.reason if decision.promote else _forced(config, decision)
         _require_unmoved(contest, registry)
         if promoted:
@@ -86,7 +86,7 @@ def promote(config: ServiceConfig, settings: Settings) -> None:
     if not promoted:
         raise JobFailedError(
             f"{version.ref} is not promoted: {reason}",
-            hint="train a better one, or insist with --set force=true --set reason=WHY",
+            hint="train a better one, or insist: --force WHY (submitted: --set force=WHY)",
         )
 
 
@@ -102,14 +102,9 @@ def find_contest(config: ServiceConfig, registry: ModelRegistry) -> Contest:
     """The candidate, and the champion if there is or was one.
 
     Raises:
-        InputError: the candidate is the champion, of another model, or of a kind without metrics;
-            or it is forced without a reason.
+        InputError: the candidate is the champion, of another model, or of a kind without metrics.
         NotFoundError: there is no such version.
     """
-    if config.force and not config.reason.strip():
-        raise InputError(
-            "force is set without a reason", hint="say why: --set reason=WHY", param="reason"
-        )
     current = {alias: registry.get_alias(config.model, alias) for alias in (CANDIDATE, CHAMPION)}
     version = _find_candidate(config, registry)
     if (now := current[CHAMPION]) is not None and now.version == version.version:
@@ -163,7 +158,9 @@ def _measure_both(
     registry = ModelRegistry.open(settings)
     candidate = _measure(config, contest.candidate, package, dataset, settings)
     log_evaluation(candidate, dataset, config.split, tracker)
-    registry.add_evaluation(record(contest.candidate, dataset, config.split, candidate, tracker))
+    registry.add_evaluation(
+        record(contest.candidate, dataset, config.split, candidate.metrics, tracker)
+    )
     state = PromotionState(
         candidate=candidate.metrics[config.metric],
         package_bytes=sum(file.size_bytes for file in package.manifest.files.values()),
@@ -173,11 +170,16 @@ def _measure_both(
         return state
     try:
         theirs = open_version(contest.champion, settings)
+    except (NotFoundError, PackageError) as error:
+        return replace(state, incomparable=error.message)
+    try:
         champion = _measure(config, contest.champion, theirs, dataset, settings)
-        registry.add_evaluation(record(contest.champion, dataset, config.split, champion, tracker))
+        registry.add_evaluation(
+            record(contest.champion, dataset, config.split, champion.metrics, tracker)
+        )
         state = replace(state, champion=champion.metrics[config.metric])
         return replace(state, comparison=_compare(config, candidate, champion))
-    except (InputError, NotFoundError, PackageError) as error:
+    except (InputError, PackageError) as error:
         return replace(state, incomparable=f"{contest.champion.ref}: {error.message}")
 
 
@@ -215,9 +217,9 @@ def _compare(config: ServiceConfig, candidate: Evaluation, champion: Evaluation)
 
 
 def _forced(config: ServiceConfig, decision: PromotionDecision) -> str:
-    if not config.force:
+    if config.force is None:
         return decision.reason
-    return f"forced: {config.reason}; without force it would be refused: {decision.reason}"
+    return f"forced: {config.force}; without force it would be refused: {decision.reason}"
 
 
 def _require_unmoved(contest: Contest, registry: ModelRegistry) -> None:
@@ -296,8 +298,8 @@ def _evidence(
         "champion": str(contest.champion.ref) if contest.champion else None,
         "metric": config.metric,
         "measured": asdict(state) if state else None,
-        "promoted": decision.promote or config.force,
-        "forced": config.force and not decision.promote,
+        "promoted": decision.promote or config.force is not None,
+        "forced": config.force is not None and not decision.promote,
         "reason": decision.reason,
     }
 

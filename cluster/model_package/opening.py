@@ -1,7 +1,6 @@
 """Packages with this machine's settings: what it trusts, what it signs with, what it opens.
 
-The one place that knows which signer and which trust a machine has. Knows of a version only its
-digest.
+The one place that knows which signer and which trust a machine has.
 
     package = open_version(registry.resolve(ModelRef.parse("digits")), settings)
     package = open_digest("sha256:…", settings)
@@ -25,8 +24,14 @@ from cluster.storage import Storage
 _logger = logging.getLogger(__name__)
 
 
-class HasDigest(Protocol):
-    """Anything that names a package: a `ModelVersion`, a `PublishedPackage`."""
+class Version(Protocol):
+    """A package under a name: a `ModelVersion`, a `ServedVersion`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
 
     @property
     def digest(self) -> str: ...
@@ -58,9 +63,14 @@ def encrypting_keyset(settings: Settings) -> Keyset | None:
     return open_keyset(settings) if settings.encrypt_packages else None
 
 
-def open_version(version: HasDigest, settings: Settings) -> ModelPackage:
+def open_version(version: Version, settings: Settings) -> ModelPackage:
     """Fetch, verify and cache the package of a version; see `open_package`."""
-    return open_digest(version.digest, settings)
+    try:
+        return open_digest(version.digest, settings)
+    except (NotFoundError, PackageError) as error:
+        # Several packages are opened for one request: which of them is half the answer.
+        label = f"{version.name}/{version.version}"
+        raise type(error)(f"{label}: {error.message}", hint=error.hint) from None
 
 
 def open_digest(digest: str, settings: Settings) -> ModelPackage:

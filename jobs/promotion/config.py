@@ -60,10 +60,8 @@ class ServiceConfig(StrictModel):
     num_threads: int = Field(2, ge=1, le=256)
     candidate: str = ""
     """NAME/VERSION or NAME@ALIAS; empty means the newest version of `model`."""
-    force: bool = False
-    """Promote whatever the comparison says; recorded as forced."""
-    reason: str = ""
-    """Why it is forced; required with `force`."""
+    force: Line | None = None
+    """Why to promote whatever the comparison says; recorded."""
     actor: Line = Field("jobs.promote", max_length=128)
     """Who asks, for the alias history."""
     experiment: str = "promote"

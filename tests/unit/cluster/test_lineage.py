@@ -20,7 +20,7 @@ from cluster.model_package import (
     ModelPackage,
     PublishedPackage,
     ensure_local_key,
-    open_version,
+    open_digest,
     write_package,
 )
 from cluster.settings import Settings
@@ -82,7 +82,7 @@ def publish(settings: Settings, tmp_path: Path, lineage: Lineage) -> PublishedPa
 
 
 def package(settings: Settings, tmp_path: Path, lineage: Lineage) -> ModelPackage:
-    return open_version(publish(settings, tmp_path, lineage), settings)
+    return open_digest(publish(settings, tmp_path, lineage).digest, settings)
 
 
 def states(links: list[Link]) -> list[tuple[str, str, int]]:

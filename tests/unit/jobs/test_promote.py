@@ -139,7 +139,7 @@ def test_a_forced_promotion_is_recorded_though_the_alias_does_not_move(
 ) -> None:
     register(5.0)
     assert alias(registry) == 1
-    promote(service(force=True, reason="a rehearsal", actor="ada"), settings)
+    promote(service(force="a rehearsal", actor="ada"), settings)
     last = registry.history("sums")[-1]
     assert (last.alias, last.from_version, last.to_version, last.actor) == (
         "candidate",
@@ -255,7 +255,7 @@ def test_a_champion_that_cannot_be_measured_refuses_and_can_be_forced(
             JobFailedError, match=r"cannot be compared with champion sums/1: .*model"
         ):
             promote(service(), settings)
-        promote(service(force=True, reason="it was tampered with"), settings)
+        promote(service(force="it was tampered with"), settings)
     finally:
         weights.write_bytes(content)
     assert "forced: it was tampered with" in registry.history("sums")[-1].reason
@@ -318,7 +318,8 @@ def _refuse() -> None:
         ({"actor": " "}, "key 'actor'"),
         ({"num_threads": 257}, "less than or equal to 256"),
         ({"model": "../up"}, "key 'model' is '../up'"),
-        ({"force": "maybe"}, "key 'force' is 'maybe'"),
+        ({"force": True}, "key 'force'"),
+        ({"force": " "}, "key 'force'"),
         ({"actor": "a" * 129}, "key 'actor'"),
         ({"champion": "sums/1"}, "unknown key 'champion'"),
         ({"split": "train"}, "key 'split' is 'train'"),
@@ -344,7 +345,6 @@ def test_who_cannot_be_a_candidate(registry: ModelRegistry, register: Register) 
         ({"candidate": "sums@champion"}, "is the champion already"),
         ({"candidate": "a b"}, "is not valid"),
         ({"model": "nothing"}, "'nothing' does not exist"),
-        ({"force": True, "reason": " "}, "without a reason"),
     ):
         with pytest.raises(HeliostatError, match=message) as caught:
             find_contest(service(**changes), registry)

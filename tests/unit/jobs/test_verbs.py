@@ -263,13 +263,16 @@ def test_a_worse_version_is_refused_and_a_forced_one_is_recorded(call: Call, hom
         assert reason in refused.err
     assert registry.resolve(ModelRef.parse("gated@candidate")).version == 1
 
-    assert call("promote", low_bar, "--set", "force=true").exit_code == 2, "without a reason"
-    forced = call("promote", low_bar, "--set", "force=true", "--set", "reason=a rehearsal")
+    assert call("promote", low_bar, "--force", " ").exit_code == 2, "without a reason"
+    assert call("train", DIGITS, "--force", "why").exit_code == 2, "there is nothing to force"
+    forced = call("promote", low_bar, "--force", "a rehearsal: it is worse")
     assert forced.exit_code == 0, forced.err
     assert forced.result["forced"] is True
     assert registry.resolve(ModelRef.parse("gated@candidate")).version == 2
     reasons = [change.reason for change in registry.history("gated")]
-    assert reasons[-1].startswith("forced: a rehearsal; without force it would be refused")
+    assert reasons[-1].startswith(
+        "forced: a rehearsal: it is worse; without force it would be refused"
+    )
 
 
 def test_check_estimates_and_starts_nothing(call: Call, home: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import NotFoundError
-from cluster.model_package import LocalSigner, ensure_local_key, open_version, write_package
+from cluster.model_package import LocalSigner, ensure_local_key, open_digest, write_package
 from cluster.settings import Settings
 from cluster.storage import Storage
 from serve_apps.llm.deployment import LanguageModel
@@ -31,7 +31,7 @@ def test_an_adapter_is_served_merged_into_its_base(
         kind="adapter",
         storage=storage,
         signer=signer,
-        base=open_version(base, settings),
+        base=open_digest(base.digest, settings),
     )
     assert adapter.manifest.golden.outputs != base.manifest.golden.outputs
     # Starting it replays the adapter's golden prompts.
