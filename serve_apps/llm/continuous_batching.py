@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import secrets
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ from cluster.model_package.language_model import hugging_face_config
 from serve_apps.llm.engine import (
     EngineRequest,
     EngineStats,
+    FinishReason,
     Sampling,
     StepOutput,
+    TokenLogprobs,
     TokenOutput,
     check_request,
 )
-from serve_apps.llm.sampling import perturb
+from serve_apps.llm.sampling import adjust, describe_choice, perturb
 
 _IDLE_WAIT_S = 0.1
 _PAGE_TOKENS = 32
@@ -56,10 +58,33 @@ class CacheBudget:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A request's sampling with its seed settled."""
+    """A request's sampling with its seed settled, and what was said of its tokens."""
 
     sampling: Sampling
     seed: int
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """By position among the request's tokens, the prompt's included."""
+
+    def __deepcopy__(self, _memo: object) -> _Drawn:
+        # transformers copies it when it puts a request back: it stays the request's own.
+        return self
+
+
+@dataclass
+class _Progress:
+    """A request in flight."""
+
+    request: EngineRequest
+    drawn: _Drawn
+    num_emitted: int = 0
+    """How many of its tokens have been handed out."""
+
+    def take_logprobs(self, num_tokens: int) -> tuple[TokenLogprobs, ...]:
+        """What was said of the next tokens; nothing where nobody asked."""
+        if self.drawn.sampling.num_logprobs is None:
+            return ()
+        first = len(self.request.prompt_ids) + self.num_emitted
+        return tuple(self.drawn.logprobs.pop(first + i) for i in range(num_tokens))
 
 
 class ContinuousBatchingEngine:
@@ -73,8 +98,7 @@ class ContinuousBatchingEngine:
         self._max_context_tokens = min(_context_tokens(config), num_blocks * _PAGE_TOKENS)
         self._steps: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._emitted: dict[str, tuple[EngineRequest, int]] = {}
-        """Requests in flight, with how many of their tokens have been handed out."""
+        self._progress: dict[str, _Progress] = {}
         self._manager = _start_manager(model, budget, num_blocks, self._steps)
 
     @classmethod
@@ -110,7 +134,7 @@ class ContinuousBatchingEngine:
         seed = request.sampling.seed
         drawn = _Drawn(request.sampling, secrets.randbits(62) if seed is None else seed)
         with self._lock:
-            self._emitted[request.request_id] = (request, 0)
+            self._progress[request.request_id] = _Progress(request, drawn)
         accepted = self._manager.add_request(
             list(request.prompt_ids),
             request_id=request.request_id,
@@ -135,7 +159,7 @@ class ContinuousBatchingEngine:
 
     def abort(self, request_id: str) -> None:
         with self._lock:
-            known = self._emitted.pop(request_id, None)
+            known = self._progress.pop(request_id, None)
         if known is not None:
             self._manager.cancel_request(request_id)
 
@@ -143,7 +167,7 @@ class ContinuousBatchingEngine:
         processor = self._manager.batch_processor
         running = len(processor.scheduler.active_requests) if processor is not None else 0
         with self._lock:
-            in_flight = len(self._emitted)
+            in_flight = len(self._progress)
         return EngineStats(
             num_running=min(running, in_flight),
             num_waiting=max(0, in_flight - running),
@@ -157,19 +181,20 @@ class ContinuousBatchingEngine:
 
     def _take(self, output: Any) -> TokenOutput | None:
         """The part of a request's progress that has not been handed out; None after an abort."""
-        known = self._emitted.get(output.request_id)
+        known = self._progress.get(output.request_id)
         if known is None:
             return None
-        request, num_emitted = known
-        tokens = tuple(int(token) for token in output.generated_tokens[num_emitted:])
+        tokens = tuple(int(token) for token in output.generated_tokens[known.num_emitted :])
+        logprobs = known.take_logprobs(len(tokens))
+        known.num_emitted += len(tokens)
         if not output.is_finished():
-            self._emitted[output.request_id] = (request, num_emitted + len(tokens))
-            return TokenOutput(output.request_id, tokens)
-        del self._emitted[output.request_id]
+            return TokenOutput(output.request_id, tokens, logprobs=logprobs)
+        del self._progress[output.request_id]
         if output.status == RequestStatus.FAILED:
-            return TokenOutput(output.request_id, tokens, "error", str(output.error))
-        ended = bool(tokens) and tokens[-1] in request.sampling.eos_token_ids
-        return TokenOutput(output.request_id, tokens, "stop" if ended else "length")
+            return TokenOutput(output.request_id, tokens, "error", str(output.error), logprobs)
+        ended = bool(tokens) and tokens[-1] in known.request.sampling.eos_token_ids
+        reason: FinishReason = "stop" if ended else "length"
+        return TokenOutput(output.request_id, tokens, reason, logprobs=logprobs)
 
     def _failure(self) -> UpstreamFailedError:
         cause = self._manager.background_thread_status.fatal_error
@@ -196,30 +221,46 @@ class _PerRequestSampler(ContinuousBatchingLogitsProcessor):  # type: ignore[mis
     def __init__(self) -> None:
         self.supported_kwargs = {"drawn": _Drawn}
         self.ignored_kwargs: tuple[str, ...] = ()
-        self._rows: list[tuple[_Drawn, int]] = []
+        self._rows: list[tuple[_Drawn, Any]] = []
+        """Sampling and transformers' own state of each request that gets a token."""
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
         # Called just before the forward pass of the same batch, in the same thread.
-        states = [request.state for request in requests_with_new_token]
         self._rows = [
-            (
-                state.logit_processor_kwargs["drawn"],
-                len(state.initial_tokens) + len(state.generated_tokens),
-            )
-            for state in states
+            (request.state.logit_processor_kwargs["drawn"], request.state)
+            for request in requests_with_new_token
         ]
-        return torch.zeros(len(states), dtype=torch.int32)
+        return torch.zeros(len(self._rows), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        for row, (drawn, position) in enumerate(self._rows):
-            if not drawn.sampling.is_greedy:
-                scores[row] = perturb(
-                    scores[row], drawn.sampling, seed=drawn.seed, position=position
-                )
+        for row, (drawn, state) in enumerate(self._rows):
+            _sample(scores[row], drawn, state)
         return scores
+
+
+def _sample(logits_V: torch.Tensor, drawn: _Drawn, state: Any) -> None:  # noqa: N803
+    """Change the logits in place, so that their argmax is the token to take."""
+    sampling = drawn.sampling
+    if sampling.is_greedy and not sampling.changes_logits and sampling.num_logprobs is None:
+        return
+    position = len(state.initial_tokens) + len(state.generated_tokens)
+    scores_V = logits_V  # noqa: N806
+    if sampling.changes_logits:
+        tokens = state.initial_tokens + state.generated_tokens
+        # A request that was put back has its answer so far among its initial tokens.
+        num_prompt = state._true_initial_tokens or len(state.initial_tokens)
+        scores_V = adjust(scores_V, sampling, tokens[:num_prompt], tokens[num_prompt:])  # noqa: N806
+    scores_V = perturb(scores_V, sampling, seed=drawn.seed, position=position)  # noqa: N806
+    if sampling.num_logprobs is None:
+        logits_V.copy_(scores_V)
+        return
+    token = int(scores_V.argmax())
+    drawn.logprobs[position] = describe_choice(logits_V, token, sampling.num_logprobs)
+    # Of equals, the loop's argmax might choose another.
+    logits_V.fill_(-torch.inf)[token] = 0
 
 
 def _start_manager(

@@ -30,6 +30,18 @@ class Sampling:
     """Keep the most likely tokens whose probabilities add up to this."""
     top_k: int = 0
     """Keep this many of the most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this probable, as a share of the most likely one's probability."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that the answer has it already."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the answer has already."""
+    repetition_penalty: float = 1.0
+    """Divides positive, and multiplies negative, logits of tokens in the prompt or the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids with what is added to their logits, whatever the penalties made of them."""
+    num_logprobs: int | None = None
+    """How many of the most likely tokens to report beside each chosen one; None reports nothing."""
     seed: int | None = None
     """The same seed gives the same answer; None draws one."""
     eos_token_ids: tuple[int, ...] = ()
@@ -37,6 +49,16 @@ class Sampling:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but the model decides which token is the most likely."""
+        return bool(
+            self.logit_bias
+            or self.frequency_penalty
+            or self.presence_penalty
+            or self.repetition_penalty != 1
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,17 @@ class EngineRequest:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely the model found one token: natural logarithms, before temperature, penalties,
+    biases and cuts."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens with theirs, best first."""
+
+
+@dataclass(frozen=True)
 class TokenOutput:
     """New tokens of one request. An end-of-sequence token is included, as the last one."""
 
@@ -57,6 +90,8 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     """What went wrong, where the finish reason is 'error'."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each token, if they were asked for."""
 
 
 StepOutput = Sequence[TokenOutput]
@@ -108,6 +143,12 @@ def check_request(request: EngineRequest, *, max_context_tokens: int, vocab_size
         raise InputError(
             f"token id {wrong} is not in the vocabulary of {vocab_size} tokens", param="prompt"
         )
+    for token, _ in sampling.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise InputError(
+                f"token id {token} is not in the vocabulary of {vocab_size} tokens",
+                param="logit_bias",
+            )
     if sampling.max_tokens < 1:
         raise InputError(
             f"max_tokens is {sampling.max_tokens}, expected at least 1", param="max_tokens"

@@ -1,7 +1,8 @@
 """`FakeEngine`: a deterministic engine for tests and rehearsals, without a model.
 
-A greedy answer repeats the prompt over and over; a sampled one walks the vocabulary by its seed.
-An end-of-sequence token in the prompt therefore ends the answer there.
+A greedy answer repeats the prompt over and over: the token that comes next has a logit of 2, all
+others have 0, which leaves a sampled answer free. An end-of-sequence token in the prompt therefore
+ends a greedy answer there.
 
     engine = FakeEngine(vocab_size=512)
 """
@@ -12,19 +13,26 @@ import hashlib
 import secrets
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from cluster.errors import UpstreamFailedError
+from cluster.processing import Array
 from serve_apps.llm.engine import (
     EngineRequest,
     EngineStats,
     FinishReason,
+    Sampling,
     StepOutput,
+    TokenLogprobs,
     TokenOutput,
     check_request,
 )
 
 _IDLE_WAIT_S = 0.05
+_FAVOUR = 2.0
 
 
 @dataclass
@@ -98,7 +106,7 @@ class FakeEngine:
 
     def _advance(self, progress: _Progress) -> TokenOutput:
         sampling = progress.request.sampling
-        token = self._next_token(progress)
+        token, logprobs = self._next_token(progress)
         progress.generated.append(token)
         reason: FinishReason | None = None
         if token in sampling.eos_token_ids:
@@ -108,13 +116,45 @@ class FakeEngine:
         request_id = progress.request.request_id
         if reason is not None:
             del self._requests[request_id]
-        return TokenOutput(request_id, (token,), reason)
+        return TokenOutput(request_id, (token,), reason, logprobs=logprobs)
 
-    def _next_token(self, progress: _Progress) -> int:
+    def _next_token(self, progress: _Progress) -> tuple[int, tuple[TokenLogprobs, ...]]:
         prompt, sampling = progress.request.prompt_ids, progress.request.sampling
-        greedy = prompt[len(progress.generated) % len(prompt)]
-        if sampling.is_greedy or sampling.top_k == 1 or sampling.top_p < 1e-3:
-            return greedy
-        position = len(prompt) + len(progress.generated)
-        text = f"{progress.seed}:{position}".encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") % self._vocab_size
+        favourite = prompt[len(progress.generated) % len(prompt)]
+        is_greedy = sampling.is_greedy or sampling.top_k == 1 or sampling.top_p < 1e-3
+        if is_greedy and not sampling.changes_logits and sampling.num_logprobs is None:
+            return favourite, ()
+        logits = np.zeros(self._vocab_size)
+        logits[favourite] = _FAVOUR
+        scores = _adjust(logits.copy(), progress)
+        if not is_greedy:
+            position = len(prompt) + len(progress.generated)
+            scores = scores / sampling.temperature + _noise(progress.seed, position, len(scores))
+        token = int(scores.argmax())
+        return token, _describe(logits, token, sampling)
+
+
+def _adjust(logits: Array, progress: _Progress) -> Array:
+    sampling, counts = progress.request.sampling, Counter(progress.generated)
+    seen = list({*progress.request.prompt_ids, *counts})
+    penalty = sampling.repetition_penalty
+    logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    for token, count in counts.items():
+        logits[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
+    return logits
+
+
+def _noise(seed: int, position: int, size: int) -> Array:
+    digest = hashlib.sha256(f"{seed}:{position}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big")).gumbel(size=size)
+
+
+def _describe(logits: Array, token: int, sampling: Sampling) -> tuple[TokenLogprobs, ...]:
+    if sampling.num_logprobs is None:
+        return ()
+    logprobs = logits - np.log(np.exp(logits).sum())
+    best = np.argsort(-logprobs, kind="stable")[: sampling.num_logprobs]
+    top = tuple((int(i), float(logprobs[i])) for i in best)
+    return (TokenLogprobs(token, float(logprobs[token]), top),)

@@ -41,8 +41,9 @@ class _Mailbox:
         if len(outputs) == 1:
             return outputs[0]
         tokens = tuple(token for output in outputs for token in output.token_ids)
+        logprobs = tuple(entry for output in outputs for entry in output.logprobs)
         last = outputs[-1]
-        return TokenOutput(last.request_id, tokens, last.finish_reason, last.error)
+        return TokenOutput(last.request_id, tokens, last.finish_reason, last.error, logprobs)
 
 
 class EngineRunner:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import InputError, UpstreamFailedError
-from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenOutput
+from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenLogprobs, TokenOutput
 from serve_apps.llm.fake import FakeEngine
 
 VOCAB_SIZE = 97
@@ -160,6 +160,52 @@ def test_an_aborted_request_says_no_more_and_frees_its_place(engine: Engine) -> 
     assert len(run(engine, ask("next"))["next"]) == 12
 
 
+def test_a_bias_forces_or_bans_a_token(engine: Engine) -> None:
+    assert run(engine, ask("f", logit_bias=((9, 1e4),)))["f"] == [9] * 12
+    free = run(engine, ask("g"))["g"]
+    banned = tuple((token, -1e4) for token in set(free))
+    assert not {*run(engine, ask("b", logit_bias=banned))["b"]} & {*free}
+
+
+def test_a_penalty_ends_repetition(engine: Engine) -> None:
+    # Both tokens are favoured far above all others, the first by a little.
+    biases = ((8, 1e4), (9, 1e4 - 40))
+    assert {*run(engine, ask("r", logit_bias=biases))["r"]} == {8}
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        answer = run(engine, ask("p", logit_bias=biases, **{penalty: 200.0}))["p"]
+        assert answer[:2] == [8, 9], penalty
+        # One is paid once for each token, the other each time.
+        assert ({*answer[2:]} == {8, 9}) == (penalty == "frequency_penalty"), penalty
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "seed": 3}])
+def test_log_probabilities_come_with_their_tokens(engine: Engine, options: dict[str, Any]) -> None:
+    engine.add(ask("l", num_logprobs=3, **options))
+    tokens: list[int] = []
+    found: list[TokenLogprobs] = []
+    while len(tokens) < 12:
+        for output in engine.step():
+            assert len(output.logprobs) == len(output.token_ids)
+            tokens.extend(output.token_ids)
+            found.extend(output.logprobs)
+    assert [entry.token_id for entry in found] == tokens
+    assert run(engine, ask("l", **options))["l"] == tokens
+    for entry in found:
+        logprobs = [logprob for _, logprob in entry.top]
+        assert len(logprobs) == 3
+        assert logprobs == sorted(logprobs, reverse=True)
+        assert entry.logprob <= logprobs[0] <= 0
+        assert dict(entry.top).get(entry.token_id, entry.logprob) == pytest.approx(entry.logprob)
+
+
+def test_log_probabilities_are_not_reported_unasked(engine: Engine) -> None:
+    engine.add(ask("u", max_tokens=3))
+    outputs: list[TokenOutput] = []
+    while not outputs or outputs[-1].finish_reason is None:
+        outputs.extend(engine.step())
+    assert all(output.logprobs == () for output in outputs)
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
@@ -169,6 +215,7 @@ def test_an_aborted_request_says_no_more_and_frees_its_place(engine: Engine) -> 
         (ask("x", prompt=(1,) * CONTEXT_TOKENS), "prompt"),
         (ask("x", max_tokens=CONTEXT_TOKENS), "max_tokens"),
         (ask("x", max_tokens=0), "max_tokens"),
+        (ask("x", logit_bias=((VOCAB_SIZE, 1.0),)), "logit_bias"),
     ],
 )
 def test_impossible_requests_are_refused_by_field(
@@ -197,15 +244,60 @@ def test_greedy_tokens_equal_transformers_generate() -> None:
     from serve_apps.llm.continuous_batching import ContinuousBatchingEngine
 
     prompt = [11, 45, 14, 19, 19]
-    expected = tiny_llama(torch).generate(
-        torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None
-    )[0, len(prompt) :]
-    engine = ContinuousBatchingEngine(tiny_llama(torch))
+    model = tiny_llama(torch)
+    for theirs, ours in (
+        ({}, {}),
+        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+        ({"sequence_bias": {(19,): 9.5}}, {"logit_bias": ((19, 9.5),)}),
+    ):
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, **theirs
+        )[0, len(prompt) :]
+        engine = ContinuousBatchingEngine(tiny_llama(torch))
+        try:
+            answer = run(engine, ask("g", prompt=tuple(prompt), max_tokens=30, **ours))["g"]
+        finally:
+            engine.close()
+        assert answer == expected.tolist(), theirs
+
+
+def test_log_probabilities_are_the_models() -> None:
+    import torch
+
+    prompt = (5, 6, 7)
+    engine = continuous_batching_engine()
+    engine.add(ask("l", prompt=prompt, max_tokens=8, num_logprobs=2, logit_bias=((9, 50.0),)))
+    found: list[TokenLogprobs] = []
+    while len(found) < 8:
+        found.extend(entry for output in engine.step() for entry in output.logprobs)
+    engine.close()
+    tokens = torch.tensor([[*prompt, *(entry.token_id for entry in found)]])
+    with torch.no_grad():
+        expected = tiny_llama(torch)(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    for entry, logprobs in zip(found, expected, strict=True):
+        assert entry.logprob == pytest.approx(float(logprobs[entry.token_id]), abs=1e-3)
+        assert [i for i, _ in entry.top] == logprobs.topk(2).indices.tolist()
+
+
+def test_a_request_that_is_put_back_keeps_its_penalties_and_log_probabilities() -> None:
+    """A cache too small for all makes transformers take requests out and begin them anew."""
+    import torch
+
+    from serve_apps.llm.continuous_batching import CacheBudget, ContinuousBatchingEngine
+
+    requests = [
+        ask(f"r{i}", tuple(range(i + 1, i + 30)), max_tokens=90, num_logprobs=1,
+            repetition_penalty=1.3, frequency_penalty=0.7, temperature=0.8, seed=i)
+        for i in range(4)
+    ]  # fmt: skip
+    roomy = continuous_batching_engine()
+    # Eight pages of 32 tokens: two of the four fit in full.
+    tight = ContinuousBatchingEngine(tiny_llama(torch), CacheBudget(max_cache_bytes=1))
     try:
-        answer = run(engine, ask("g", prompt=tuple(prompt), max_tokens=30))["g"]
+        assert run(tight, *requests) == run(roomy, *requests)
     finally:
-        engine.close()
-    assert answer == expected.tolist()
+        roomy.close()
+        tight.close()
 
 
 def test_samples_follow_the_models_probabilities() -> None:
@@ -232,6 +324,33 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
     sampling = Sampling(max_tokens=1, temperature=1.0, top_p=0.7)
     scores = perturb(logits, sampling, seed=1, position=1)
     assert torch.isfinite(scores).tolist() == [True, True, False, False]
+
+
+def test_min_p_keeps_what_is_likely_enough_beside_the_best() -> None:
+    import torch
+
+    from serve_apps.llm.sampling import perturb
+
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    sampling = Sampling(max_tokens=1, temperature=1.0, min_p=0.25)
+    scores = perturb(logits, sampling, seed=1, position=1)
+    assert torch.isfinite(scores).tolist() == [True, True, True, False]
+
+
+def test_penalties_and_biases_are_what_they_are_said_to_be() -> None:
+    import torch
+
+    from serve_apps.llm.sampling import adjust
+
+    logits = torch.tensor([2.0, -1.0, 3.0, 0.5])
+    sampling = Sampling(
+        max_tokens=1, frequency_penalty=0.5, presence_penalty=0.25, repetition_penalty=2.0,
+        logit_bias=((3, 1.5),),
+    )  # fmt: skip
+    found = adjust(logits, sampling, [0], [1, 1])
+    # 0 is in the prompt alone: no penalty but that of repetition. 1 was said twice.
+    assert found.tolist() == [1.0, -2.0 - 0.25 - 2 * 0.5, 3.0, 2.0]
+    assert logits.tolist() == [2.0, -1.0, 3.0, 0.5]
 
 
 def test_a_broken_engine_says_so_instead_of_hanging() -> None:
