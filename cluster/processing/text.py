@@ -11,7 +11,9 @@ requests or HTTP, and never loads torch.
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,11 +124,30 @@ class TextProcessor:
         pieces = self.detokenizer()
         return pieces.push(token_ids) + pieces.flush()
 
+    def token_text(self, token_id: int) -> str:
+        """A token as it stands within a text, special or not: 'the' differs from ' the'.
+
+        Half a character is shown as U+FFFD.
+        """
+        # Decoders strip the space before a first word, so there is another one before it.
+        before = self._marked.decode(self._anchor, skip_special_tokens=False)
+        both = self._marked.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return str(both[len(before) :])
+
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh detokenizer for one answer."""
         return IncrementalDetokenizer(
             lambda ids: str(self._marked.decode(list(ids), skip_special_tokens=True))
         )
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, so that many tokens hold at most as many times more."""
+        return max(map(len, self._plain.get_vocab(with_added_tokens=True)), default=1)
+
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        return list(self._plain.encode("a", add_special_tokens=False).ids)
 
     @property
     def vocab_size(self) -> int:
@@ -239,42 +260,39 @@ class SpecialTokenGuard:
     """Hides special tokens in message contents from the tokenizer, by marks no user can guess."""
 
     def __init__(self, special_tokens: Sequence[str]) -> None:
-        self._tokens = sorted(special_tokens, key=len, reverse=True)
-        nonce = secrets.token_hex(8)
-        self._marks = [f"\ue000{nonce}:{i}\ue001" for i in range(len(self._tokens))]
+        # Where one begins like another, the longer one is meant.
+        self._tokens = tuple(sorted(special_tokens, key=len, reverse=True))
+        self._numbers = {token: number for number, token in enumerate(self._tokens)}
+        self._mark = f"\ue000{secrets.token_hex(8)}:"
 
     def hide(self, message: Mapping[str, Any]) -> dict[str, Any]:
         return {key: self._hide_value(value) for key, value in message.items()}
 
     def _hide_value(self, value: Any) -> Any:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not self._tokens:
             return value
-        for token, mark in zip(self._tokens, self._marks, strict=True):
-            value = value.replace(token, mark)
-        return value
+        return _any_of(self._tokens).sub(lambda match: self.mark_of(match[0]), value)
 
     def mark_of(self, token: str) -> str:
         """What stands for a special token in a rendered text."""
-        return self._marks[self._tokens.index(token)]
+        return f"{self._mark}{self._numbers[token]}\ue001"
 
     def split(self, rendered: str) -> list[tuple[str, bool]]:
         """Pieces of the rendered text; True where a piece is a user's special token."""
-        pieces = [(rendered, False)]
-        for token, mark in zip(self._tokens, self._marks, strict=True):
-            pieces = [part for piece in pieces for part in _split_piece(piece, mark, token)]
+        first, *rest = rendered.split(self._mark)
+        pieces = [(first, False)]
+        for part in rest:
+            number, end, after = part.partition("\ue001")
+            if end and number.isdecimal():
+                pieces += [(self._tokens[int(number)], True), (after, False)]
+            else:  # the template cut it off
+                pieces.append((self._mark + part, False))
         return [piece for piece in pieces if piece[0]]
 
 
-def _split_piece(piece: tuple[str, bool], mark: str, token: str) -> list[tuple[str, bool]]:
-    text, is_users = piece
-    if is_users or mark not in text:
-        return [piece]
-    parts: list[tuple[str, bool]] = []
-    for index, part in enumerate(text.split(mark)):
-        if index:
-            parts.append((token, True))
-        parts.append((part, False))
-    return parts
+@functools.lru_cache(maxsize=32)
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)))
 
 
 def _checked(text: str) -> str:

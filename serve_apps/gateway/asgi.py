@@ -24,6 +24,7 @@ from serve_apps.gateway.catalogue import Load, ModelCatalogue
 from serve_apps.gateway.errors import render
 from serve_apps.gateway.middleware import BodyLimit, RequestContext
 from serve_apps.gateway.models import Models
+from serve_apps.gateway.openai_schema import TextLimits
 from serve_apps.gateway.routing_table import Routes, RoutingTable
 
 
@@ -31,6 +32,7 @@ class GatewayConfig(StrictModel):
     """Limits of one gateway replica."""
 
     max_body_bytes: int = 32 * 1024**2
+    text: TextLimits = TextLimits()
     sends_request_id: bool = True
     """Off behind Ray Serve, which sends the header itself."""
 
@@ -62,7 +64,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
     app = Starlette(
         routes=[
             *open_inference.build_routes(models),
-            *openai.build_routes(models),
+            *openai.build_routes(models, parts.config.text),
             *admin.build_routes(parts.control, parts.audit),
         ],
         # The first is the outermost.

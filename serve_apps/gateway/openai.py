@@ -1,21 +1,20 @@
 """OpenAI's protocol: models, completions and chat, whole or streamed.
 
-router = build_router(models)
+routes = build_routes(models)
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from cluster.errors import HeliostatError, InputError, UsageError
+from cluster.errors import HeliostatError, UsageError
 from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.errors import server_sent
@@ -27,20 +26,13 @@ from serve_apps.gateway.openai_answers import (
     event,
     model_card,
 )
-from serve_apps.gateway.openai_schema import (
-    CompletionRequest,
-    Generation,
-    read_chat,
-    read_completion,
-)
+from serve_apps.gateway.openai_schema import TextLimits, read_chat, read_completion
+from serve_apps.gateway.prompts import begin_chat, begin_completion, echo_of
 from serve_apps.gateway.requests import off_loop_if_large
-from serve_apps.gateway.text_generation import TextAnswer
-from serve_apps.llm.engine import EngineRequest, Sampling, check_request
+from serve_apps.gateway.responses import JsonResponse
+from serve_apps.gateway.text_generation import Piece, TextAnswers
 
 MODEL_VERSION_HEADER = "x-model-version"
-_DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's default."""
-_DEFAULT_CHAT_TOKENS = 1024
 
 ResultType = TypeVar("ResultType")
 
@@ -52,43 +44,40 @@ class ClientGoneError(UsageError):
     http_status = 499
 
 
-def build_routes(models: Models) -> list[Route]:
+def build_routes(models: Models, limits: TextLimits) -> list[Route]:
     """The routes below /v1."""
 
     async def list_models(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         found = [await _find_or_none(models, name) for name in models.routes.names()]
         cards = [model_card(model) for model in found if model is not None]
-        return JSONResponse({"object": "list", "data": cards})
+        return JsonResponse({"object": "list", "data": cards})
 
     async def show_model(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         name = request.path_params["name"]
-        return JSONResponse(model_card(await models.find(name), name))
+        return JsonResponse(model_card(await models.find(name), name))
 
     async def complete(request: Request) -> Response:
         require_any(request, "infer")
         body = await request.body()
         asked = await off_loop_if_large(len(body), lambda: read_completion(body))
         model = await models.find(asked.model)
-        prompt_ids = await off_loop_if_large(len(body), lambda: _completion_prompt(asked, model))
-        answer = _begin(models, model, asked, prompt_ids, asked.max_tokens)
-        return await _respond(request, CompletionShape(asked), answer, model)
+        answers = await off_loop_if_large(
+            len(body), lambda: begin_completion(models, model, asked, limits)
+        )
+        shape = CompletionShape(asked, echo_of(asked, model))
+        return await _respond(request, shape, answers, model)
 
     async def chat(request: Request) -> Response:
         require_any(request, "infer")
         body = await request.body()
         asked = await off_loop_if_large(len(body), lambda: read_chat(body))
         model = await models.find(asked.model)
-        text, info = model.require_text()
-        messages = [message.for_template() for message in asked.messages]
-        prompt_ids = await off_loop_if_large(len(body), lambda: text.encode_chat(messages))
-        max_tokens = asked.max_completion_tokens or asked.max_tokens
-        if max_tokens is None:
-            room = info.max_context_tokens - len(prompt_ids)
-            max_tokens = max(1, min(room, _DEFAULT_CHAT_TOKENS))
-        answer = _begin(models, model, asked, prompt_ids, max_tokens)
-        return await _respond(request, ChatShape(asked), answer, model)
+        answers = await off_loop_if_large(
+            len(body), lambda: begin_chat(models, model, asked, limits)
+        )
+        return await _respond(request, ChatShape(asked), answers, model)
 
     return [
         Route("/v1/completions", complete, methods=["POST"]),
@@ -98,14 +87,17 @@ def build_routes(models: Models) -> list[Route]:
     ]
 
 
+_Pieces = AsyncGenerator[tuple[int, Piece | None], None]
+
+
 @dataclass
 class _Started:
     """A stream whose first piece is here, so that what can fail early has."""
 
-    first: str | None
-    rest: AsyncGenerator[str, None]
+    first: tuple[int, Piece | None] | None
+    rest: _Pieces
 
-    async def pieces(self) -> AsyncGenerator[str, None]:
+    async def pieces(self) -> _Pieces:
         try:
             if self.first is not None:
                 yield self.first
@@ -116,38 +108,41 @@ class _Started:
 
 
 async def _respond(
-    request: Request, shape: AnswerShape, answer: TextAnswer, model: ServedModel
+    request: Request, shape: AnswerShape, answers: TextAnswers, model: ServedModel
 ) -> Response:
     headers = {MODEL_VERSION_HEADER: str(model.served)}
     if not shape.asked.stream:
-        text = await _unless_client_leaves(request, answer.whole)
-        return JSONResponse(shape.whole(text, answer), headers=headers)
-    pieces = answer.pieces()
-    first = await _unless_client_leaves(request, lambda: anext(pieces, None))
-    events = _events(shape, answer, _Started(first, pieces), request.url.path)
+        pieces = await _unless_client_leaves(request, answers.whole)
+        return JsonResponse(shape.whole(answers, pieces), headers=headers)
+    rest = answers.pieces()
+    first = await _unless_client_leaves(request, lambda: anext(rest, None))
+    events = _events(shape, answers, _Started(first, rest), request.url.path)
     headers["cache-control"] = "no-cache"
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
 async def _events(
-    shape: AnswerShape, answer: TextAnswer, started: _Started, path: str
-) -> AsyncGenerator[str, None]:
+    shape: AnswerShape, answers: TextAnswers, started: _Started, path: str
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events; an error after the beginning is the last event before [DONE]."""
     pieces = started.pieces()
     try:
-        opening = shape.opening()
-        if opening is not None:
-            yield event(shape.chunk(opening, None))
-        async for piece in pieces:
-            yield event(shape.chunk(shape.text_delta(piece), None))
-        yield event(shape.chunk(shape.closing(), answer.finish_reason))
+        for index in range(len(answers.answers)):
+            opening = shape.opening(index)
+            if opening is not None:
+                yield event(opening)
+        async for index, piece in pieces:
+            if piece is not None:
+                yield event(shape.chunk(index, piece))
+            else:
+                yield event(shape.closing(index, answers.answers[index].finish_reason))
         if shape.asked.includes_usage:
-            yield event(shape.usage_chunk(answer))
+            yield event(shape.usage_chunk(answers))
     except Exception as error:
-        yield server_sent(error, path)
+        yield server_sent(error, path).encode()
     finally:
         await pieces.aclose()
-    yield "data: [DONE]\n\n"
+    yield b"data: [DONE]\n\n"
 
 
 async def _unless_client_leaves(
@@ -171,41 +166,6 @@ async def _unless_client_leaves(
 async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _completion_prompt(asked: CompletionRequest, model: ServedModel) -> list[int]:
-    text, _ = model.require_text()
-    prompt = asked.single_prompt()
-    prompt_ids = text.encode(prompt) if isinstance(prompt, str) else prompt
-    if not prompt_ids:
-        raise InputError(
-            "parameter 'prompt' is empty, and this model has no beginning-of-text token",
-            hint="send at least one character",
-            param="prompt",
-        )
-    return prompt_ids
-
-
-def _begin(
-    models: Models,
-    model: ServedModel,
-    asked: Generation,
-    prompt_ids: list[int],
-    max_tokens: int | None,
-) -> TextAnswer:
-    _, info = model.require_text()
-    sampling = Sampling(
-        max_tokens=max_tokens or _DEFAULT_COMPLETION_TOKENS,
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
-        top_k=max(0, asked.top_k or 0),
-        seed=asked.seed,
-        eos_token_ids=info.eos_token_ids,
-    )
-    # The engine's request id is ours: a client's may not be unique.
-    request = EngineRequest(uuid.uuid4().hex, tuple(prompt_ids), sampling)
-    check_request(request, max_context_tokens=info.max_context_tokens, vocab_size=info.vocab_size)
-    return TextAnswer(models, model, request, stops=asked.stops)
 
 
 async def _find_or_none(models: Models, name: str) -> ServedModel | None:

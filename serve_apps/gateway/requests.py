@@ -1,24 +1,37 @@
 """Reading request bodies: JSON with finite numbers, and one clear error for what is wrong.
 
-values = parse_object(await request.body())
-completion = validate(CompletionRequest, values)
+What JSON allows and readers disagree about is refused here: the same key twice, numbers beyond a
+double, halves of surrogate pairs. So is what would take memory or time out of all proportion.
+
+    values = parse_object(await request.body())
+    completion = validate(CompletionRequest, values)
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
+import orjson
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from cluster.errors import InputError
+from cluster.errors import InputError, PayloadTooLargeError
 
 ModelType = TypeVar("ModelType", bound=BaseModel)
 ResultType = TypeVar("ResultType")
 
+MAX_DEPTH = 64
+"""Lists and objects inside each other."""
+MAX_VALUES = 4_000_000
+"""Numbers, texts, lists and objects together: an empty list takes 28 times its two bytes."""
+
 _LARGE_BODY_BYTES = 128 * 1024
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_MAX_SHOWN = 100
 
 
 async def off_loop_if_large(size_bytes: int, work: Callable[[], ResultType]) -> ResultType:
@@ -32,17 +45,25 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in a body.
 
     Raises:
-        InputError: it is not JSON, not an object, too deep, or has NaN or infinity.
+        InputError: it is not JSON, not an object, nested too deeply, has a key twice, or a number
+            that a double does not hold.
+        PayloadTooLargeError: it holds more values than the limit.
     """
+    body = body.removeprefix(_BYTE_ORDER_MARK)
+    outside = _outside_of_strings(body)
+    num_values = outside.count(b",") + outside.count(b"[") + outside.count(b"{")
+    if num_values > MAX_VALUES:
+        raise PayloadTooLargeError(
+            f"the request body holds about {num_values} values, the most allowed are {MAX_VALUES}",
+            hint="send fewer samples in each request",
+        )
     try:
-        # Strictly UTF-8: json would let halves of surrogate pairs pass, as their own bytes do.
-        values = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
-        if b"\\u" in body:
-            _refuse_half_characters(values)
-    except (ValueError, RecursionError) as error:
-        shown = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        values = orjson.loads(body)
+        _refuse_deep_nesting(outside)
+        _refuse_duplicate_keys(values, outside)
+    except ValueError as error:
         raise InputError(
-            f"the request body is not valid JSON: {shown}", hint="send a JSON object"
+            f"the request body is not valid JSON: {error}", hint="send a JSON object"
         ) from None
     if not isinstance(values, dict):
         raise InputError(
@@ -56,8 +77,9 @@ def validate(model_type: type[ModelType], values: dict[str, Any]) -> ModelType:
     try:
         return model_type.model_validate(values, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = _most_telling(error.errors(include_url=False, include_input=False))
         name = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
+        name = name[:_MAX_SHOWN]
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(model_type.model_fields))
             raise InputError(
@@ -69,18 +91,50 @@ def validate(model_type: type[ModelType], values: dict[str, Any]) -> ModelType:
         raise InputError(f"parameter '{name}': {message}", param=name) from None
 
 
+def _most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
+    """The first, unless it only says that a value is not of the first type that it might be."""
+    same = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    return next((error for error in same if not error["type"].endswith("_type")), same[0])
+
+
 def _is_union_branch(part: int | str) -> bool:
     """Pydantic names the tried type in a location, as in `stop.list[str].0`."""
-    return isinstance(part, str) and (part in ("str", "int") or "[" in part)
+    return isinstance(part, str) and (
+        part in ("str", "int", "float", "constrained-str", "constrained-int") or "[" in part
+    )
 
 
-def _refuse_half_characters(values: Any) -> None:
-    """What cannot be encoded cannot be answered or stored: half a surrogate pair, as an escape."""
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("a string holds half of a surrogate pair") from None
+def _outside_of_strings(body: bytes) -> bytes:
+    """A valid JSON text without its strings; of another one, whatever."""
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return b"".join(body.split(b'"')[::2])
 
 
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")
+def _refuse_deep_nesting(outside: bytes) -> None:
+    brackets = outside.translate(None, _NOT_BRACKETS)
+    if len(brackets) <= 2 * MAX_DEPTH:
+        return
+    codes = np.frombuffer(brackets, dtype=np.uint8)
+    opens = (codes == ord("[")) | (codes == ord("{"))
+    if np.where(opens, 1, -1).cumsum().max() > MAX_DEPTH:
+        raise ValueError(f"it is nested too deeply, at most {MAX_DEPTH} levels are allowed")
+
+
+def _refuse_duplicate_keys(values: Any, outside: bytes) -> None:
+    """Two readers of one body must not see two requests."""
+    num_objects, num_keys = outside.count(b"{"), outside.count(b":")
+    level = [values]
+    # Level by level, so that all objects are found before long lists of numbers are searched.
+    while num_objects:
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                num_objects -= 1
+                num_keys -= len(value)
+                below.extend(item for item in value.values() if isinstance(item, dict | list))
+            elif num_objects:
+                below.extend(item for item in value if isinstance(item, dict | list))
+        level = below
+    if num_keys:
+        raise ValueError("an object has the same key twice")

@@ -122,6 +122,7 @@ class FakeEngine:
         prompt, sampling = progress.request.prompt_ids, progress.request.sampling
         favourite = prompt[len(progress.generated) % len(prompt)]
         is_greedy = sampling.is_greedy or sampling.top_k == 1 or sampling.top_p < 1e-3
+        is_greedy = is_greedy or sampling.min_p == 1
         if is_greedy and not sampling.changes_logits and sampling.num_logprobs is None:
             return favourite, ()
         logits = np.zeros(self._vocab_size)

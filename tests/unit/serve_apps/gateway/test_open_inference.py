@@ -122,9 +122,10 @@ async def test_what_is_not_served_is_not_found(gateway: Any, path: str, words: s
         ({"name": "image", "datatype": "BYTES", "shape": [1], "data": ["aGVsbG8="]}, "image"),
         ({"extra": 1}, "'inputs.0.extra' is not known"),
         ({"data": 5}, "'inputs.0.data'"),
-        ({"shape": [0, 10**30], "data": []}, "'pixels' has shape [0, "),
+        ({"shape": [0, 10**18], "data": []}, "'pixels' has shape [0, "),
+        ({"shape": [0, 10**30], "data": []}, "'inputs.0.shape.1': input should be a valid integer"),
         (
-            {"name": "image", "datatype": "BYTES", "data": json.loads("[" * 800 + "]" * 800)},
+            {"name": "image", "datatype": "BYTES", "data": json.loads("[" * 50 + "]" * 50)},
             "shape",
         ),
     ],

@@ -153,13 +153,22 @@ async def test_chat_without_a_template_is_refused_with_the_way_out(gateway: Any)
 @pytest.mark.parametrize(
     ("changes", "param", "words"),
     [
-        ({"n": 2}, "n", "not supported"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 65}, "n", "make 65 answers, at most 64"),
+        ({"n": 10**30}, "n", "valid integer"),
         ({"best_of": 3}, "best_of", "not supported"),
-        ({"logprobs": 5}, "logprobs", "not supported"),
-        ({"echo": True}, "echo", "not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
-        ({"frequency_penalty": -1}, "frequency_penalty", "not supported"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"n": 2, "best_of": 3}, "best_of", "not supported"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
+        ({"echo": True, "logprobs": 1}, "echo", "not supported with 'logprobs'"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": "1"}, "frequency_penalty", "number"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than"),
+        ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+        ({"logit_bias": {"five": 1}}, "logit_bias.five", "pattern"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias", "not in the vocabulary"),
+        ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias", "at most 1024"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"suffix": "end"}, "suffix", "not supported"),
@@ -172,18 +181,26 @@ async def test_chat_without_a_template_is_refused_with_the_way_out(gateway: Any)
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 1.5}, "max_tokens", "integer"),
         ({"max_tokens": 10_000}, "max_tokens", "holds 256 tokens"),
+        ({"max_tokens": 40_000}, "max_tokens", "at most 32768 are allowed"),
         ({"prompt": "x" * 400}, "prompt", "holds 256 tokens"),
         ({"prompt": ""}, "prompt", "empty"),
-        ({"prompt": []}, "prompt", "prompts, expected one"),
-        ({"prompt": ["a", "b"]}, "prompt", "2 prompts"),
+        ({"prompt": "x" * 50_000}, "prompt", "has 50000 characters, at most"),
+        ({"prompt": [1] * 20_000}, "prompt", "holds 256 tokens"),
+        ({"prompt": []}, "prompt", "empty"),
+        ({"prompt": [[]]}, "prompt", "empty"),
+        ({"prompt": ["a", ""]}, "prompt", "empty"),
+        ({"prompt": ["a", 1]}, "prompt", "valid string"),
+        ({"prompt": ["a"] * 65}, "prompt", "make 65 answers, at most 64"),
+        ({"prompt": ["a"] * 9, "n": 8}, "n", "make 72 answers"),
         ({"prompt": [10_000]}, "prompt", "not in the vocabulary"),
         ({"prompt": [-1]}, "prompt", "not in the vocabulary"),
         ({"prompt": 5}, "prompt", "valid"),
         ({"prompt": "\ud800"}, None, "surrogate"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"stop": ["a"] * 10_000}, "stop", "at most 16"),
-        ({"stop": [""]}, "stop", "1 to 256"),
-        ({"seed": 2**64}, "seed", "less than"),
+        ({"stop": [""]}, "stop.0", "at least 1 character"),
+        ({"stop": "x" * 300}, "stop", "at most 256 characters"),
+        ({"seed": 2**63}, "seed", "less than"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not known"),
         ({"model": None}, "model", "valid string"),
@@ -256,6 +273,130 @@ async def test_an_engine_that_breaks_mid_stream_ends_it_with_an_error_event(gate
     assert later.status_code == 502
 
 
+async def test_several_prompts_and_choices_are_those_that_each_alone_would_give(
+    gateway: Any,
+) -> None:
+    request = body(temperature=1.0, seed=7, n=3, max_tokens=12)
+    together = (await post(gateway, "completions", **request | {"prompt": ["ab", "xyz"]})).json()
+    assert [choice["index"] for choice in together["choices"]] == list(range(6))
+    texts = [choice["text"] for choice in together["choices"]]
+    assert len(set(texts[:3])) == 3
+    alone = [
+        (await post(gateway, "completions", **request | {"prompt": prompt})).json()
+        for prompt in ("ab", "xyz")
+    ]
+    assert texts == [choice["text"] for values in alone for choice in values["choices"]]
+    fewer = (await post(gateway, "completions", **request | {"prompt": "ab", "n": 1})).json()
+    assert fewer["choices"][0]["text"] == texts[0]
+    prompt_tokens = [values["usage"]["prompt_tokens"] for values in alone]
+    assert together["usage"] == {
+        "prompt_tokens": sum(prompt_tokens),
+        "completion_tokens": 6 * 12,
+        "total_tokens": sum(prompt_tokens) + 6 * 12,
+    }
+
+
+async def test_choices_are_streamed_side_by_side(gateway: Any) -> None:
+    request = body(prompt=["ab", "one two"], n=2, temperature=1.0, seed=3, max_tokens=40)
+    whole = (await post(gateway, "completions", **request)).json()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    answer = await post(gateway, "completions", **request, **options)
+    *chunks, usage, done = events(answer.text)
+    assert (usage["usage"], done) == (whole["usage"], "[DONE]")
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert len({choice["index"] for choice in choices[:12]}) == 4, "none waits for another"
+    for expected in whole["choices"]:
+        mine = [choice for choice in choices if choice["index"] == expected["index"]]
+        assert "".join(choice["text"] for choice in mine) == expected["text"]
+        reasons = [choice["finish_reason"] for choice in mine]
+        assert reasons == [None] * (len(mine) - 1) + ["length"]
+
+
+async def test_one_choice_too_many_for_the_engine_refuses_all(gateway: Any) -> None:
+    answer = await post(gateway, "completions", **body(model="mute", n=4, max_tokens=200))
+    assert answer.status_code == 503
+    again = await post(gateway, "completions", **body(model="mute", n=3, max_tokens=1))
+    assert again.status_code == 200, "their places are free again"
+
+
+@pytest.mark.parametrize("prompt", ["one two", [70, 71, 72]])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_is_the_prompt_before_the_answer(
+    gateway: Any, prompt: Any, stream: bool
+) -> None:
+    request = body(prompt=prompt, max_tokens=5, n=2)
+    plain = (await post(gateway, "completions", **request)).json()
+    answer = await post(gateway, "completions", **request, echo=True, stream=stream)
+    if stream:
+        choices = [chunk["choices"][0] for chunk in events(answer.text)[:-1]]
+        text = "".join(choice["text"] for choice in choices if choice["index"] == 1)
+    else:
+        text = answer.json()["choices"][1]["text"]
+    shown = prompt if isinstance(prompt, str) else plain["choices"][1]["text"][:3]
+    assert text == shown + plain["choices"][1]["text"]
+
+
+async def test_log_probabilities_of_a_completion(gateway: Any) -> None:
+    request = body(prompt=CHINESE, max_tokens=30, logprobs=2)
+    choice = (await post(gateway, "completions", **request)).json()["choices"][0]
+    found = choice["logprobs"]
+    assert len(found["tokens"]) == len(found["token_logprobs"]) == len(found["top_logprobs"]) == 30
+    for token, logprob, top in zip(
+        found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True
+    ):
+        assert top[token] == pytest.approx(logprob)
+        assert max(top.values()) == pytest.approx(logprob), "greedy: the most likely"
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        if "\ufffd" not in token:
+            assert choice["text"][offset:].startswith(token)
+    answer = await post(gateway, "completions", **request, stream=True)
+    chunks = [chunk["choices"][0]["logprobs"] for chunk in events(answer.text)[:-2]]
+    for name, values in found.items():
+        assert [value for chunk in chunks for value in chunk[name]] == values
+
+
+async def test_log_probabilities_end_where_the_text_does(gateway: Any) -> None:
+    request = body(prompt="one two three", max_tokens=90, stop="two t", logprobs=0)
+    choice = (await post(gateway, "completions", **request)).json()["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"] == "one "
+
+
+async def test_log_probabilities_of_a_chat(gateway: Any) -> None:
+    request = {
+        "model": "talker", "messages": [{"role": "user", "content": "hi"}],
+        "max_completion_tokens": 6, "temperature": 0,
+    }  # fmt: skip
+    assert (await post(gateway, "chat/completions", **request)).json()["choices"][0][
+        "logprobs"
+    ] is None
+    values = (
+        await post(gateway, "chat/completions", **request, logprobs=True, top_logprobs=3)
+    ).json()
+    content = values["choices"][0]["logprobs"]["content"]
+    assert len(content) == 3, "the end-of-sequence token is none of them"
+    assert all(len(entry["top_logprobs"]) == 3 for entry in content)
+    assert all(bytes(entry["bytes"]).decode() == entry["token"] for entry in content)
+    # The special token of the template, which the fake engine repeats, is no text.
+    assert content[0]["token"] == "<|user|>"
+    refused = await post(gateway, "chat/completions", **request, top_logprobs=3)
+    assert refused.json()["error"]["param"] == "top_logprobs"
+
+
+async def test_penalties_and_biases_reach_the_engine(gateway: Any) -> None:
+    async def ask(**changes: Any) -> str:
+        answer = await post(gateway, "completions", **body(prompt="aa", **changes))
+        return str(answer.json()["choices"][0]["text"])
+
+    assert await ask() == "aaaaaaaa"
+    for changes in (
+        {"presence_penalty": 2}, {"frequency_penalty": 1}, {"repetition_penalty": 10},
+    ):  # fmt: skip
+        assert await ask(**changes, logit_bias={"70": 1.5}) != "aaaaaaaa", changes
+    assert len(set(await ask(logit_bias={"70": 100}))) == 1
+    assert await ask(logit_bias={"70": 100}) != "aaaaaaaa"
+    assert await ask(temperature=2, min_p=1, seed=1) == "aaaaaaaa"
+
+
 @pytest.fixture
 async def server_url(gateway: Any) -> AsyncIterator[str]:
     """The same application behind a real HTTP server."""
@@ -295,6 +436,17 @@ async def test_the_official_client_works_unmodified(client: openai.AsyncOpenAI) 
         model="talker", messages=[{"role": "user", "content": "hi there"}], max_tokens=20, seed=3
     )
     assert chat.choices[0].message.role == "assistant"
+    chat = await client.chat.completions.create(
+        model="talker", messages=[{"role": "user", "content": "hi there"}], max_tokens=5, n=3,
+        logprobs=True, top_logprobs=2, frequency_penalty=1, logit_bias={"70": 2}, seed=3,
+    )  # fmt: skip
+    assert [choice.index for choice in chat.choices] == [0, 1, 2]
+    logprobs = chat.choices[2].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [len(entry.top_logprobs) for entry in logprobs.content] == [2] * 5
+    shown = await client.models.retrieve("classes/1")
+    assert shown.id == "classes/1"
 
 
 async def test_the_official_client_raises_its_own_errors(
@@ -303,8 +455,8 @@ async def test_the_official_client_raises_its_own_errors(
     with pytest.raises(openai.NotFoundError, match="not deployed"):
         await client.completions.create(model="none", prompt="a")
     with pytest.raises(openai.BadRequestError) as bad:
-        await client.completions.create(model="talker", prompt="a", n=3)
-    assert bad.value.param == "n"
+        await client.completions.create(model="talker", prompt="a", suffix="b")
+    assert bad.value.param == "suffix"
     stranger = openai.AsyncOpenAI(base_url=server_url, api_key="hst_wrong", max_retries=0)
     with pytest.raises(openai.AuthenticationError):
         await stranger.models.list()

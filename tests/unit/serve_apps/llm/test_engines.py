@@ -114,7 +114,7 @@ def test_without_a_seed_answers_vary(engine: Engine) -> None:
     assert first != second
 
 
-@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}])
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
 def test_the_narrowest_sampling_is_greedy(engine: Engine, narrow: dict[str, Any]) -> None:
     greedy = run(engine, ask("g"))["g"]
     assert run(engine, ask("n", temperature=1.0, seed=1, **narrow))["n"] == greedy
