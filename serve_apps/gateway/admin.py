@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from typing_extensions import TypedDict
 
 from cluster.errors import HeliostatError, InputError, NotFoundError
 from cluster.security.api_keys import Identity
 from serve_apps.gateway.authentication import require_any
+from serve_apps.gateway.openapi import describes
 from serve_apps.gateway.requests import parse_object, validate
-from serve_apps.options import read_options
+from serve_apps.options import DeploymentOptions, read_options
 
 
 class ReleaseControl(Protocol):
@@ -45,6 +47,13 @@ Audit = Callable[[str, str, str, dict[str, Any]], None]
 """Records actor, action, target and detail; blocking."""
 
 
+class Deployments(TypedDict):
+    deployments: list[dict[str, Any]]
+
+
+VersionNumber = Annotated[int, Field(ge=0, lt=10**9)]
+
+
 class DeployRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -53,9 +62,20 @@ class DeployRequest(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class DeployDescription(BaseModel):
+    """A DeployRequest with its options spelt out, which are read apart for better errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ref: str = Field(max_length=300)
+    strategy: str = Field("direct", max_length=64)
+    options: DeploymentOptions = DeploymentOptions()
+
+
 def build_routes(control: ReleaseControl, audit: Audit) -> list[Route]:
     """The routes below /admin."""
 
+    @describes("Deploy a version of a model", scopes=("admin",), body=DeployDescription, status=202)
     async def deploy(request: Request) -> Response:
         actor = _actor(require_any(request, "admin"))
         asked = validate(DeployRequest, parse_object(await request.body()))
@@ -64,15 +84,24 @@ def build_routes(control: ReleaseControl, audit: Audit) -> list[Route]:
             row = await control.deploy(asked.ref, asked.strategy, asked.options, actor)
         return JSONResponse(row, 202)
 
+    @describes("What is deployed", scopes=("admin",), answer=Deployments)
     async def list_deployments(request: Request) -> Response:
         require_any(request, "admin")
         return JSONResponse({"deployments": await control.deployments(None)})
 
+    @describes("One deployment", scopes=("admin",))
     async def show_deployment(request: Request) -> Response:
         require_any(request, "admin")
         name, version = request.path_params["name"], _number(request.path_params["version"])
         return JSONResponse(_only(await control.deployments(name), name, version))
 
+    @describes(
+        "Take a model down, or one version of it",
+        scopes=("admin",),
+        answer=Deployments,
+        status=202,
+        query={"version": VersionNumber},
+    )
     async def undeploy(request: Request) -> Response:
         actor = _actor(require_any(request, "admin"))
         name = request.path_params["name"]
@@ -82,6 +111,7 @@ def build_routes(control: ReleaseControl, audit: Audit) -> list[Route]:
             rows = await control.undeploy(name, version, actor)
         return JSONResponse({"deployments": rows}, 202)
 
+    @describes("Go back to the version before", scopes=("admin",))
     async def rollback(request: Request) -> Response:
         actor = _actor(require_any(request, "admin"))
         name = request.path_params["name"]
@@ -89,6 +119,7 @@ def build_routes(control: ReleaseControl, audit: Audit) -> list[Route]:
             row = await control.rollback(name, actor)
         return JSONResponse(row)
 
+    @describes("Weights, deployments and history of a model", scopes=("admin",))
     async def release(request: Request) -> Response:
         require_any(request, "admin")
         return JSONResponse(await control.release(request.path_params["name"]))

@@ -14,14 +14,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from cluster.config import StrictModel
 from cluster.errors import HeliostatError
-from serve_apps.gateway import admin, open_inference, openai
+from serve_apps.gateway import admin, open_inference, openai, openapi
 from serve_apps.gateway.authentication import Authentication, KeyCache, Verify
 from serve_apps.gateway.backend import ModelBackend
 from serve_apps.gateway.catalogue import Load, ModelCatalogue
-from serve_apps.gateway.errors import render
+from serve_apps.gateway.errors import MethodNotAllowedError, render
 from serve_apps.gateway.middleware import BodyLimit, RequestContext
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.openai_schema import TextLimits
@@ -61,12 +62,13 @@ def build_asgi(parts: GatewayParts) -> Starlette:
         yield
         await table.stop()
 
+    routes = [
+        *open_inference.build_routes(models),
+        *openai.build_routes(models, parts.config.text),
+        *admin.build_routes(parts.control, parts.audit),
+    ]
     app = Starlette(
-        routes=[
-            *open_inference.build_routes(models),
-            *openai.build_routes(models, parts.config.text),
-            *admin.build_routes(parts.control, parts.audit),
-        ],
+        routes=[*routes, openapi.build_route(routes)],
         # The first is the outermost.
         middleware=[
             Middleware(RequestContext, sends_request_id=parts.config.sends_request_id),
@@ -81,4 +83,16 @@ def build_asgi(parts: GatewayParts) -> Starlette:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        error = MethodNotAllowedError(", ".join(_allowed_methods(request)))
     return render(error, request.url.path)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Of all routes with this path: Starlette's error knows those of the first."""
+    routes = [
+        route
+        for route in request.app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE
+    ]
+    return sorted({method for route in routes for method in route.methods or ()})

@@ -34,6 +34,10 @@ class MethodNotAllowedError(UsageError):
     code = "method_not_allowed"
     http_status = 405
 
+    def __init__(self, allowed: str) -> None:
+        super().__init__(f"this path takes {allowed}")
+        self.allowed = allowed
+
 
 def as_heliostat_error(error: Exception) -> HeliostatError:
     """Any error as one of ours; what is unexpected keeps its details to the log."""
@@ -55,6 +59,8 @@ def render(error: Exception, path: str) -> JSONResponse:
         headers["retry-after"] = str(_RETRY_AFTER_S)
     if isinstance(known, AuthenticationError):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(known, MethodNotAllowedError):
+        headers["allow"] = known.allowed
     return JSONResponse(body_for(known, path), known.http_status, headers)
 
 
@@ -89,5 +95,5 @@ def _from_http(error: HTTPException) -> HeliostatError:
     if error.status_code == 404:
         return NotFoundError("there is no such path", hint="paths begin with /v1, /v2 or /admin")
     if error.status_code == 405:
-        return MethodNotAllowedError("this path does not take this method")
+        return MethodNotAllowedError((error.headers or {}).get("Allow", ""))
     return UsageError(str(error.detail)) if error.status_code < 500 else HeliostatError("failed")

@@ -22,11 +22,13 @@ from starlette.routing import Route
 
 from cluster.errors import InputError, NotFoundError, NotRunningError, UpstreamFailedError
 from cluster.processing import Array, Datatype, TensorSpec, public_inputs, public_outputs
+from serve_apps.gateway import open_inference_answers as answers
 from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.backend import Arrays
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.openai import MODEL_VERSION_HEADER
+from serve_apps.gateway.openapi import describes
 from serve_apps.gateway.requests import off_loop_if_large, parse_object, validate
 
 
@@ -59,9 +61,11 @@ class _InferRequest(BaseModel):
 def build_routes(models: Models) -> list[Route]:
     """The routes below /v2; only the two health routes are public."""
 
+    @describes("Whether the gateway is up", answer=answers.Live)
     async def live(_request: Request) -> Response:
         return JSONResponse({"live": True})
 
+    @describes("Whether the gateway knows what is served", answer=answers.Ready)
     async def ready(_request: Request) -> Response:
         if not models.is_ready:
             raise NotRunningError(
@@ -69,19 +73,34 @@ def build_routes(models: Models) -> list[Route]:
             )
         return JSONResponse({"ready": True})
 
+    @describes("The server", scopes=("models:read", "infer"), answer=answers.ServerMetadata)
     async def server_metadata(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         return JSONResponse({"name": "heliostat", "version": _version(), "extensions": []})
 
+    @describes(
+        "Inputs and outputs of a model",
+        scopes=("models:read", "infer"),
+        answer=answers.ModelMetadata,
+    )
     async def metadata(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         return JSONResponse(_metadata(models, await _find(models, request)))
 
+    @describes(
+        "Whether a model is served", scopes=("models:read", "infer"), answer=answers.ModelReady
+    )
     async def model_ready(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         model = await _find(models, request)
         return JSONResponse({"name": model.served.name, "ready": True})
 
+    @describes(
+        "Tensors in, tensors out",
+        scopes=("infer",),
+        body=_InferRequest,
+        answer=answers.Inference,
+    )
     async def infer(request: Request) -> Response:
         require_any(request, "infer")
         model = await _find(models, request)

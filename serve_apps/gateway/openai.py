@@ -21,12 +21,23 @@ from serve_apps.gateway.errors import server_sent
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.openai_answers import (
     AnswerShape,
+    ChatCompletion,
     ChatShape,
+    Completion,
     CompletionShape,
+    ModelCard,
+    ModelList,
     event,
     model_card,
 )
-from serve_apps.gateway.openai_schema import TextLimits, read_chat, read_completion
+from serve_apps.gateway.openai_schema import (
+    ChatRequest,
+    CompletionRequest,
+    TextLimits,
+    read_chat,
+    read_completion,
+)
+from serve_apps.gateway.openapi import EVENT_STREAM, JSON, describes
 from serve_apps.gateway.prompts import begin_chat, begin_completion, echo_of
 from serve_apps.gateway.requests import off_loop_if_large
 from serve_apps.gateway.responses import JsonResponse
@@ -47,17 +58,26 @@ class ClientGoneError(UsageError):
 def build_routes(models: Models, limits: TextLimits) -> list[Route]:
     """The routes below /v1."""
 
+    @describes("The models that are served", scopes=("models:read", "infer"), answer=ModelList)
     async def list_models(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         found = [await _find_or_none(models, name) for name in models.routes.names()]
         cards = [model_card(model) for model in found if model is not None]
         return JsonResponse({"object": "list", "data": cards})
 
+    @describes("One model", scopes=("models:read", "infer"), answer=ModelCard)
     async def show_model(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         name = request.path_params["name"]
         return JsonResponse(model_card(await models.find(name), name))
 
+    @describes(
+        "Continue a text",
+        scopes=("infer",),
+        body=CompletionRequest,
+        answer=Completion,
+        answer_types=(JSON, EVENT_STREAM),
+    )
     async def complete(request: Request) -> Response:
         require_any(request, "infer")
         body = await request.body()
@@ -69,6 +89,13 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         shape = CompletionShape(asked, echo_of(asked, model))
         return await _respond(request, shape, answers, model)
 
+    @describes(
+        "Answer a conversation",
+        scopes=("infer",),
+        body=ChatRequest,
+        answer=ChatCompletion,
+        answer_types=(JSON, EVENT_STREAM),
+    )
     async def chat(request: Request) -> Response:
         require_any(request, "infer")
         body = await request.body()

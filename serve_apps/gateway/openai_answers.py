@@ -10,9 +10,10 @@ import time
 import uuid
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired
 
 import orjson
+from typing_extensions import TypedDict
 
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.openai_schema import Generation

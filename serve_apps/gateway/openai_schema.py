@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from cluster.config import StrictModel
 from cluster.errors import InputError
-from serve_apps.gateway.requests import parse_object, validate
+from serve_apps.gateway.requests import as_whole_numbers, parse_object, validate
 
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
@@ -44,6 +44,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 ItemType = TypeVar("ItemType")
+_WHOLE = BeforeValidator(as_whole_numbers)
 # A list of a million wrong items is one error, not a million.
 Many = Annotated[list[ItemType], Field(fail_fast=True)]
 ModelName = Annotated[str, Field(max_length=_MAX_MODEL_CHARACTERS)]
@@ -103,12 +104,12 @@ class Generation(_Request):
     model: ModelName
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    n: int | None = Field(None, ge=1, le=128)
+    max_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=128), _WHOLE] | None = None
     """Answers to each prompt."""
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: Annotated[int, Field(ge=-1), _WHOLE] | None = None
     """Not OpenAI's, but many clients'; 0 and -1 keep all tokens."""
     min_p: float | None = Field(None, ge=0, le=1)
     """Likewise."""
@@ -117,7 +118,7 @@ class Generation(_Request):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     """Not OpenAI's either."""
     logit_bias: _Biases | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), _WHOLE] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=_MAX_STOPS)] | None = None
     user: _Tag | None = None
     """A tag for the caller's own use; it changes nothing."""
@@ -153,12 +154,12 @@ class Generation(_Request):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: str | Many[int] | Many[str] | Many[Many[int]]
+    prompt: Annotated[str | Many[int] | Many[str] | Many[Many[int]], _WHOLE]
     """Text, or token ids; one prompt or several."""
     echo: bool | None = None
     """Begin each answer with its prompt."""
-    logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
-    best_of: int | None = Field(None, ge=1)
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS), _WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1), _WHOLE] | None = None
     """Supported where it is `n`, since all answers are given."""
 
     @property
@@ -220,9 +221,9 @@ class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
     messages: Many[Message] = Field(min_length=1, max_length=_MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS), _WHOLE] | None = None
 
     @property
     def num_logprobs(self) -> int | None:

@@ -91,6 +91,15 @@ def validate(model_type: type[ModelType], values: dict[str, Any]) -> ModelType:
         raise InputError(f"parameter '{name}': {message}", param=name) from None
 
 
+def as_whole_numbers(value: Any) -> Any:
+    """2 for 2.0, also in lists: to JSON they are the same number. What is no whole one is left."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list) and not {float, list}.isdisjoint(map(type, value)):
+        return [as_whole_numbers(item) for item in value]
+    return value
+
+
 def _most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
     """The first, unless it only says that a value is not of the first type that it might be."""
     same = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from starlette.applications import Starlette
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -246,3 +247,17 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
     backend.close()
     database.dispose()
     open_database.cache_clear()
+
+
+@pytest.fixture
+async def server_url(gateway: Gateway) -> AsyncIterator[str]:
+    """The same application behind a real HTTP server."""
+    config = uvicorn.Config(gateway.app, port=0, log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    await serving

@@ -42,9 +42,7 @@ async def test_every_route_needs_a_key_or_is_on_the_public_list(gateway: Any) ->
             assert method == "HEAD" or "Authorization: Bearer KEY" in answer.text
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/docs", "/openapi.json", "/metrics", "/v1/nothing", "/-/routes"]
-)
+@pytest.mark.parametrize("path", ["/", "/docs", "/metrics", "/v1/nothing", "/-/routes"])
 async def test_what_does_not_exist_needs_a_key_too(gateway: Any, path: str) -> None:
     assert (await gateway.client.get(path)).status_code == 401
     assert (await gateway.client.get(path, headers=gateway.headers())).status_code == 404
@@ -137,6 +135,9 @@ async def test_a_wrong_method_is_told(gateway: Any) -> None:
     answer = await gateway.client.get("/v1/completions", headers=gateway.headers())
     assert answer.status_code == 405
     assert answer.json()["error"]["code"] == "method_not_allowed"
+    assert answer.headers["allow"] == "POST"
+    several = await gateway.client.put("/admin/deployments", headers=gateway.headers())
+    assert several.headers["allow"] == "GET, HEAD, POST"
 
 
 async def test_every_answer_has_a_request_id(gateway: Any) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import openai
 import pytest
-import uvicorn
 
 CHINESE = "定日镜跟随太阳，把光线投向塔顶🌞"
 
@@ -155,7 +154,7 @@ async def test_chat_without_a_template_is_refused_with_the_way_out(gateway: Any)
     [
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 65}, "n", "make 65 answers, at most 64"),
-        ({"n": 10**30}, "n", "valid integer"),
+        ({"n": 10**30}, "n", "less than or equal to 128"),
         ({"best_of": 3}, "best_of", "not supported"),
         ({"n": 2, "best_of": 3}, "best_of", "not supported"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
@@ -242,6 +241,7 @@ async def test_messages_that_are_none_are_refused(gateway: Any, messages: Any) -
     [
         {"n": 1}, {"logprobs": None}, {"presence_penalty": 0.0}, {"logit_bias": {}},
         {"user": "u-1"}, {"echo": False}, {"best_of": 1}, {"top_k": -1}, {"seed": None},
+        {"max_tokens": 8.0}, {"prompt": [70.0, 71]},
     ],
 )  # fmt: skip
 async def test_parameters_at_values_that_change_nothing_are_taken(
@@ -398,23 +398,11 @@ async def test_penalties_and_biases_reach_the_engine(gateway: Any) -> None:
 
 
 @pytest.fixture
-async def server_url(gateway: Any) -> AsyncIterator[str]:
-    """The same application behind a real HTTP server."""
-    config = uvicorn.Config(gateway.app, port=0, log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/v1"
-    server.should_exit = True
-    await serving
-
-
-@pytest.fixture
 async def client(gateway: Any, server_url: str) -> AsyncIterator[openai.AsyncOpenAI]:
     key = gateway.headers()["authorization"].removeprefix("Bearer ")
-    async with openai.AsyncOpenAI(base_url=server_url, api_key=key, max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{server_url}/v1", api_key=key, max_retries=0
+    ) as client:
         yield client
 
 
@@ -457,7 +445,7 @@ async def test_the_official_client_raises_its_own_errors(
     with pytest.raises(openai.BadRequestError) as bad:
         await client.completions.create(model="talker", prompt="a", suffix="b")
     assert bad.value.param == "suffix"
-    stranger = openai.AsyncOpenAI(base_url=server_url, api_key="hst_wrong", max_retries=0)
+    stranger = openai.AsyncOpenAI(base_url=f"{server_url}/v1", api_key="hst_wrong", max_retries=0)
     with pytest.raises(openai.AuthenticationError):
         await stranger.models.list()
     await stranger.close()
