@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from cluster.config import parse_config
 from cluster.database import open_database
 from cluster.model_package import open_version
+from cluster.model_package.files import MODEL_DIR, TOKENIZER
 from cluster.observability.logs import configure_logging
 from cluster.processing.text import TextProcessor
 from cluster.releases import ReleaseStore
@@ -52,7 +53,8 @@ def build_app(values: dict[str, Any]) -> serve.Application:
 def load_model(served: ServedVersion, settings: Settings) -> ServedModel:
     """Open a served version's verified package."""
     package = open_version(served, settings)
-    if package.manifest.kind == "graph":
+    is_graph = package.manifest.kind == "graph"
+    if is_graph and f"{MODEL_DIR}/{TOKENIZER}" not in package.manifest.files:
         return ServedModel(served, package.manifest)
     return ServedModel(served, package.manifest, TextProcessor.load(package.model_dir))
 

@@ -44,12 +44,12 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 ItemType = TypeVar("ItemType")
-_WHOLE = BeforeValidator(as_whole_numbers)
+WHOLE = BeforeValidator(as_whole_numbers)
 # A list of a million wrong items is one error, not a million.
 Many = Annotated[list[ItemType], Field(fail_fast=True)]
 ModelName = Annotated[str, Field(max_length=_MAX_MODEL_CHARACTERS)]
 _Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
-_Tag = Annotated[str, Field(max_length=_MAX_TAG_CHARACTERS)]
+Tag = Annotated[str, Field(max_length=_MAX_TAG_CHARACTERS)]
 _TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Biases = Annotated[
@@ -104,12 +104,12 @@ class Generation(_Request):
     model: ModelName
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
-    n: Annotated[int, Field(ge=1, le=128), _WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     """Answers to each prompt."""
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Annotated[int, Field(ge=-1), _WHOLE] | None = None
+    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = None
     """Not OpenAI's, but many clients'; 0 and -1 keep all tokens."""
     min_p: float | None = Field(None, ge=0, le=1)
     """Likewise."""
@@ -118,9 +118,9 @@ class Generation(_Request):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     """Not OpenAI's either."""
     logit_bias: _Biases | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), _WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=_MAX_STOPS)] | None = None
-    user: _Tag | None = None
+    user: Tag | None = None
     """A tag for the caller's own use; it changes nothing."""
 
     @property
@@ -154,12 +154,12 @@ class Generation(_Request):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: Annotated[str | Many[int] | Many[str] | Many[Many[int]], _WHOLE]
+    prompt: Annotated[str | Many[int] | Many[str] | Many[Many[int]], WHOLE]
     """Text, or token ids; one prompt or several."""
     echo: bool | None = None
     """Begin each answer with its prompt."""
-    logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS), _WHOLE] | None = None
-    best_of: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = None
     """Supported where it is `n`, since all answers are given."""
 
     @property
@@ -203,7 +203,7 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: _Tag | None = None
+    name: Tag | None = None
 
     @property
     def text(self) -> str:
@@ -221,9 +221,9 @@ class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
     messages: Many[Message] = Field(min_length=1, max_length=_MAX_MESSAGES)
-    max_completion_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS), _WHOLE] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS), WHOLE] | None = None
 
     @property
     def num_logprobs(self) -> int | None:

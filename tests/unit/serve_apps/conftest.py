@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,20 @@ class Gateway:
     keys: ApiKeys
     database_url: str
     served: dict[tuple[str, int], ServedVersion]
+    loaded: list[str]
+    """Names whose packages were opened."""
+    graphs: dict[str, ServedModel]
+
+    def serve_graph(
+        self, manifest: Manifest, predict: Callable[[Arrays], Arrays], text: Any = None
+    ) -> None:
+        """One more model, under the manifest's name."""
+        name = manifest.name
+        options = DeploymentOptions(max_batch_size=4)
+        served = ServedVersion(name, 1, DIGEST, f"{name}.v1", options=options)
+        self.graphs[name] = ServedModel(served, manifest, text)
+        self.backend._predictors[served.application] = predict
+        self.served[name, 1] = served
 
     def headers(self, *scopes: str) -> dict[str, str]:
         key = self.keys.create("acme", scopes or ["infer", "models:read", "admin"]).key
@@ -201,7 +215,13 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
         aliases={("classes", "champion"): 2, ("classes", "previous"): 1, ("classes", "next"): 3},
     )
 
+    loaded: list[str] = []
+    graphs: dict[str, ServedModel] = {}
+
     def load(version: ServedVersion) -> ServedModel:
+        loaded.append(version.name)
+        if version.name in graphs:
+            return graphs[version.name]
         if version.name == "broken":
             raise ChangedFileError("model/model.onnx is not what was signed")
         if version.name == "classes":
@@ -240,7 +260,9 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             transport=httpx.ASGITransport(app), base_url="http://gateway", timeout=30
         ) as client,
     ):
-        parts = Gateway(app, client, backend, engine, control, keys, database_url, served)
+        parts = Gateway(
+            app, client, backend, engine, control, keys, database_url, served, loaded, graphs
+        )
         while not (await client.get("/v2/health/ready")).is_success:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         yield parts
