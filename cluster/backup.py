@@ -114,6 +114,10 @@ class _Writer:
 
     def run(self) -> BackupIndex:
         storage = Storage.open(self._settings.storage_root)
+        if self._has_versions():
+            # Of a disk that is not mounted, or a bucket of another name, there is nothing to list:
+            # a backup without its packages would look whole.
+            storage.require_root()
         with self._tar:
             self._add_tables()
             self._add_mlflow(self._settings.home / "mlflow")
@@ -129,6 +133,10 @@ class _Writer:
             )
             self._add_bytes(INDEX, index.model_dump_json(indent=1).encode())
         return index
+
+    def _has_versions(self) -> bool:
+        with database.open_database(self._settings.database).connect() as connection:
+            return connection.scalar(sa.select(database.model_versions.c.name).limit(1)) is not None
 
     def _add_tables(self) -> None:
         engine = database.open_database(self._settings.database)

@@ -200,8 +200,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         node[parts[-1]] = parse_yaml(text)
     except _YAML_ERRORS as error:
+        wrong = "cannot be taken" if isinstance(error, ValueError) else "is not valid YAML"
         raise ConfigError(
-            f"--set '{_short(override)}': the value is not valid YAML{_why(error)}", hint="quote it"
+            f"--set '{_short(override)}': the value {wrong}{_why(error)}",
+            hint="correct or quote it",
         ) from None
 
 

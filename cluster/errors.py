@@ -41,6 +41,7 @@ They survive pickling, because they cross Ray.
 from __future__ import annotations
 
 import errno
+import os
 from typing import Any
 
 
@@ -203,6 +204,17 @@ def first_line(error: object) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+def as_full_disk(error: BaseException) -> MachineError | None:
+    """A disk without room, whichever type a library says it with; None for anything else."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in (errno.ENOSPC, errno.EDQUOT) and os.strerror(errno.ENOSPC) not in str(error):
+        return None
+    return MachineError(
+        "no space left on the disk",
+        hint="free some, or move HELIOSTAT_HOME or HELIOSTAT_STORAGE_URL",
+    )
+
+
 def as_machine_error(error: OSError) -> MachineError | None:
     """A full, read-only or closed disk, or too long a path, as one of ours; None for what is
     rather our mistake."""
@@ -211,7 +223,10 @@ def as_machine_error(error: OSError) -> MachineError | None:
         return MachineError(f"{shown} is too long for the file system", hint="give a shorter one")
     if error.errno not in _MACHINE_ERRNOS:
         return None
-    where = f"'{error.filename}' cannot be used" if error.filename else "a file cannot be written"
+    # Of a copy that failed for want of room, the second is the one that is written.
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    name = (is_full and error.filename2) or error.filename
+    where = f"'{name}' cannot be used" if name else "a file cannot be written"
     return MachineError(
         f"{where}: {error.strerror}", hint="check the disk and its permissions, or HELIOSTAT_HOME"
     )

@@ -58,6 +58,9 @@ class Garbage:
 def find_garbage(settings: Settings, *, older_than_s: float) -> list[Garbage]:
     """All garbage whose newest file is older than the grace period, by kind and key."""
     storage = Storage.open(settings.storage_root)
+    # In a bucket that does not exist nothing would be found; a folder is made by the first write.
+    if not storage.is_folder:
+        storage.require_root()
     found = [
         *_packages(storage, _referenced(settings)),
         *_staging(storage),

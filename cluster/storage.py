@@ -17,6 +17,7 @@ import builtins
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections import defaultdict
@@ -25,11 +26,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cluster.errors import ConfigError, HeliostatError, MachineError, NotFoundError, NotRunningError
+from cluster.errors import (
+    ConfigError,
+    HeliostatError,
+    MachineError,
+    NotFoundError,
+    NotRunningError,
+    first_line,
+)
 
 _MARKER = ".complete"
 _STAGING = ".staging"
 _COPY_BYTES = 1024**2
+_BROKEN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.]*:/")
+_ROOT_HINT = "expected a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
 
 OBJECT_STORES = ("s3", "gs", "gcs")
 """Schemes of a root that is no folder."""
@@ -65,22 +75,23 @@ class Storage:
         from pyarrow import fs
 
         scheme, separator, _ = root.partition("://")
+        # With one slash it would be a folder, whose name holds the credentials.
+        if scheme not in (*OBJECT_STORES, "file") and (separator or _BROKEN_URL.match(root)):
+            shown = scheme if separator else root.partition(":")[0]
+            raise ConfigError(f"storage root {shown}:… is of no kind known here", hint=_ROOT_HINT)
         if not separator or scheme == "file":
             folder = Path(root.removeprefix("file://")).expanduser().absolute()
             return cls(fs.LocalFileSystem(), str(folder), str(folder), folder)
-        if scheme not in OBJECT_STORES:
-            raise ConfigError(
-                f"storage root '{root}' has scheme '{scheme}'",
-                hint="expected a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
-            )
         try:
             filesystem, base = fs.FileSystem.from_uri(root)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"storage root {scheme}://… cannot be opened: {error}",
-                hint="expected a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+                f"storage root {scheme}://… cannot be opened: {_without(root, error)}",
+                hint=_ROOT_HINT,
             ) from None
         base = base.rstrip("/")
+        if not base:
+            raise ConfigError(f"storage root {scheme}://… names no bucket", hint=_ROOT_HINT)
         # The given root may hold credentials; this one is shown and stored.
         return cls(filesystem, base, f"{scheme}://{base}", None)
 
@@ -90,12 +101,15 @@ class Storage:
         return self._folder is not None
 
     def require_root(self) -> None:
-        """Raises NotRunningError for a folder that is not there, as of a disk not mounted."""
+        """Raises NotRunningError for a folder that is not there, as of a disk not mounted, and for
+        an S3 bucket that does not exist: what lists either finds nothing, and no fault."""
         if self._folder is not None and not self._folder.is_dir():
             raise NotRunningError(
                 f"storage folder {self.root} is not there",
                 hint="mount its disk, or check HELIOSTAT_STORAGE_URL",
             )
+        if self._filesystem.type_name == "s3":
+            self._require_bucket()
 
     def path(self, key: str) -> str:
         """Where `key` lies, for people and for tools: a path or a URL."""
@@ -142,11 +156,24 @@ class Storage:
                 self._parent(key)
                 (stage / "file").replace(self._folder / key)
 
+    def put_file(self, local: Path, key: str) -> None:
+        """Copy one file to `key`, or replace what is there: whole or not at all."""
+        from pyarrow import fs
+
+        if self._folder is not None:
+            with local.open("rb") as file:
+                self.write_chunks(key, iter(lambda: file.read(_COPY_BYTES), b""))
+            return
+        with _errors_named(self.path(key)):
+            # In one call, which a signal does not break off: a stream that is left early is closed,
+            # and what it had got replaces the object.
+            fs.copy_files(str(local), self._full(key), destination_filesystem=self._filesystem)
+
     def get_file(self, key: str, local: Path) -> None:
         """Copy one file to `local`. Raises NotFoundError."""
         from pyarrow import fs
 
-        with _errors_named(self.path(key)):
+        with _errors_named(self.path(key), written=str(local)):
             fs.copy_files(self._full(key), str(local), source_filesystem=self._filesystem)
 
     def delete_file(self, key: str) -> None:
@@ -255,7 +282,7 @@ class Storage:
         """
         if not self.exists(key):
             raise NotFoundError(f"{self.path(key)} does not exist", hint="check storage_url")
-        with _errors_named(self.path(key)):
+        with _errors_named(self.path(key), written=str(local)):
             if self._folder is not None:
                 _copy_tree(self._folder / key, local)
                 return
@@ -273,11 +300,23 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):
                 self._filesystem.delete_dir(self._full(key))
 
+    def _require_bucket(self) -> None:
+        from pyarrow import fs
+
+        bucket = self._base.partition("/")[0]
+        with _errors_named(self.root):
+            found = self._filesystem.get_file_info(bucket)
+        if found.type == fs.FileType.NotFound:
+            raise NotRunningError(
+                f"bucket '{bucket}' of storage {self.root} does not exist",
+                hint="make it, or check HELIOSTAT_STORAGE_URL",
+            )
+
     def _files(self, prefix: str) -> builtins.list[Any]:
         from pyarrow import fs
 
         start = self._full(prefix) if prefix else self._base
-        with _errors_named(start):
+        with _errors_named(self.path(prefix) if prefix else self.root):
             selector = fs.FileSelector(start, recursive=True, allow_not_found=True)
             found = self._filesystem.get_file_info(selector)
         return [info for info in found if info.type == fs.FileType.File]
@@ -317,7 +356,8 @@ class Storage:
                 target = f"{self._full(key)}/{path.relative_to(local).as_posix()}"
                 fs.copy_files(str(path), target, destination_filesystem=self._filesystem)
             self._write_marker(key)
-        except OSError:
+        # Also where it is stopped.
+        except BaseException:
             with contextlib.suppress(OSError):
                 self._filesystem.delete_dir(self._full(key))
             raise
@@ -352,10 +392,21 @@ def open_filesystem(location: str) -> tuple[Any, str]:
     except (OSError, ValueError) as error:
         scheme = location.partition("://")[0]
         raise ConfigError(
-            f"{scheme}://… cannot be opened: {str(error).splitlines()[0]}",
+            f"{scheme}://… cannot be opened: {_without(location, error)}",
             hint="expected a path, s3://BUCKET/PATH, gs://BUCKET/PATH or file:///PATH",
         ) from None
     return filesystem, path
+
+
+def _without(location: str, error: Exception) -> str:
+    """What pyarrow says of a URL; it quotes it, with the credentials that it may hold."""
+    text = first_line(str(error).replace(location, "…"))
+    secret = location.partition("://")[2].rpartition("@")[0].partition(":")[2]
+    if secret and secret in text:
+        return "it is not a valid URL"
+    if "Cannot parse URI" in text:
+        return f"{text}; in credentials write / as %2F and + as %2B"
+    return text
 
 
 def _checked(key: str) -> str:
@@ -405,7 +456,8 @@ def _sync_tree(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _errors_named(where: str) -> Iterator[None]:
+def _errors_named(where: str, written: str = "") -> Iterator[None]:
+    """Of `where` in storage; `written` is what was being written, if that lies elsewhere."""
     try:
         yield
     except HeliostatError:
@@ -415,7 +467,7 @@ def _errors_named(where: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
-                f"no space left on the disk of {where}",
+                f"no space left on the disk of {written or where}",
                 hint="free some, or move HELIOSTAT_HOME or HELIOSTAT_STORAGE_URL",
             ) from None
         reason = (error.strerror or str(error)).splitlines()[0]

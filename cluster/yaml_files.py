@@ -80,7 +80,8 @@ def _checked(value: Any, name: str, depth: int) -> Iterator[Any]:
     elif isinstance(value, str):
         _check_text(value, name)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"'{name}' is {value}, expected a finite number")
+        shown = f"'{name}'" if name else "it"
+        raise ValueError(f"{shown} is {value}, expected a finite number")
     elif isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
         raise ValueError(f"'{name}' is a number of more than 64 bits")
 

@@ -24,7 +24,7 @@ from cluster import backup, database
 from cluster.backup import write_backup
 from cluster.cli.app import app
 from cluster.database import model_versions, open_database
-from cluster.errors import ConflictError, InputError, MachineError
+from cluster.errors import ConflictError, InputError, MachineError, NotRunningError
 from cluster.model_package import (
     Keyset,
     LocalSigner,
@@ -274,6 +274,18 @@ def test_only_a_file_is_restored_and_what_lies_beside_the_home_stays(
     write_backup(settings, tmp_path / "backup.tar")
     restore_backup(tmp_path / "backup.tar", tmp_path / "other", load)
     assert theirs.exists()
+
+
+def test_a_storage_that_is_not_there_is_no_backup_without_packages(
+    settings: Settings, tmp_path: Path, s3_root: str
+) -> None:
+    (settings.home / "storage").rename(tmp_path / "unmounted")
+    with pytest.raises(NotRunningError, match=r"storage folder .* is not there"):
+        write_backup(settings, tmp_path / "backup.tar")
+    elsewhere = settings.model_copy(update={"storage_url": s3_root.replace("@bucket", "@bucke")})
+    with pytest.raises(NotRunningError, match="bucket 'bucke'"):
+        write_backup(elsewhere, tmp_path / "backup.tar")
+    assert not list(tmp_path.glob("*backup*"))
 
 
 def test_a_home_with_state_is_left_alone(settings: Settings, tmp_path: Path) -> None:

@@ -201,6 +201,10 @@ def test_an_override_that_the_parser_chokes_on_is_one_short_line(write) -> None:
     assert len(message) < 500
 
 
+def test_an_override_that_is_no_finite_number_is_said_to_be_that(write) -> None:
+    assert "cannot be taken: it is nan, expected a finite number" in failure(write(""), "rate=.nan")
+
+
 def test_true_is_not_a_number(write) -> None:
     assert "'steps' is true, expected a number" in failure(write("steps: yes"))
     message = failure(write(""), "optimizer.learning_rate=false")

@@ -1,3 +1,4 @@
+import errno
 import pickle
 
 import pytest
@@ -32,3 +33,24 @@ def test_a_hint_follows_a_question_without_a_semicolon() -> None:
     assert (
         str(errors.UsageError("did you mean 'a'?", hint="write a")) == "did you mean 'a'? write a"
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_known_by_whatever_says_it(error: Exception) -> None:
+    found = errors.as_full_disk(error)
+    assert found is not None
+    assert "no space left" in str(found)
+    assert errors.as_full_disk(ValueError("no")) is None
+
+
+def test_of_a_copy_the_full_disk_is_the_one_it_is_written_to() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/the/source", None, "/the/copy")
+    assert "'/the/copy'" in str(errors.as_machine_error(error))
+    denied = OSError(errno.EACCES, "Permission denied", "/the/source", None, "/the/copy")
+    assert "'/the/source'" in str(errors.as_machine_error(denied))

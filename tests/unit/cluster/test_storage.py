@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import uuid
 from pathlib import Path
 
 import pytest
 
 from cluster.errors import ConfigError, MachineError, NotFoundError, NotRunningError
-from cluster.storage import Storage
+from cluster.storage import Storage, open_filesystem
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -109,6 +111,15 @@ def test_an_unknown_scheme_is_refused() -> None:
         Storage.open("ftp://host/x")
 
 
+def test_what_does_not_fit_where_it_is_fetched_to_is_no_fault_of_storage(
+    storage: Storage, source: Path, small_disk: Path
+) -> None:
+    (source / "big").write_bytes(bytes(200_000))
+    storage.put_dir(source, "x")
+    with pytest.raises(MachineError, match=rf"no space left on the disk of {small_disk}/copy"):
+        storage.get_dir("x", small_disk / "copy")
+
+
 def test_a_full_disk_leaves_nothing_behind(source: Path, small_disk: Path) -> None:
     storage = Storage.open(str(small_disk))
     (source / "big").write_bytes(bytes(200_000))
@@ -116,3 +127,68 @@ def test_a_full_disk_leaves_nothing_behind(source: Path, small_disk: Path) -> No
         storage.put_dir(source, "x")
     assert storage.list() == []
     assert not storage.exists("x")
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        "s3://me:sec/ret@bucket/x",
+        "s3://me:secret@buc ket/x",
+        "s3://me:secret%zz@bucket/x",
+        "s3://me:secret@bucket:99999999/x",
+        "S3://me:secret@bucket/x",
+        "https://me:secret@bucket/x",
+        "s3:/me:secret@bucket/x",
+        "s3://me:secret@",
+    ],
+)
+def test_a_root_that_cannot_be_opened_does_not_show_its_credentials(root: str) -> None:
+    """The keys of AWS often hold a slash, which a URL does not take as it is."""
+    with pytest.raises(ConfigError, match=r"expected a folder, s3://BUCKET") as caught:
+        Storage.open(root)
+    assert "sec" not in str(caught.value)
+    if "://" in root and not root.endswith("@"):
+        with pytest.raises(ConfigError) as caught:
+            open_filesystem(root)
+        assert "sec" not in str(caught.value)
+
+
+def test_a_bucket_that_does_not_exist_is_named(s3_root: str) -> None:
+    Storage.open(s3_root).require_root()
+    missing = Storage.open(s3_root.replace("@bucket/", "@bucke/"))
+    assert missing.list() == []
+    with pytest.raises(
+        NotRunningError, match=r"bucket 'bucke' of storage s3://bucke/root does not"
+    ):
+        missing.require_root()
+
+
+def test_a_file_that_is_replaced_is_the_old_or_the_new_one(
+    storage: Storage, tmp_path: Path
+) -> None:
+    """Stopped at any moment, as by Ctrl-C."""
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    new, old = tmp_path / "new", os.urandom(6 * 1024**2)
+    new.write_bytes(bytes(20 * 1024**2))
+    before = signal.signal(signal.SIGALRM, stop)
+    stopped = 0
+    try:
+        for milliseconds in (1, 4, 16):
+            storage.write_bytes("file", old)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
+                storage.put_file(new, "file")
+            except Stopped:
+                stopped += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert storage.read_bytes("file") in (old, new.read_bytes())
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert stopped
