@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from cluster.errors import ConflictError, PackageError
 from cluster.model_package import Keyset
-from cluster.model_package.stored import encryption_key_of, reencrypt
+from cluster.model_package.stored import reencrypt, sealed_with
 from cluster.storage import Storage
 
 
@@ -30,10 +30,16 @@ class Rekeyed:
     num_packages: int
 
 
-def rekey(storage: Storage, keyset: Keyset, *, say: Callable[[str], None]) -> Rekeyed:
+def rekey(
+    storage: Storage, keyset: Keyset, *, listed: Collection[str] = (), say: Callable[[str], None]
+) -> Rekeyed:
     """Encrypt each stored package with one key, a new one unless some were left to do.
 
     The last key stays in the keyset until the next new one, because a package may be on its way.
+
+    Args:
+        listed: digests of the registered packages. While one of them is not in storage, every key
+            stays: it may lie where its disk, or a backup, is missing.
 
     Raises:
         NotRunningError: there is no keyset yet.
@@ -44,8 +50,11 @@ def rekey(storage: Storage, keyset: Keyset, *, say: Callable[[str], None]) -> Re
         primary = keyset.open().primary_id
         found = {digest: _key_of(digest, storage) for digest in _stored(storage)}
         is_new = all(key_id == primary for key_id in found.values())
+        absent = set(listed) - found.keys()
+        if absent:
+            say(f"{len(absent)} registered packages are not in storage: all their keys are kept")
         if is_new:
-            keyset.rotate(keep={key_id for key_id in found.values() if key_id is not None})
+            keyset.rotate(keep=keyset.open().ids if absent else ())
         keys = keyset.open()
         todo = [digest for digest, key_id in found.items() if key_id != keys.primary_id]
         failures = []
@@ -73,9 +82,9 @@ def _stored(storage: Storage) -> Iterator[str]:
 
 
 def _key_of(digest: str, storage: Storage) -> int | None:
-    """None where it is plain, and where what it says of its key is broken: both are to be done."""
+    """None where any of it is plain, and where what it says of its key is broken: to be done."""
     try:
-        return encryption_key_of(digest, storage)
+        return sealed_with(digest, storage)
     except PackageError:
         return None
 

@@ -237,7 +237,9 @@ def rekey() -> None:
     storage = Storage.open(settings.storage_root)
     # Without its packages, a keyset would lose the keys that they need.
     storage.require_root()
-    done = rekey_all(storage, keyset, say=lambda line: typer.echo(line, err=True))
+    listed = {version.digest for version in _registry().list_versions()}
+    say = lambda line: typer.echo(line, err=True)  # noqa: E731
+    done = rekey_all(storage, keyset, listed=listed, say=say)
     detail = {"num_packages": done.num_packages, "is_new": done.is_new}
     audit = AuditLog(open_database(settings.database))
     audit.record(actor(), "packages.rekey", f"key {done.key_id}", detail)

@@ -13,9 +13,9 @@ nor of what a package is. The library is imported on first use.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,10 +130,20 @@ class Keys:
 
     @contextlib.contextmanager
     def encrypting(self, target: BinaryIO, associated_data: bytes) -> Iterator[BinaryIO]:
-        """A stream that encrypts to `target` with the primary key; whole when it is left."""
-        unclosed = cast(BinaryIO, _Unclosed(target))
-        with self._primitive.new_encrypting_stream(unclosed, associated_data) as stream:
-            yield stream
+        """A stream that encrypts to `target` with the primary key; whole when it is left.
+
+        Raises:
+            OSError: `target` could not be written.
+        """
+        import tink
+
+        watched = _Watched(target)
+        try:
+            made = self._primitive.new_encrypting_stream(cast(BinaryIO, watched), associated_data)
+            with made as stream:
+                yield stream
+        except tink.TinkError:
+            raise watched.error or OSError(errno.EIO, "it cannot be encrypted") from None
 
     def decrypt(
         self, source: BinaryIO, target: BinaryIO, associated_data: bytes, *, name: str
@@ -143,17 +153,24 @@ class Keys:
         Raises:
             ChangedFileError: it is not what was encrypted, or not with one of these keys, or for
                 another place.
+            OSError: `source` could not be read, or `target` written.
         """
         import tink
 
-        try:
-            with self._primitive.new_decrypting_stream(source, associated_data) as decrypting:
-                shutil.copyfileobj(decrypting, target, _COPY_BYTES)
-        except tink.TinkError:
-            raise ChangedFileError(
-                f"encrypted file '{name}' is not the one that was published",
-                hint="fetch the package again from where it was published",
-            ) from None
+        watched = _Watched(source)
+        made = self._primitive.new_decrypting_stream(cast(BinaryIO, watched), associated_data)
+        with made as decrypting:
+            while True:
+                try:
+                    chunk = decrypting.read(_COPY_BYTES)
+                except tink.TinkError:
+                    raise watched.error or ChangedFileError(
+                        f"encrypted file '{name}' is not the one that was published",
+                        hint="fetch the package again from where it was published",
+                    ) from None
+                if not chunk:
+                    return
+                target.write(chunk)
 
 
 def bound_to(digest: str, name: str) -> bytes:
@@ -161,21 +178,40 @@ def bound_to(digest: str, name: str) -> bytes:
     return f"heliostat model package\n{digest}\n{name}".encode()
 
 
-class _Unclosed:
-    """A stream that outlives the encrypting stream, which would close it."""
+class _Watched:
+    """A stream that outlives Tink's, which would close it, and that keeps what went wrong with it,
+    of which Tink would make a text."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self.closed = False
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
-        return self._stream.write(data)
+        with self._kept():
+            return self._stream.write(data)
+
+    def read(self, size: int) -> bytes:
+        with self._kept():
+            return self._stream.read(size)
 
     def writable(self) -> bool:
         return True
 
+    def readable(self) -> bool:
+        return True
+
     def close(self) -> None:
         self.closed = True
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        # Ctrl-C too.
+        except BaseException as error:
+            self.error = error
+            raise
 
 
 def _new_keyset() -> bytes:

@@ -17,6 +17,7 @@ import contextlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,6 +45,8 @@ from cluster.model_package.pem import (
 PRIVATE_KEY = "signing_key.pem"
 TRUSTED = "trusted"
 
+_NEW = ".new-"
+_ABANDONED_S = 3600
 _MIN_PREFIX = 8
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -221,11 +224,20 @@ class SigningKeys:
         try:
             self._trusted.mkdir(parents=True, exist_ok=True)
             self._directory.chmod(0o700)
+            self._remove_abandoned()
         except OSError as error:
             raise MachineError(
                 f"key directory {self._directory} cannot be made: {error.strerror}",
                 hint="check HELIOSTAT_HOME and its permissions",
             ) from None
+
+    def _remove_abandoned(self) -> None:
+        """What a rotation that was killed left: a private key that nobody uses."""
+        for directory in (self._directory, self._trusted):
+            for path in directory.glob(f"{_NEW}*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.lstat().st_mtime > _ABANDONED_S:
+                        path.unlink()
 
     def _write_public(self, public: bytes) -> None:
         target = self._trusted / f"{fingerprint_of(public)}.pub"
@@ -247,7 +259,7 @@ def ensure_local_key(keys_dir: Path) -> str:
 @contextlib.contextmanager
 def private_file(directory: Path, data: bytes) -> Iterator[Path]:
     """A file of mode 0600 with `data`, removed at the end unless it was renamed."""
-    descriptor, name = tempfile.mkstemp(dir=directory, prefix=".new-")
+    descriptor, name = tempfile.mkstemp(dir=directory, prefix=_NEW)
     path = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as stream:

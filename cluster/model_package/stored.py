@@ -96,6 +96,18 @@ def encryption_key_of(digest: str, storage: Storage) -> int | None:
     return key_id
 
 
+def sealed_with(digest: str, storage: Storage) -> int | None:
+    """Id of the key that all of a stored package is encrypted with; None where any of it is plain,
+    as after an encryption that was interrupted.
+
+    Raises:
+        PackageError: what it says of its encryption makes no sense.
+    """
+    key_id = encryption_key_of(digest, storage)
+    is_whole = all(name.endswith(SUFFIX) or name == ENCRYPTION for name in _names(digest, storage))
+    return key_id if is_whole else None
+
+
 def reencrypt(digest: str, storage: Storage, keys: Keys) -> None:
     """Encrypt a stored package with the primary key, file by file and in place.
 
@@ -133,8 +145,7 @@ def _reencrypt_file(
             keys.decrypt(source, stream, bound, name=name)
         else:
             shutil.copyfileobj(source, stream, _COPY_BYTES)
-    with sealed.open("rb") as result:
-        storage.write_chunks(key + SUFFIX, iter(lambda: result.read(_COPY_BYTES), b""))
+    storage.put_file(sealed, key + SUFFIX)
 
 
 def _fetch_plain(digest: str, storage: Storage, target: Path) -> int | None:

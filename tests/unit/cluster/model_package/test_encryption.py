@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import io
 import json
 import random
@@ -321,7 +322,7 @@ def test_an_interrupted_rekeying_leaves_all_readable_and_goes_on(
 
         return write
 
-    for method in ("write_chunks", "write_bytes", "delete_file"):
+    for method in ("put_file", "write_bytes", "delete_file"):
         monkeypatch.setattr(Storage, method, interrupting(getattr(Storage, method)))
     interrupted = 0
     for number in range(1, 14):
@@ -334,6 +335,80 @@ def test_an_interrupted_rekeying_leaves_all_readable_and_goes_on(
                 assert reopen(published).digest == published.digest
     assert interrupted > 5
     assert all(not list(Path(p.location).rglob("*.onnx")) for p in packages)
+
+
+def test_what_a_killed_rekeying_left_plain_is_removed_by_the_next(
+    seal: Callable[..., PublishedPackage], storage: Storage, keyset: Keyset, reopen: Open,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Killed when the first was encrypted, and its plain files were not yet removed."""
+    packages = sorted((seal(keyset=None) for _ in range(3)), key=lambda made: made.digest)
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete_file", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rekey(storage, keyset, say=lambda _: None)
+    first = Path(packages[0].location)
+    assert (first / "encryption.json").exists()
+    assert (first / "model/model.onnx").exists()
+    assert rekey(storage, keyset, say=lambda _: None).num_packages == 3
+    assert not [path for made in packages for path in Path(made.location).rglob("*.onnx")]
+    assert all(reopen(made).digest == made.digest for made in packages)
+
+
+def test_the_keys_of_packages_that_are_not_there_are_kept(
+    sealed: PublishedPackage, storage: Storage, keyset: Keyset, reopen: Open, tmp_path: Path
+) -> None:
+    """Their disk is not mounted, and somebody rekeys what is in its place: nothing."""
+    said: list[str] = []
+    Path(sealed.location).rename(tmp_path / "elsewhere")
+    for _ in range(3):
+        assert rekey(storage, keyset, listed={sealed.digest}, say=said.append).num_packages == 0
+    assert said == ["1 registered packages are not in storage: all their keys are kept"] * 3
+    (tmp_path / "elsewhere").rename(sealed.location)
+    assert reopen(sealed).manifest == sealed.manifest
+    assert rekey(storage, keyset, listed={sealed.digest}, say=said.append).num_packages == 1
+
+
+class Failing(io.BytesIO):
+    """A stream on a disk that fills up, or of a server that goes away, or at which Ctrl-C hits."""
+
+    def __init__(self, data: bytes, error: BaseException) -> None:
+        super().__init__(data)
+        self.error = error
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() > 1024**2:
+            raise self.error
+        return super().read(size)
+
+    def write(self, data: Any) -> int:
+        if self.tell() > 1024**2:
+            raise self.error
+        return super().write(data)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "no space"), NotRunningError("the server is gone"), KeyboardInterrupt()],
+    ids=["full", "gone", "stopped"],
+)
+def test_what_goes_wrong_beside_the_encryption_is_not_taken_for_a_changed_file(
+    keyset: Keyset, error: BaseException
+) -> None:
+    """Nobody is to delete a good package because a disk was full."""
+    keys, plain, sealed = keyset.open(), random.Random(1).randbytes(3_000_000), io.BytesIO()
+    with pytest.raises(type(error)), keys.encrypting(Failing(b"", error), b"") as stream:
+        stream.write(plain)
+    with keys.encrypting(sealed, b"") as stream:
+        stream.write(plain)
+    with pytest.raises(type(error)):
+        keys.decrypt(Failing(sealed.getvalue(), error), io.BytesIO(), b"", name="x")
+    sealed.seek(0)
+    with pytest.raises(type(error)), keys.encrypting(Failing(b"", error), b"") as again:
+        keys.decrypt(sealed, again, b"", name="x")
+    sealed.seek(0)
+    keys.decrypt(sealed, back := io.BytesIO(), b"", name="x")
+    assert back.getvalue() == plain
 
 
 def test_a_damaged_package_does_not_hold_up_the_others(

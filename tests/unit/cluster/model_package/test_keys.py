@@ -139,6 +139,18 @@ def test_a_new_key_leaves_old_signatures_good_until_the_old_one_is_revoked(
     assert trust.verify(signed).fingerprint == new
 
 
+def test_a_rotation_that_was_killed_leaves_no_private_key_for_long(
+    keys: SigningKeys, keys_dir: Path
+) -> None:
+    old, new = keys_dir / ".new-old", keys_dir / ".new-new"
+    for path in (old, new):
+        path.write_text("private")
+    os.utime(old, (1, 1))
+    keys.rotate_local()
+    assert not old.exists()
+    assert new.exists(), "another process may be about to use it"
+
+
 def test_a_signer_looks_at_its_key_each_time(
     keys: SigningKeys, keys_dir: Path, tmp_path: Path
 ) -> None:
