@@ -106,7 +106,8 @@ class ModelRegistry:
                 connection.execute(sa.insert(model_versions).values(row))
         except sa.exc.IntegrityError:
             return self._lost_race(client, name, number, published.digest)
-        except Exception:
+        # Also where it is stopped: MLflow would show for ever what is not listed.
+        except BaseException:
             # Unless the same package was registered by somebody else meanwhile.
             if self._find_digest(name, published.digest) is None:
                 with contextlib.suppress(NotRunningError), _mlflow_errors(self._settings):

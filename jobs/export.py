@@ -16,6 +16,7 @@ from cluster.errors import InputError
 from cluster.model_package import ModelPackage, open_base, open_version
 from cluster.model_package.parity import RELATIVE_TOLERANCES
 from cluster.model_ref import CANDIDATE, ModelRef
+from cluster.publishing import require_publishing
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.storage import Storage
@@ -29,6 +30,7 @@ _KINDS = {"onnx": ("language_model", "graph"), "merged": ("adapter",)}
 def export(config: ExportConfig, settings: Settings) -> None:
     """Derive, certify, register and say what it became."""
     version = find_version(config, settings)
+    require_publishing(settings)
     parent = open_version(version, settings)
     with Storage.open(settings.storage_root).staging() as stage:
         directory = stage / "derived"

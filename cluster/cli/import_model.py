@@ -8,20 +8,18 @@ from pathlib import Path
 from cluster.model_package import (
     Lineage,
     ModelPackage,
-    PublishedPackage,
     encrypting_keyset,
     open_signer,
     open_version,
-    package_key,
     write_package,
 )
 from cluster.model_package.importing import prepare_import
-from cluster.model_ref import CANDIDATE, ModelRef
+from cluster.model_ref import ModelRef
 from cluster.model_versions import require_language_model
+from cluster.publishing import register_candidate, require_publishing
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.storage import Storage
-from cluster.tracking import require_server
 
 Say = Callable[[str], None]
 
@@ -42,8 +40,7 @@ def import_path(
     with storage.staging() as stage:
         prepared = prepare_import(path, stage, base_package)
         # Before the long work: without the server nothing can be registered.
-        require_server(settings)
-        signer = open_signer(settings)
+        require_publishing(settings)
         say(f"read {path}")
         for note in prepared.notes:
             say(note)
@@ -53,7 +50,7 @@ def import_path(
             name=name,
             kind=prepared.kind,
             storage=storage,
-            signer=signer,
+            signer=open_signer(settings),
             keyset=encrypting_keyset(settings),
             processing=prepared.processing,
             golden_inputs=prepared.golden_inputs,
@@ -63,24 +60,10 @@ def import_path(
             parity=prepared.parity,
             require_finite=True,
         )
-    return _register(ModelRegistry.open(settings), name, published, storage)
+    return register_candidate(name, published, settings, actor="models import", reason="imported")
 
 
 def _open_base(reference: str, settings: Settings) -> ModelPackage:
     version = ModelRegistry.open(settings).resolve(ModelRef.parse(reference))
     require_language_model(version, "--base", hint="name what the adapter was trained on")
     return open_version(version, settings)
-
-
-def _register(
-    registry: ModelRegistry, name: str, published: PublishedPackage, storage: Storage
-) -> ModelVersion:
-    try:
-        version = registry.register(name, published)
-    except BaseException:
-        # Unless it was listed before something else went wrong.
-        if all(version.digest != published.digest for version in registry.list_versions()):
-            storage.delete_dir(package_key(published.digest))
-        raise
-    registry.set_alias(name, CANDIDATE, version.version, actor="models import", reason="imported")
-    return registry.resolve(version.ref)

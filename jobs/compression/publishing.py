@@ -14,8 +14,8 @@ from cluster.model_package import (
 )
 from cluster.model_package.golden import graph_inputs
 from cluster.model_package.parity import golden_texts
-from cluster.model_ref import CANDIDATE
-from cluster.registry import ModelRegistry, ModelVersion
+from cluster.publishing import register_candidate
+from cluster.registry import ModelVersion
 from cluster.settings import Settings
 from cluster.storage import Storage
 from cluster.submission import git_commit
@@ -66,8 +66,11 @@ def publish(
         parity=tried.parity,
         quantisation=found.kept.quantisation,
     )
-    registry = ModelRegistry.open(settings)
-    version = registry.register(name, published, run_id=run_id)
-    reason = f"made from {parent.ref}: {found.decision.reason}"
-    registry.set_alias(name, CANDIDATE, version.version, actor="jobs.compress", reason=reason)
-    return version
+    return register_candidate(
+        name,
+        published,
+        settings,
+        run_id=run_id,
+        actor="jobs.compress",
+        reason=f"made from {parent.ref}: {found.decision.reason}",
+    )

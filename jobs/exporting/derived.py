@@ -20,9 +20,9 @@ from cluster.model_package import (
     write_package,
 )
 from cluster.model_package.writer import GoldenInputs
-from cluster.model_ref import CANDIDATE
 from cluster.processing import Processing
-from cluster.registry import ModelRegistry, ModelVersion
+from cluster.publishing import register_candidate
+from cluster.registry import ModelVersion
 from cluster.settings import Settings
 from cluster.storage import Storage
 
@@ -75,8 +75,11 @@ def publish_derived(
         profile=parent.manifest.profile,
         parity=derived.parity,
     )
-    registry = ModelRegistry.open(settings)
-    made = registry.register(name, published, run_id=version.run_id)
-    reason = f"{version.ref} {derived.what}"
-    registry.set_alias(made.name, CANDIDATE, made.version, actor="jobs.export", reason=reason)
-    return made
+    return register_candidate(
+        name,
+        published,
+        settings,
+        run_id=version.run_id,
+        actor="jobs.export",
+        reason=f"{version.ref} {derived.what}",
+    )

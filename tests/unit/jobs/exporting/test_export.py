@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from transformers import AutoModelForCausalLM
 
-from cluster.errors import InputError, PackageError, ParityError
+from cluster.errors import InputError, NotRunningError, PackageError, ParityError
 from cluster.model_package import (
     LocalSigner,
     ModelPackage,
@@ -36,6 +36,7 @@ from jobs.exporting.graph import opset_of
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """A home of its own; MLflow, which numbers versions, is not needed."""
     monkeypatch.setattr("cluster.registry.open_client", lambda settings: None)
+    monkeypatch.setattr("cluster.publishing.require_server", lambda settings: None)
     monkeypatch.setattr(
         "cluster.registry.number_version",
         lambda *_, taken, **others: max(taken, default=0) + 1,
@@ -173,3 +174,13 @@ def test_a_version_of_the_wrong_kind_is_named(settings: Settings, tmp_path: Path
     config = ExportConfig(model="scores/1", name="out", to="merged")
     with pytest.raises(InputError, match="kind 'graph'; to=merged expects adapter"):
         check(config, settings)
+
+
+def test_what_could_not_be_signed_is_not_derived(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_classifier(settings, classifier(tmp_path / "graph", "batch"))
+    (settings.keys_dir / "signing_key.pem").unlink()
+    monkeypatch.setattr("jobs.export.derive", lambda *_: pytest.fail("it began"))
+    with pytest.raises(NotRunningError, match="there is no signing key"):
+        exported(settings, model="scores/1", opset=20)
