@@ -15,6 +15,7 @@ from collections.abc import Callable
 from cluster.errors import JobFailedError
 from cluster.model_package import ModelPackage, open_version
 from cluster.model_ref import CANDIDATE, ModelRef
+from cluster.publishing import require_publishing
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.storage import Storage
@@ -36,6 +37,7 @@ from jobs.prepare import describe
 def compress(config: CompressConfig, settings: Settings) -> None:
     """Search, say what was measured, and register what was found."""
     version = find_version(config, settings)
+    require_publishing(settings)
     package = open_version(version, settings)
     for candidate in config.candidates:
         check_candidate(package, candidate)
@@ -62,7 +64,7 @@ def compress(config: CompressConfig, settings: Settings) -> None:
         if found.kept is None:
             raise JobFailedError(
                 f"{version.ref} is not compressed: {reason}",
-                hint="add gentler candidates, or raise max_loss_increase",
+                hint="try other candidates, or raise max_loss_increase or relative_tolerance",
             )
         compressed = publish(
             found,
@@ -148,8 +150,9 @@ def _tracked(
 
 
 def _report(label: str, tried: Tried, tracker: RunTracker) -> None:
-    values = {"size_bytes": tried.measured.size_bytes, **tried.metrics, **tried.figures}
-    tracker.log_metrics({f"{label}/{key}": float(value) for key, value in values.items()}, 0)
+    if tried.metrics:
+        values = {"size_bytes": tried.measured.size_bytes, **tried.metrics, **tried.figures}
+        tracker.log_metrics({f"{label}/{key}": float(value) for key, value in values.items()}, 0)
     print(f"{label}: {tried.summary}", flush=True)
     if tried.measured.refusal:
         print(f"  not to be packaged: {tried.measured.refusal}", flush=True)

@@ -15,7 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import HeliostatError, MissingFileError, PackageError, first_line
+from cluster.errors import (
+    HeliostatError,
+    MissingFileError,
+    PackageError,
+    as_full_disk,
+    first_line,
+)
 from cluster.model_package.files import list_files, refuse_code_references
 from cluster.model_package.golden import MAX_NEW_TOKENS, MAX_PROMPT_TOKENS
 from cluster.model_package.manifest import LanguageModelInfo
@@ -218,6 +224,8 @@ def one_line(what: str, hint: str = _HINT) -> Iterator[None]:
     except HeliostatError:
         raise
     except Exception as error:
+        if (full := as_full_disk(error)) is not None:
+            raise full from None
         raise PackageError(f"{what}: {first_line(error)}", hint=hint) from None
 
 

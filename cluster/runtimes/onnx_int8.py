@@ -17,7 +17,7 @@ from typing import Any
 
 import onnxruntime
 
-from cluster.errors import InputError, PackageError, first_line
+from cluster.errors import InputError, PackageError, as_full_disk, first_line
 from cluster.processing import Array
 
 # With 7 bits of weight no product overflows on CPUs without VNNI, so every machine computes alike.
@@ -107,8 +107,10 @@ def _one_line() -> Iterator[None]:
     root.setLevel(logging.ERROR)
     try:
         yield
-    # Whatever it raises, it is about this graph, which ONNX Runtime could load before.
+    # Else it is about this graph, which ONNX Runtime could load before.
     except Exception as error:
+        if (full := as_full_disk(error)) is not None:
+            raise full from None
         raise PackageError(
             f"the graph cannot be quantised: {first_line(error)}", hint="try another method"
         ) from None

@@ -239,6 +239,12 @@ def check_candidates(config: CompressConfig, kind: str, shown: str) -> None:
             hint="merge it into its base with jobs.export, and compress the merged version",
             param="model",
         )
+    if kind == "language_model" and config.metric not in (None, "loss"):
+        raise InputError(
+            f"metric '{config.metric}' is not measured on a language model",
+            hint="set it to loss, or leave it out",
+            param="metric",
+        )
     labels: set[str] = set()
     for number, candidate in enumerate(config.candidates):
         param = f"candidates.{number}"

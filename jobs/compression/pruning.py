@@ -18,7 +18,12 @@ import torch
 from torch.nn.utils import prune as torch_prune
 
 from cluster.errors import InputError
-from cluster.model_package.language_model import hugging_face_config, load_reference, quiet
+from cluster.model_package.language_model import (
+    hugging_face_config,
+    load_reference,
+    one_line,
+    quiet,
+)
 from jobs.compression.config import PruneConfig
 
 prune: Any = torch_prune  # it has no types
@@ -60,7 +65,7 @@ def prune_model(model_dir: Path, target: Path, candidate: PruneConfig) -> None:
         _zero_smallest(model, candidate.sparsity)
     else:
         _remove_neurons(model, candidate.sparsity)
-    with quiet():
+    with one_line("the pruned model cannot be saved"), quiet():
         model.save_pretrained(target)
     for path in sorted(model_dir.iterdir()):
         if path.name.startswith("tokenizer") or path.suffix == ".jinja":

@@ -9,13 +9,14 @@ It knows nothing of registries and tracking: it tells a sink what it measured.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ParityError
+from cluster.errors import HeliostatError, NotFiniteError, PackageError, ParityError
 from cluster.model_package import ModelPackage
 from cluster.model_package.parity import certify
 from jobs.compression.config import CandidateConfig, CompressConfig
@@ -82,7 +83,11 @@ class Search:
     """Hears of each model once it is measured, by its label; of the parent as 'parent'."""
 
     def run(self, parent_label: str) -> Found:
-        """Raises HeliostatError if a candidate cannot be made."""
+        """A candidate that comes out as no working model is refused.
+
+        Raises:
+            HeliostatError: the parent cannot be measured, or the machine or a training gives up.
+        """
         config = self.config
         metrics = self.evaluate(self.package).metrics
         metric = choose_metric(metrics, config.metric)
@@ -98,10 +103,16 @@ class Search:
         made: dict[str, Made] = {}
         for candidate in config.candidates:
             label = candidate.label
-            made[label] = make_candidate(
-                self.package, self.dataset, candidate, self.stage / label, self.train
-            )
-            tried[label] = self._measure(made[label], candidate, parent, policy)
+            try:
+                made[label] = make_candidate(
+                    self.package, self.dataset, candidate, self.stage / label, self.train
+                )
+                tried[label] = self._measure(made[label], candidate, parent, policy)
+            # One that went wrong, as a training that diverged, must not cost the others.
+            except (NotFiniteError, PackageError) as error:
+                made.pop(label, None)
+                shutil.rmtree(self.stage / label, ignore_errors=True)
+                tried[label] = _failed(label, error)
             self.tell(label, tried[label])
             decision = policy.decide(parent.measured, [one.measured for one in tried.values()])
             self._keep_only(decision, made)
@@ -159,3 +170,9 @@ class Search:
         for label, one in made.items():
             if decision.chosen is None or label != decision.chosen.label:
                 shutil.rmtree(one.package.path, ignore_errors=True)
+
+
+def _failed(label: str, error: HeliostatError) -> Tried:
+    return Tried(
+        Measured(label, 0, math.inf, refusal=error.message), {}, summary="there is no such model"
+    )

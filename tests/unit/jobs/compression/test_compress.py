@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.cli.import_model import import_path
-from cluster.errors import InputError, JobFailedError
+from cluster.errors import InputError, JobFailedError, NotRunningError
 from cluster.model_package import ensure_local_key, golden, open_version
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
@@ -205,6 +205,43 @@ def test_pruned_and_distilled_by_the_training_that_there_is(
     assert package.manifest.quantisation == {}
     assert package.manifest.parity["tolerance"] > 0  # type: ignore[operator]
     assert not list((settings.home / "storage" / "packages").glob(".*"))
+
+
+def test_a_training_that_diverges_does_not_cost_the_other_candidates(
+    settings: Settings, own_data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = {
+        "method": "prune",
+        "structure": "unstructured",
+        "sparsity": 0.5,
+        "steps": 2,
+        "batch_size": 4,
+        "num_workers": 1,
+        "launcher": "local",
+        "optimizer": {"learning_rate": 1e30},
+    }
+    int8 = {"method": "int8_weights", "group_size": 32}
+    given = config("words/1", int8, wild, data=own_data, name="steady", max_loss_increase=1)
+    compress(given, settings)
+    out = capsys.readouterr().out
+    assert "not to be packaged: the model's 'loss'" in out
+    version = ModelRegistry.open(settings).resolve(ModelRef.parse("steady@candidate"))
+    assert open_version(version, settings).manifest.quantisation["method"] == "int8_weights"
+    with pytest.raises(JobFailedError, match=r"none can be packaged; prune.*no finite number"):
+        compress(config("words/1", wild, data=own_data, name="never"), settings)
+
+
+def test_without_a_key_to_sign_with_nothing_is_begun(
+    settings: Settings, own_data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = settings.keys_dir / "signing_key.pem"
+    key.rename(key.with_suffix(".away"))
+    try:
+        with pytest.raises(NotRunningError, match="there is no signing key"):
+            compress(config("words/1", {"method": "int8_weights"}, data=own_data), settings)
+    finally:
+        key.with_suffix(".away").rename(key)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_training_names_its_teacher_for_good(

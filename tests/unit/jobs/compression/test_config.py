@@ -40,6 +40,12 @@ def test_a_method_of_another_kind_is_named(kind: Kind, method: str, message: str
     assert message in str(caught.value)
 
 
+def test_a_metric_that_the_kind_does_not_have_is_refused() -> None:
+    values = {"model": "demo", "candidates": [{"method": "int8_weights"}], "metric": "log_loss"}
+    with pytest.raises(InputError, match="metric 'log_loss' is not measured on a language model"):
+        check_candidates(CompressConfig.model_validate(values), "language_model", "demo/1")
+
+
 def test_the_same_candidate_twice_is_named() -> None:
     twice = config({"method": "int8_weights"}, {"method": "int8_weights", "group_size": 128})
     with pytest.raises(InputError, match=r"candidates.1: 'int8_weights-g128' stands there twice"):
