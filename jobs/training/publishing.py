@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from cluster.model_package import Lineage, encrypting_keyset, open_signer, write_package
 from cluster.model_package.adapter import merge_into
-from cluster.model_ref import CANDIDATE
-from cluster.registry import ModelRegistry, ModelVersion
+from cluster.publishing import register_candidate
+from cluster.registry import ModelVersion
 from cluster.settings import Settings
 from cluster.storage import Storage
 from jobs.data.dataset import Dataset
@@ -68,17 +68,12 @@ def publish(
             base=parent if exported.kind == "adapter" else None,
             parity=parity,
         )
-    registry = ModelRegistry.open(settings)
-    version = registry.register(config.name, package, run_id=run_id)
-    registry.set_alias(
-        config.name,
-        CANDIDATE,
-        version.version,
-        actor="jobs.train",
-        reason=f"trained by run {run_id}"
-        + (f", the best trial of sweep {sweep_run_id}" if sweep_run_id else ""),
+    reason = f"trained by run {run_id}"
+    if sweep_run_id:
+        reason += f", the best trial of sweep {sweep_run_id}"
+    return register_candidate(
+        config.name, package, settings, run_id=run_id, actor="jobs.train", reason=reason
     )
-    return version
 
 
 @contextlib.contextmanager
