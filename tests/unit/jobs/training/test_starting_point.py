@@ -51,6 +51,7 @@ def settings(tmp_path: Path, chat_base_dir: Path, monkeypatch: pytest.MonkeyPatc
     """A home with the base registered as `helper-base/1`; MLflow, which numbers versions, is not
     needed."""
     monkeypatch.setattr("cluster.registry.open_client", lambda settings: None)
+    monkeypatch.setattr("cluster.publishing.require_server", lambda settings: None)
     monkeypatch.setattr(
         "cluster.registry.number_version",
         lambda *_, taken, **others: max(taken, default=0) + 1,
