@@ -18,7 +18,15 @@ from starlette.routing import Match, Route
 
 from cluster.config import StrictModel
 from cluster.errors import HeliostatError
-from serve_apps.gateway import admin, embeddings, open_inference, openai, openapi
+from serve_apps.gateway import (
+    admin,
+    embeddings,
+    model_cards,
+    open_inference,
+    openai,
+    openapi,
+    page,
+)
 from serve_apps.gateway.authentication import Authentication, KeyCache, Verify
 from serve_apps.gateway.backend import ModelBackend
 from serve_apps.gateway.catalogue import Load, ModelCatalogue
@@ -66,6 +74,8 @@ def build_asgi(parts: GatewayParts) -> Starlette:
         *open_inference.build_routes(models),
         *openai.build_routes(models, parts.config.text),
         *embeddings.build_routes(models, parts.config.text),
+        *model_cards.build_routes(models),
+        *page.build_routes(),
         *admin.build_routes(parts.control, parts.audit),
     ]
     app = Starlette(

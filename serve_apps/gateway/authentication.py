@@ -1,4 +1,4 @@
-"""Who is asking: a key on every path but health.
+"""Who is asking: a key on every path but health and the page's own files.
 
 Keys are looked up in a thread and remembered for less than a second, so that a revoked key ends
 within one on every replica.
@@ -22,9 +22,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster.errors import AuthenticationError, PermissionDeniedError
 from cluster.security.api_keys import Identity
 from serve_apps.gateway.errors import render
+from serve_apps.gateway.page_files import PAGE_PATHS
 
-PUBLIC_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
-"""Everything else needs a key, unknown paths included."""
+PUBLIC_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"}) | PAGE_PATHS
+"""Health, and the files of the page that the key is typed into; everything else needs a key,
+unknown paths included."""
 
 _REMEMBER_S = 0.8
 _MAX_REMEMBERED = 10_000
