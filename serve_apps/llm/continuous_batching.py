@@ -38,7 +38,8 @@ from serve_apps.llm.engine import (
     TokenOutput,
     check_request,
 )
-from serve_apps.llm.sampling import adjust, describe_choice, perturb
+from serve_apps.llm.logits import adjust, describe_choice
+from serve_apps.llm.sampling import perturb
 
 _IDLE_WAIT_S = 0.1
 _PAGE_TOKENS = 32

@@ -31,7 +31,7 @@ class Sampling:
     top_k: int = 0
     """Keep this many of the most likely tokens; 0 keeps all."""
     min_p: float = 0.0
-    """Keep tokens at least this probable, as a share of the most likely one's probability."""
+    """Keep tokens at least this probable: a share of the most likely one's probability."""
     frequency_penalty: float = 0.0
     """Taken from a token's logit for each time that the answer has it already."""
     presence_penalty: float = 0.0
@@ -52,9 +52,10 @@ class Sampling:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether anything but the model decides which token is the most likely."""
+        """Whether they are changed before the temperature counts."""
         return bool(
             self.logit_bias
+            or self.min_p
             or self.frequency_penalty
             or self.presence_penalty
             or self.repetition_penalty != 1

@@ -4,63 +4,19 @@ By the Gumbel-max trick a sample is the argmax of the logits plus noise, and the
 only on the request's seed and the token's position: never on what else is in the batch, nor on
 whether the answer was interrupted and taken up again (Maddison et al. 2014, "A* Sampling").
 
-    logits_V = adjust(logits_V, sampling, prompt_ids, answer_ids)
     scores = perturb(logits_V, Sampling(max_tokens=1, temperature=0.8), seed=7, position=12)
     token = int(scores.argmax())
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
-
 import torch
 
-from serve_apps.llm.engine import Sampling, TokenLogprobs
+from serve_apps.llm.engine import Sampling
 
 _MIX_1 = 0x9E3779B97F4A7C15
 _MIX_2 = 0xBF58476D1CE4E5B9
 _MASK = (1 << 64) - 1
-
-
-def adjust(
-    logits_V: torch.Tensor,  # noqa: N803 - V is the vocabulary
-    sampling: Sampling,
-    prompt_ids: Sequence[int],
-    answer_ids: Sequence[int],
-) -> torch.Tensor:
-    """The logits after penalties and biases; the very same where there are none."""
-    if not sampling.changes_logits:
-        return logits_V
-    scores_V = logits_V.float().clone()  # noqa: N806
-    counts = Counter(answer_ids)
-    if sampling.repetition_penalty != 1:
-        seen = _ids({*prompt_ids, *counts}, scores_V)
-        found = scores_V[seen]
-        penalty = sampling.repetition_penalty
-        scores_V[seen] = torch.where(found > 0, found / penalty, found * penalty)
-    if counts:
-        said = _ids(counts, scores_V)
-        times = torch.tensor(list(counts.values()), dtype=scores_V.dtype, device=scores_V.device)
-        scores_V[said] -= sampling.presence_penalty + sampling.frequency_penalty * times
-    if sampling.logit_bias:
-        biased = _ids([token for token, _ in sampling.logit_bias], scores_V)
-        biases = [bias for _, bias in sampling.logit_bias]
-        scores_V[biased] += torch.tensor(biases, dtype=scores_V.dtype, device=scores_V.device)
-    return scores_V
-
-
-def describe_choice(
-    logits_V: torch.Tensor,  # noqa: N803
-    token_id: int,
-    num_top: int,
-) -> TokenLogprobs:
-    """How likely the model found a token, and which it found the most likely."""
-    logprobs_V = torch.log_softmax(logits_V.float(), dim=-1)  # noqa: N806
-    values, ids = torch.topk(logprobs_V, min(num_top, logprobs_V.shape[-1]))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token_id, float(logprobs_V[token_id]), top)
 
 
 def perturb(
@@ -74,22 +30,11 @@ def perturb(
     if sampling.is_greedy:
         return logits_V
     scores_V = logits_V.float() / sampling.temperature  # noqa: N806
-    scores_V = _keep_min_p(scores_V, sampling.min_p)  # noqa: N806
     scores_V = _keep_top_k(scores_V, sampling.top_k)  # noqa: N806
     scores_V = _keep_top_p(scores_V, sampling.top_p)  # noqa: N806
     generator = torch.Generator().manual_seed(_mix(seed, position))
     noise_V = torch.empty(scores_V.shape[-1]).exponential_(generator=generator)  # noqa: N806
     return scores_V - noise_V.log().to(scores_V.device)
-
-
-def _ids(tokens: Iterable[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(list(tokens), dtype=torch.long, device=like.device)
-
-
-def _keep_min_p(scores: torch.Tensor, min_p: float) -> torch.Tensor:
-    if min_p <= 0:
-        return scores
-    return scores.masked_fill(scores < scores.max() + math.log(min_p), -torch.inf)
 
 
 def _keep_top_k(scores: torch.Tensor, top_k: int) -> torch.Tensor:

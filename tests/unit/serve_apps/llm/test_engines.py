@@ -329,18 +329,18 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
 def test_min_p_keeps_what_is_likely_enough_beside_the_best() -> None:
     import torch
 
-    from serve_apps.llm.sampling import perturb
+    from serve_apps.llm.logits import adjust
 
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    sampling = Sampling(max_tokens=1, temperature=1.0, min_p=0.25)
-    scores = perturb(logits, sampling, seed=1, position=1)
-    assert torch.isfinite(scores).tolist() == [True, True, True, False]
+    for temperature, kept in ((1.0, [True, True, True, False]), (0.5, [True, True, False, False])):
+        sampling = Sampling(max_tokens=1, temperature=temperature, min_p=0.25)
+        assert torch.isfinite(adjust(logits, sampling, [], [])).tolist() == kept
 
 
 def test_penalties_and_biases_are_what_they_are_said_to_be() -> None:
     import torch
 
-    from serve_apps.llm.sampling import adjust
+    from serve_apps.llm.logits import adjust
 
     logits = torch.tensor([2.0, -1.0, 3.0, 0.5])
     sampling = Sampling(

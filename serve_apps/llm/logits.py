@@ -1,0 +1,65 @@
+"""What is done to a model's logits before a token is chosen, and what is said of the choice.
+
+Penalties, biases and min-p change the logits; sampling.py then chooses.
+
+    scores = adjust(logits_V, sampling, prompt_ids, answer_ids)
+    token = int(perturb(scores, sampling, seed=7, position=12).argmax())
+    entry = describe_choice(logits_V, token, num_top=5)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from serve_apps.llm.engine import Sampling, TokenLogprobs
+
+
+def adjust(
+    logits_V: torch.Tensor,  # noqa: N803 - V is the vocabulary
+    sampling: Sampling,
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+) -> torch.Tensor:
+    """Logits after penalties, biases and min-p; the very same where there are none."""
+    if not sampling.changes_logits:
+        return logits_V
+    scores_V = logits_V.float().clone()  # noqa: N806
+    counts = Counter(answer_ids)
+    if sampling.repetition_penalty != 1:
+        seen = _ids({*prompt_ids, *counts}, scores_V)
+        found = scores_V[seen]
+        penalty = sampling.repetition_penalty
+        scores_V[seen] = torch.where(found > 0, found / penalty, found * penalty)
+    if counts:
+        said = _ids(counts, scores_V)
+        times = torch.tensor(list(counts.values()), dtype=scores_V.dtype, device=scores_V.device)
+        scores_V[said] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    if sampling.logit_bias:
+        biased = _ids([token for token, _ in sampling.logit_bias], scores_V)
+        biases = [bias for _, bias in sampling.logit_bias]
+        scores_V[biased] += torch.tensor(biases, dtype=scores_V.dtype, device=scores_V.device)
+    if sampling.min_p > 0:
+        # Of probabilities at this temperature, which divides the logits only later.
+        lowest = scores_V.max() + sampling.temperature * math.log(sampling.min_p)
+        scores_V = scores_V.masked_fill(scores_V < lowest, -torch.inf)  # noqa: N806
+    return scores_V
+
+
+def describe_choice(
+    logits_V: torch.Tensor,  # noqa: N803
+    token_id: int,
+    num_top: int,
+) -> TokenLogprobs:
+    """How likely the model found a token, and which it found the most likely."""
+    logprobs_V = torch.log_softmax(logits_V.float(), dim=-1)  # noqa: N806
+    values, ids = torch.topk(logprobs_V, min(num_top, logprobs_V.shape[-1]))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token_id, float(logprobs_V[token_id]), top)
+
+
+def _ids(tokens: Iterable[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(list(tokens), dtype=torch.long, device=like.device)
