@@ -213,8 +213,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._longest = max((len(stop) for stop in self._stops), default=0)
+        self._followers = [_Follower(stop) for stop in stops if stop]
         self._held = ""
         self.matched: str | None = None
 
@@ -222,15 +221,16 @@ class StopStrings:
         """Text that is safe to release; nothing once a stop string has matched."""
         if self.matched is not None:
             return ""
-        if not self._stops:
+        if not self._followers:
             return text
         buffer = self._held + text
-        found = self._first_match(buffer)
-        if found is not None:
-            start, self.matched = found
-            self._held = ""
-            return buffer[:start]
-        keep = self._length_of_possible_beginning(buffer)
+        for end, character in enumerate(text, start=len(self._held) + 1):
+            complete = [f.stop for f in self._followers if f.is_complete_with(character)]
+            if complete:
+                self.matched = max(complete, key=len)
+                self._held = ""
+                return buffer[: end - len(self.matched)]
+        keep = max(follower.length for follower in self._followers)
         self._held = buffer[len(buffer) - keep :]
         return buffer[: len(buffer) - keep]
 
@@ -239,21 +239,29 @@ class StopStrings:
         rest, self._held = self._held, ""
         return rest
 
-    def _first_match(self, buffer: str) -> tuple[int, str] | None:
-        """Start and text of the match that ends first; of those, the longest."""
-        best: tuple[int, int, str] | None = None
-        for stop in self._stops:
-            start = buffer.find(stop)
-            if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
-                best = (start + len(stop), start, stop)
-        return None if best is None else (best[1], best[2])
 
-    def _length_of_possible_beginning(self, buffer: str) -> int:
-        for length in range(min(self._longest - 1, len(buffer)), 0, -1):
-            end = buffer[len(buffer) - length :]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+class _Follower:
+    """How much of a stop string a text ends with, at a cost that does not depend on its length
+    (Knuth, Morris and Pratt, 1977)."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.length = 0
+        """Characters of the stop string that the text ends with."""
+        self._shorter = [0]
+        """By length, less one: the next shorter beginning that is an end as well."""
+        for character in stop[1:]:
+            self._shorter.append(self._longer(self._shorter[-1], character))
+
+    def is_complete_with(self, character: str) -> bool:
+        """Take one more character; never more than completes the stop string."""
+        self.length = self._longer(self.length, character)
+        return self.length == len(self.stop)
+
+    def _longer(self, length: int, character: str) -> int:
+        while length and self.stop[length] != character:
+            length = self._shorter[length - 1]
+        return length + (self.stop[length] == character)
 
 
 class SpecialTokenGuard:

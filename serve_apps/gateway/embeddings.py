@@ -90,7 +90,9 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         model = await models.find(asked.model)
         graph = EmbeddingGraph.of(model)
         graph.check_dimensions(asked.dimensions)
-        prepared = await off_loop_if_large(len(body), lambda: graph.prepare(asked.items, limits))
+        prepared = await off_loop_if_large(
+            len(body), lambda: graph.prepare(asked.items, limits), tokenises=True
+        )
         vectors = await _vectors(models, model, graph, prepared)
         headers = {MODEL_VERSION_HEADER: str(model.served)}
         return await off_loop_if_large(

@@ -84,7 +84,7 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         asked = await off_loop_if_large(len(body), lambda: read_completion(body))
         model = await models.find(asked.model)
         answers = await off_loop_if_large(
-            len(body), lambda: begin_completion(models, model, asked, limits)
+            len(body), lambda: begin_completion(models, model, asked, limits), tokenises=True
         )
         shape = CompletionShape(asked, echo_of(asked, model))
         return await _respond(request, shape, answers, model)
@@ -102,7 +102,7 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         asked = await off_loop_if_large(len(body), lambda: read_chat(body))
         model = await models.find(asked.model)
         answers = await off_loop_if_large(
-            len(body), lambda: begin_chat(models, model, asked, limits)
+            len(body), lambda: begin_chat(models, model, asked, limits), tokenises=True
         )
         return await _respond(request, ChatShape(asked), answers, model)
 

@@ -29,14 +29,17 @@ MAX_VALUES = 4_000_000
 """Numbers, texts, lists and objects together: an empty list takes 28 times its two bytes."""
 
 _LARGE_BODY_BYTES = 128 * 1024
+_LARGE_TEXT_BYTES = 8 * 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _MAX_SHOWN = 100
 
 
-async def off_loop_if_large(size_bytes: int, work: Callable[[], ResultType]) -> ResultType:
+async def off_loop_if_large(
+    size_bytes: int, work: Callable[[], ResultType], *, tokenises: bool = False
+) -> ResultType:
     """Do work that grows with the body; in a thread where it takes about a millisecond or more."""
-    if size_bytes < _LARGE_BODY_BYTES:
+    if size_bytes < (_LARGE_TEXT_BYTES if tokenises else _LARGE_BODY_BYTES):
         return work()
     return await asyncio.to_thread(work)
 
@@ -134,8 +137,9 @@ def _refuse_duplicate_keys(values: Any, outside: bytes) -> None:
     """Two readers of one body must not see two requests."""
     num_objects, num_keys = outside.count(b"{"), outside.count(b":")
     level = [values]
-    # Level by level, so that all objects are found before long lists of numbers are searched.
-    while num_objects:
+    # Level by level, so that all objects are found before long lists of numbers are searched. What
+    # a key held before it came again is gone, and its objects are never found.
+    while num_objects and level:
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):
