@@ -82,6 +82,16 @@ class Settings(BaseSettings):
     `home/keys/encryption_keyset.json`, which `up` makes."""
     log_format: Literal["text", "json"] = "text"
     """How our processes write their logs."""
+    access_log: bool = False
+    """One line in the gateway's log for each request."""
+    metrics_port: int = Field(8267, ge=1, le=65535)
+    """Port on which each Ray node exports Prometheus metrics, ours among them; on loopback."""
+    metrics_tenants: int = Field(20, ge=0, le=1000)
+    """Tenants that metrics tell apart, the oldest first; the others are together "other"."""
+    otlp_endpoint: str = ""
+    """Where traces are sent over OTLP/HTTP, e.g. http://127.0.0.1:4318; empty sends none."""
+    trace_ratio: float = Field(1.0, ge=0, le=1)
+    """Share of the requests that are traced."""
     api_key: str = ""
     """Key that the command line sends to the gateway; empty means the local one."""
     git_commit: str = ""

@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 # What every record has; whatever else it has came from `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+request_id_of_logs: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Goes into every record that is written while it is set."""
 
 
 def configure_logging(form: Literal["text", "json"] = "text", level: str = "INFO") -> None:
@@ -53,11 +57,13 @@ class TextFormatter(logging.Formatter):
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     # Ray gives every record a private field of its own.
-    return {
+    fields = {
         name: value
         for name, value in vars(record).items()
         if name not in _STANDARD and not name.startswith("_")
     }
+    request_id = request_id_of_logs.get()
+    return fields if request_id is None else {"request_id": request_id, **fields}
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -16,7 +16,7 @@ from cluster.settings import LOOPBACK, Settings
 
 # Part → the settings that hold its ports. Replicas' ports come from a range of their own.
 PORTS: dict[str, tuple[str, ...]] = {
-    "ray": ("ray_port", "dashboard_port", "dashboard_metrics_port"),
+    "ray": ("ray_port", "dashboard_port", "dashboard_metrics_port", "metrics_port"),
     "mlflow": ("mlflow_port",),
     "serving": (
         "gateway_port",

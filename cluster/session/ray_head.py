@@ -20,6 +20,7 @@ def command(settings: Settings) -> Sequence[str]:
         "--dashboard-host": settings.host,
         "--dashboard-port": settings.dashboard_port,
         "--dashboard-agent-listen-port": 0,
+        "--metrics-export-port": settings.metrics_port,
         # 0 means any free port; the default range would clash with a second stack's.
         "--min-worker-port": 0,
         "--max-worker-port": 0,

@@ -15,6 +15,8 @@ from cluster.database import open_database
 from cluster.model_package import open_version
 from cluster.model_package.files import MODEL_DIR, TOKENIZER
 from cluster.observability.logs import configure_logging
+from cluster.observability.metrics import MetricsExport, flush_for_ever
+from cluster.observability.tracing import open_tracing
 from cluster.processing.text import TextProcessor
 from cluster.releases import ReleaseStore
 from cluster.security.api_keys import ApiKeys
@@ -24,6 +26,7 @@ from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.routing_table import ServedVersion, read_routes
 from serve_apps.gateway.serve_backend import ServeBackend, ServeControl
+from serve_apps.gateway.telemetry import Telemetry
 from serve_apps.replicas import SYSTEM_OPTIONS
 
 _MAX_ONGOING_REQUESTS = 10_000
@@ -61,13 +64,23 @@ def load_model(served: ServedVersion, settings: Settings) -> ServedModel:
 
 def _real_parts(settings: Settings, config: GatewayConfig) -> GatewayParts:
     database = open_database(settings.database)
-    store = ReleaseStore(database)
+    store, keys = ReleaseStore(database), ApiKeys(database)
+    tracing = open_tracing(settings, "gateway")
+    telemetry = Telemetry(tracing=tracing, logs_access=settings.access_log)
+    export = MetricsExport(telemetry.instruments.registry)
+
+    def name_tenants() -> None:
+        oldest = sorted(keys.list_tenants(), key=lambda row: row[1])[: settings.metrics_tenants]
+        telemetry.instruments.name_tenants(name for name, _ in oldest)
+
     return GatewayParts(
-        verify=ApiKeys(database).verify,
+        verify=keys.verify,
         read_routes=lambda: read_routes(store),
         load_model=lambda served: load_model(served, settings),
-        backend=ServeBackend(),
+        backend=ServeBackend(tracing),
         control=ServeControl(),
         audit=AuditLog(database).record,
         config=config,
+        telemetry=telemetry,
+        export_metrics=lambda: flush_for_ever(export, [name_tenants]),
     )

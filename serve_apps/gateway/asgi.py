@@ -5,7 +5,8 @@ app = build_asgi(GatewayParts(verify=keys.verify, …))
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -35,6 +36,7 @@ from serve_apps.gateway.middleware import BodyLimit, RequestContext
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.openai_schema import TextLimits
 from serve_apps.gateway.routing_table import Routes, RoutingTable
+from serve_apps.gateway.telemetry import Telemetry
 
 
 class GatewayConfig(StrictModel):
@@ -56,19 +58,26 @@ class GatewayParts:
     backend: ModelBackend
     control: admin.ReleaseControl
     audit: admin.Audit
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    export_metrics: Callable[[], Coroutine[None, None, None]] | None = None
+    """Runs for as long as the gateway does."""
     config: GatewayConfig = field(default_factory=GatewayConfig)
 
 
 def build_asgi(parts: GatewayParts) -> Starlette:
     """Wire the parts together."""
     table = RoutingTable(parts.read_routes)
-    models = Models(table, ModelCatalogue(parts.load_model), parts.backend)
+    models = Models(table, ModelCatalogue(parts.load_model), parts.backend, parts.telemetry)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await table.start()
+        export = asyncio.create_task(parts.export_metrics()) if parts.export_metrics else None
         yield
+        if export is not None:
+            export.cancel()
         await table.stop()
+        await asyncio.to_thread(parts.telemetry.tracing.close)
 
     routes = [
         *open_inference.build_routes(models),
@@ -82,7 +91,11 @@ def build_asgi(parts: GatewayParts) -> Starlette:
         routes=[*routes, openapi.build_route(routes)],
         # The first is the outermost.
         middleware=[
-            Middleware(RequestContext, sends_request_id=parts.config.sends_request_id),
+            Middleware(
+                RequestContext,
+                telemetry=parts.telemetry,
+                sends_request_id=parts.config.sends_request_id,
+            ),
             Middleware(Authentication, keys=KeyCache(parts.verify)),
             Middleware(BodyLimit, max_bytes=parts.config.max_body_bytes),
         ],

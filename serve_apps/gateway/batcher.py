@@ -14,7 +14,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 Arrays = dict[str, Array]
 Call = Callable[[Arrays], Awaitable[Arrays]]
+OnBatch = Callable[[Sequence[float], int, Sequence[Context]], None]
+"""Told of each batch before its call: the requests' waits in seconds, samples, contexts."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,26 @@ class _Item:
     signature: tuple[object, ...]
     """Only requests with the same names, types and sample shapes can be joined."""
     future: asyncio.Future[Arrays]
+    queued_s: float = field(default_factory=time.perf_counter)
+    context: Context = field(default_factory=copy_context)
 
 
 class Batcher:
     """The queue to one model version."""
 
-    def __init__(self, call: Call, limits: BatchLimits | None = None) -> None:
+    def __init__(
+        self, call: Call, limits: BatchLimits | None = None, on_batch: OnBatch | None = None
+    ) -> None:
         self._call = call
+        self._on_batch = on_batch
         self.limits = limits or BatchLimits()
         self._queue: deque[_Item] = deque()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._closed = False
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
 
     async def submit(self, arrays: Arrays) -> Arrays:
         """The model's outputs for these inputs, which must have been validated.
@@ -107,7 +119,7 @@ class Batcher:
             batch = self._take_batch()
             if not batch:
                 continue
-            task = asyncio.create_task(self._run(batch))
+            task = asyncio.create_task(self._run(batch), context=batch[0].context)
             self._in_flight.add(task)
             task.add_done_callback(self._landed)
 
@@ -142,6 +154,13 @@ class Batcher:
 
     async def _run(self, batch: Sequence[_Item]) -> None:
         """Answer a batch; if it fails, find the one at fault by asking for each alone."""
+        if self._on_batch is not None:
+            now_s = time.perf_counter()
+            self._on_batch(
+                [now_s - item.queued_s for item in batch],
+                sum(item.num_samples for item in batch),
+                [item.context for item in batch],
+            )
         try:
             await self._answer(batch)
         except UpstreamTimeoutError as error:

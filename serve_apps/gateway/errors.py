@@ -22,6 +22,7 @@ from cluster.errors import (
     OverloadedError,
     UsageError,
 )
+from serve_apps.gateway.telemetry import note_error
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def as_heliostat_error(error: Exception) -> HeliostatError:
 def render(error: Exception, path: str) -> JSONResponse:
     """The response for an error on this path."""
     known = as_heliostat_error(error)
+    note_error(known)
     headers: dict[str, str] = {}
     if isinstance(known, OverloadedError):
         headers["retry-after"] = str(_RETRY_AFTER_S)
@@ -80,7 +82,9 @@ def body_for(error: HeliostatError, path: str) -> dict[str, Any]:
 
 def server_sent(error: Exception, path: str) -> str:
     """An error as the last event of a stream that has begun."""
-    return f"data: {json.dumps(body_for(as_heliostat_error(error), path))}\n\n"
+    known = as_heliostat_error(error)
+    note_error(known)
+    return f"data: {json.dumps(body_for(known, path))}\n\n"
 
 
 def _openai_type(error: HeliostatError) -> str:

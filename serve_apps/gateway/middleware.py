@@ -1,8 +1,8 @@
-"""What happens around every request: an id, a limit on the body, errors in the right shape.
+"""What happens around every request: an id, a record, a limit on the body, errors in their shape.
 
 Plain ASGI, so that streams pass through untouched.
 
-    app = RequestContext(BodyLimit(inner, max_bytes=32 * 1024**2))
+    app = RequestContext(BodyLimit(inner, max_bytes=32 * 1024**2), telemetry=Telemetry())
 """
 
 from __future__ import annotations
@@ -14,41 +14,76 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import PayloadTooLargeError
-from serve_apps.gateway.errors import render
+from serve_apps.gateway.errors import as_heliostat_error, render
+from serve_apps.gateway.telemetry import RequestRecord, Telemetry, note_error
 
 REQUEST_ID_HEADER = "x-request-id"
+MODEL_VERSION_HEADER = "x-model-version"
+UNMATCHED_ROUTE = "unmatched"
 _ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
 class RequestContext:
-    """Gives each request an id, and turns whatever escapes from inside into an answer."""
+    """Gives each request an id and a record, and turns whatever escapes into an answer."""
 
-    def __init__(self, app: ASGIApp, *, sends_request_id: bool = True) -> None:
+    def __init__(
+        self, app: ASGIApp, *, telemetry: Telemetry | None = None, sends_request_id: bool = True
+    ) -> None:
         self._app = app
+        self._telemetry = telemetry or Telemetry()
         self._sends_request_id = sends_request_id
+        self._templates: dict[object, str] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope))
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        with self._telemetry.request(
+            protocol_of(scope["path"]),
+            UNMATCHED_ROUTE,
+            request_id=request_id,
+            traceparent=headers.get("traceparent"),
+        ) as record:
+            record.path, record.state = scope["path"], state
 
-        async def send_with_id(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                if self._sends_request_id:
-                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
-            await send(message)
+            async def send_noted(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    record.status = message["status"]
+                    self._add_headers(message, record)
+                elif message["type"] == "http.response.body":
+                    record.is_complete = not message.get("more_body", False)
+                await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception as error:
-            if started:
-                raise  # the answer is cut off, which is all that can still be said
-            await render(error, scope["path"])(scope, receive, send_with_id)
+            try:
+                await self._app(scope, receive, send_noted)
+            except Exception as error:
+                if record.status is not None:
+                    note_error(as_heliostat_error(error))
+                    raise  # the answer is cut off, which is all that can still be said
+                await render(error, scope["path"])(scope, receive, send_noted)
+            finally:
+                record.route = self._template(scope)
+
+    def _add_headers(self, message: Message, record: RequestRecord) -> None:
+        headers = MutableHeaders(scope=message)
+        if self._sends_request_id:
+            headers[REQUEST_ID_HEADER] = record.request_id
+        if record.served is not None:
+            headers[MODEL_VERSION_HEADER] = str(record.served)
+
+    def _template(self, scope: Scope) -> str:
+        """The path as it was declared, e.g. `/v2/models/{name}/infer`."""
+        endpoint = scope.get("endpoint")
+        if endpoint is None:
+            return UNMATCHED_ROUTE
+        if not self._templates:
+            for route in reversed(scope["app"].routes):
+                self._templates[getattr(route, "endpoint", None)] = route.path
+        return self._templates.get(endpoint, UNMATCHED_ROUTE)
 
 
 class BodyLimit:
@@ -82,6 +117,16 @@ class BodyLimit:
             f"the request body has more than {self._max_bytes} bytes, the most allowed",
             hint="send fewer samples or a shorter text in each request",
         )
+
+
+def protocol_of(path: str) -> str:
+    """Whose door a path is."""
+    if path == "/v2" or path.startswith("/v2/"):
+        return "open_inference"
+    if path.startswith("/v1/"):
+        is_verb = path.startswith("/v1/models/") and ":" in path
+        return "tensorflow_serving" if is_verb else "openai"
+    return "admin" if path.startswith("/admin/") else "page"
 
 
 def _request_id(headers: Headers) -> str:

@@ -26,6 +26,7 @@ from serve_apps.gateway.backend import Arrays, ModelBackend
 from serve_apps.gateway.batcher import Batcher, BatchLimits
 from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
 from serve_apps.gateway.routing_table import Routes, RoutingTable, ServedVersion
+from serve_apps.gateway.telemetry import Telemetry, note_model
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 
 # As long as the release controller leaves an application up that is no longer routed to.
@@ -36,11 +37,16 @@ class Models:
     """Every model that is served."""
 
     def __init__(
-        self, table: RoutingTable, catalogue: ModelCatalogue, backend: ModelBackend
+        self,
+        table: RoutingTable,
+        catalogue: ModelCatalogue,
+        backend: ModelBackend,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._table = table
         self._catalogue = catalogue
         self._backend = backend
+        self._telemetry = telemetry or Telemetry()
         self._batchers: dict[ServedVersion, Batcher] = {}
         self._streams: Counter[str] = Counter()
         self._applications: set[str] = set()
@@ -56,16 +62,25 @@ class Models:
         return self._table.is_ready
 
     async def find(self, text: str) -> ServedModel:
-        """The model behind NAME, NAME@ALIAS or NAME/VERSION.
+        """The model behind NAME, NAME@ALIAS or NAME/VERSION, which the request is now about.
 
         Raises:
             NotFoundError: nothing is served under it, or it is no reference at all.
         """
+        served = await self._resolve(text)
+        note_model(served)
+        return await self._catalogue.get(served)
+
+    async def look_up(self, text: str) -> ServedModel:
+        """As `find`, for a request that is about no model or several."""
+        return await self._catalogue.get(await self._resolve(text))
+
+    async def _resolve(self, text: str) -> ServedVersion:
         try:
             ref = ModelRef.parse(text)
         except InvalidReferenceError as error:
             raise NotFoundError(error.message, hint=error.hint, param="model") from None
-        return await self._catalogue.get(await self._table.resolve(ref))
+        return await self._table.resolve(ref)
 
     async def infer(self, model: ServedModel, inputs: Mapping[str, Array]) -> Arrays:
         """Answer a graph's client: pre-process, batch, post-process.
@@ -75,12 +90,13 @@ class Models:
         """
         model.require_graph()
         manifest = model.manifest
-        if not inputs.keys().isdisjoint(manifest.processing.raw_inputs):
-            # Decoding images takes milliseconds: not in the event loop.
-            arrays = await asyncio.to_thread(preprocess, manifest, inputs)
-        else:
-            arrays = preprocess(manifest, inputs)
-        return postprocess(manifest, await self._batcher(model).submit(arrays))
+        with self._telemetry.model_call(model.served):
+            if not inputs.keys().isdisjoint(manifest.processing.raw_inputs):
+                # Decoding images takes milliseconds: not in the event loop.
+                arrays = await asyncio.to_thread(preprocess, manifest, inputs)
+            else:
+                arrays = preprocess(manifest, inputs)
+            return postprocess(manifest, await self._batcher(model).submit(arrays))
 
     async def generate(
         self, model: ServedModel, request: EngineRequest
@@ -100,14 +116,16 @@ class Models:
                 hint="try again in a moment",
             )
         self._streams[served.application] += 1
-        outputs = self._backend.generate(served.application, request)
-        try:
-            limits_s = (options.answer_timeout_s, options.request_timeout_s)
-            async for output in _with_timeouts(outputs, *limits_s):
-                yield output
-        finally:
-            self._streams[served.application] -= 1
-            await outputs.aclose()
+        with self._telemetry.stream(served, request) as watch:
+            outputs = self._backend.generate(served.application, watch.request)
+            try:
+                limits_s = (options.answer_timeout_s, options.request_timeout_s)
+                async for output in _with_timeouts(outputs, *limits_s):
+                    watch.take(output)
+                    yield output
+            finally:
+                self._streams[served.application] -= 1
+                await outputs.aclose()
 
     def _batcher(self, model: ServedModel) -> Batcher:
         batcher = self._batchers.get(model.served)
@@ -120,13 +138,21 @@ class Models:
                 timeout_s=options.answer_timeout_s,
                 can_join=is_batchable(model.manifest),
             )
-            batcher = Batcher(lambda arrays: self._backend.predict(application, arrays), limits)
+            batcher = Batcher(
+                self._telemetry.calls_of(
+                    model.served, lambda arrays: self._backend.predict(application, arrays)
+                ),
+                limits,
+                self._telemetry.batches_of(model.served),
+            )
+            self._telemetry.watch_queue(model.served, lambda: batcher.num_waiting)
             self._batchers[model.served] = batcher
         return batcher
 
     def _follow(self, routes: Routes) -> None:
         """Let go of what is no longer served, before its application is deleted."""
         self._catalogue.follow(routes)
+        self._telemetry.follow(routes)
         current = set(routes.served.values())
         closing = [self._batchers.pop(gone) for gone in set(self._batchers) - current]
         applications = {served.application for served in current}

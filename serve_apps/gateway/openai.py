@@ -198,6 +198,6 @@ async def _disconnect(request: Request) -> None:
 async def _find_or_none(models: Models, name: str) -> ServedModel | None:
     """One broken package must not hide the other models from a list."""
     try:
-        return await models.find(name)
+        return await models.look_up(name)
     except HeliostatError:
         return None

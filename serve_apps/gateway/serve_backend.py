@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
+from cluster.observability.tracing import Tracing
 from serve_apps.gateway.backend import Arrays
 from serve_apps.handles import Handles
 from serve_apps.llm.engine import EngineRequest, TokenOutput
@@ -20,11 +21,14 @@ _CONTROL_TIMEOUT_S = 60.0
 class ServeBackend:
     """A ModelBackend whose replicas are Serve's. Time limits are the caller's."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracing: Tracing | None = None) -> None:
         self._handles = Handles()
+        self._tracing = tracing or Tracing()
 
     async def predict(self, application: str, arrays: Arrays) -> Arrays:
-        return cast(Arrays, await self._handles.call(application, "predict", arrays))
+        traceparent = self._tracing.traceparent()
+        arguments = (arrays,) if traceparent is None else (arrays, traceparent)
+        return cast(Arrays, await self._handles.call(application, "predict", *arguments))
 
     def generate(
         self, application: str, request: EngineRequest

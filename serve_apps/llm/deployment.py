@@ -15,9 +15,12 @@ from ray import serve
 
 from cluster.model_package import ModelPackage, golden
 from cluster.model_package.adapter import load_merged
+from cluster.observability.tracing import open_tracing
+from cluster.settings import load_settings
 from serve_apps.description import Description
 from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenOutput
 from serve_apps.llm.runner import EngineRunner
+from serve_apps.llm.traced import traced_steps
 from serve_apps.options import DeploymentOptions
 from serve_apps.replicas import deploy_with, describe_replica, open_base_of, open_package_of
 
@@ -33,11 +36,14 @@ class LanguageModel:
         engine = _build_engine(package, parsed, device)
         # Also the warm-up: the first request finds memory allocated and kernels loaded.
         golden.check_language_model(package.manifest, answer_golden_prompts(engine, package))
+        self._tracing = open_tracing(load_settings(), "language-model")
         self._runner = EngineRunner(engine, max_requests=parsed.max_ongoing_requests)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """Stream a request's tokens, one message per engine step or less."""
         outputs = self._runner.generate(request)
+        if request.traceparent is not None:
+            outputs = traced_steps(self._tracing, request, outputs)
         try:
             async for output in outputs:
                 yield output

@@ -69,6 +69,8 @@ class EngineRequest:
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: Sampling
+    traceparent: str | None = None
+    """W3C context of the trace that this is part of."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from typing import Any
 from ray import serve
 
 from cluster.model_package import golden
+from cluster.observability.tracing import open_tracing
 from cluster.processing import Array
 from cluster.runtimes.onnx import OnnxRuntime
+from cluster.settings import load_settings
 from serve_apps.description import Description
 from serve_apps.options import DeploymentOptions
 from serve_apps.replicas import deploy_with, describe_replica, open_package_of
@@ -31,11 +33,17 @@ class Predictor:
             package.graph_path, parsed.num_threads, use_gpu=parsed.num_gpus > 0
         )
         self._description = describe_replica(package, parsed, self._runtime.device)
+        self._tracing = open_tracing(load_settings(), "predictor")
         golden.check_graph(package.manifest, self._runtime.run)
 
-    async def predict(self, arrays: dict[str, Array]) -> dict[str, Array]:
-        """Run the graph, off the event loop."""
-        return await asyncio.to_thread(self._runtime.run, arrays)
+    async def predict(
+        self, arrays: dict[str, Array], traceparent: str | None = None
+    ) -> dict[str, Array]:
+        """Run the graph, off the event loop, as a part of the caller's trace."""
+        if traceparent is None:
+            return await asyncio.to_thread(self._runtime.run, arrays)
+        with self._tracing.span("run graph", kind="server", traceparent=traceparent):
+            return await asyncio.to_thread(self._runtime.run, arrays)
 
     async def describe(self) -> Description:
         """What this replica serves; answered only once it is ready."""
