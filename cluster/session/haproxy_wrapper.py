@@ -17,6 +17,11 @@ HTTP_REQUEST_TIMEOUT_S = 10
 # Silence of the client while it is expected to speak. A stream that waits for the server's next
 # token is not cut: measured with HAProxy 2.8, 5 s of server silence under a client timeout of 2 s.
 CLIENT_TIMEOUT_S = 60
+# Serve sends back whatever id a client sent, while our logs and traces refuse an odd one.
+ODD_REQUEST_ID = (
+    "http-request del-header x-request-id "
+    "if !{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }"
+)
 
 
 def tighten(text: str, public_host: str) -> str:
@@ -41,6 +46,13 @@ def tighten(text: str, public_host: str) -> str:
             text,
             count=1,
             flags=re.M,
+        )
+    if ODD_REQUEST_ID not in text:
+        text = re.sub(
+            r"(frontend http_frontend\n(\s*)bind [^\n]*\n)",
+            lambda found: f"{found[1]}{found[2]}{ODD_REQUEST_ID}\n",
+            text,
+            count=1,
         )
     return text
 

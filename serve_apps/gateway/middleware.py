@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import PayloadTooLargeError
+from serve_apps.gateway.authentication import PUBLIC_PATHS
 from serve_apps.gateway.errors import as_heliostat_error, render
 from serve_apps.gateway.telemetry import RequestRecord, Telemetry, note_error
 
@@ -47,6 +48,8 @@ class RequestContext:
             UNMATCHED_ROUTE,
             request_id=request_id,
             traceparent=headers.get("traceparent"),
+            # Who watches the gateway's health asks each second.
+            is_traced=scope["path"] not in PUBLIC_PATHS,
         ) as record:
             record.path, record.state = scope["path"], state
 

@@ -116,7 +116,13 @@ class Telemetry:
 
     @contextmanager
     def request(
-        self, protocol: str, route: str, *, request_id: str, traceparent: str | None = None
+        self,
+        protocol: str,
+        route: str,
+        *,
+        request_id: str,
+        traceparent: str | None = None,
+        is_traced: bool = True,
     ) -> Iterator[RequestRecord]:
         """The time in which a request is answered.
 
@@ -129,7 +135,8 @@ class Telemetry:
         in_flight.inc()
         record_token = _current.set(record)
         id_token = request_id_of_logs.set(request_id)
-        with self.tracing.span(route, kind="server", traceparent=traceparent) as span:
+        tracing = self.tracing if is_traced else Tracing()
+        with tracing.span(route, kind="server", traceparent=traceparent) as span:
             record.span = span
             try:
                 yield record

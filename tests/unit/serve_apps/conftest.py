@@ -29,6 +29,7 @@ from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.backend import Arrays, InProcessBackend
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.routing_table import Routes, ServedVersion
+from serve_apps.gateway.telemetry import Telemetry
 from serve_apps.llm.fake import FakeEngine
 from serve_apps.options import DeploymentOptions
 
@@ -153,6 +154,7 @@ class Gateway:
     loaded: list[str]
     """Names whose packages were opened."""
     graphs: dict[str, ServedModel]
+    telemetry: Telemetry
 
     def serve_graph(
         self, manifest: Manifest, predict: Callable[[Arrays], Arrays], text: Any = None
@@ -243,6 +245,7 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             "mute.v1": FakeEngine(vocab_size=vocab_size, step_time_s=0.2),
         },
     )
+    telemetry = Telemetry(logs_access=True)
     app = build_asgi(
         GatewayParts(
             verify=keys.verify,
@@ -252,6 +255,7 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             control=control,
             audit=audit.record,
             config=GatewayConfig(max_body_bytes=64 * 1024),
+            telemetry=telemetry,
         )
     )
     async with (
@@ -261,7 +265,17 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
         ) as client,
     ):
         parts = Gateway(
-            app, client, backend, engine, control, keys, database_url, served, loaded, graphs
+            app,
+            client,
+            backend,
+            engine,
+            control,
+            keys,
+            database_url,
+            served,
+            loaded,
+            graphs,
+            telemetry,
         )
         while not (await client.get("/v2/health/ready")).is_success:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

@@ -5,7 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.observability.logs import JsonFormatter, TextFormatter, configure_logging
+from cluster.observability.logs import (
+    JsonFormatter,
+    TextFormatter,
+    configure_logging,
+    request_id_of_logs,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +55,16 @@ def test_private_fields_of_others_are_left_out(capsys: pytest.CaptureFixture[str
     record._private, record.version = 1, 3
     logging.getLogger("release").handle(record)
     assert capsys.readouterr().err.endswith("INFO release deployed version=3\n")
+
+
+def test_the_request_id_goes_into_every_line_written_for_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure_logging("json")
+    token = request_id_of_logs.set("req_1")
+    logging.getLogger("gateway").error("unexpected error")
+    request_id_of_logs.reset(token)
+    logging.getLogger("gateway").error("unexpected error")
+    first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert first["request_id"] == "req_1"
+    assert "request_id" not in second

