@@ -11,7 +11,7 @@ docs/observability.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -22,16 +22,11 @@ _SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _VERSION = ("model", "version")
 
 
-@dataclass(frozen=True)
-class ModelLabel:
+class ModelLabel(NamedTuple):
     """A served version, or what stands for none."""
 
     model: str
     version: str
-
-    @property
-    def values(self) -> tuple[str, str]:
-        return self.model, self.version
 
 
 NO_MODEL = ModelLabel("none", "none")
@@ -46,13 +41,13 @@ class VersionCells:
     def __init__(self, instruments: Instruments, label: ModelLabel) -> None:
         of = instruments.of_version
         self.answered: dict[tuple[str, int], Counter] = {}
-        self.duration: Callable[[float], None] = of["duration"].labels(*label.values).observe
-        self.wait: Callable[[float], None] = of["wait"].labels(*label.values).observe
-        self.batch: Callable[[float], None] = of["batch"].labels(*label.values).observe
-        self.call: Callable[[float], None] = of["call"].labels(*label.values).observe
-        self.first_token: Callable[[float], None] = of["ttft"].labels(*label.values).observe
-        self.next_token: Callable[[float], None] = of["itl"].labels(*label.values).observe
-        self.streams: Gauge = instruments.open_streams.labels(*label.values)
+        self.duration: Callable[[float], None] = of["duration"].labels(*label).observe
+        self.wait: Callable[[float], None] = of["wait"].labels(*label).observe
+        self.batch: Callable[[float], None] = of["batch"].labels(*label).observe
+        self.call: Callable[[float], None] = of["call"].labels(*label).observe
+        self.first_token: Callable[[float], None] = of["ttft"].labels(*label).observe
+        self.next_token: Callable[[float], None] = of["itl"].labels(*label).observe
+        self.streams: Gauge = instruments.open_streams.labels(*label)
 
 
 class Instruments:
@@ -119,8 +114,16 @@ class Instruments:
             self.open_streams, *self.of_version.values(),
         )  # fmt: skip
         self._tenants: frozenset[str] = frozenset()
+        self._in_flight: dict[str, Gauge] = {}
         self._routes: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._versions: dict[ModelLabel, VersionCells] = {}
+
+    def in_flight_of(self, protocol: str) -> Gauge:
+        """Requests of a protocol that are being answered."""
+        cell = self._in_flight.get(protocol)
+        if cell is None:
+            cell = self._in_flight[protocol] = self.in_flight.labels(protocol)
+        return cell
 
     def answered(self, protocol: str, route: str, status: int, duration_s: float) -> None:
         """Count an answer."""
@@ -140,7 +143,7 @@ class Instruments:
         cells = self.version(label)
         answered = cells.answered.get((tenant, status))
         if answered is None:
-            answered = self.model_requests.labels(*label.values, tenant, str(status))
+            answered = self.model_requests.labels(*label, tenant, str(status))
             cells.answered[tenant, status] = answered
         answered.inc()
         cells.duration(duration_s)

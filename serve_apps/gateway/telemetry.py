@@ -131,7 +131,7 @@ class Telemetry:
             traceparent: W3C header, if the client sent one.
         """
         record = RequestRecord(request_id, protocol, route)
-        in_flight = self.instruments.in_flight.labels(protocol)
+        in_flight = self.instruments.in_flight_of(protocol)
         in_flight.inc()
         record_token = _current.set(record)
         id_token = request_id_of_logs.set(request_id)
@@ -159,7 +159,7 @@ class Telemetry:
 
     def watch_queue(self, served: ServedVersion, num_waiting: Callable[[], int]) -> None:
         """Ask for the length of this queue whenever metrics are exported."""
-        gauge = self.instruments.queue_depth.labels(*label_of(served).values)
+        gauge = self.instruments.queue_depth.labels(*label_of(served))
         gauge.set_function(num_waiting)
 
     def batches_of(
@@ -211,7 +211,7 @@ class Telemetry:
             instruments.answered_model(label, tenant, status, duration_s)
         if is_shed(record.error):
             assert record.error is not None
-            instruments.shed.labels(record.error.code, *label.values).inc()
+            instruments.shed.labels(record.error.code, *label).inc()
         elif status >= 500:
             logger.warning("request failed", extra=_log_fields(record, status, duration_s))
         if self._logs_access:
@@ -238,8 +238,8 @@ class StreamWatch:
         self._cells = instruments.version(label)
         identity = self._record.identity if self._record else None
         tenant = instruments.tenant(identity.tenant if identity else None)
-        self._prompt = instruments.tokens.labels(*label.values, tenant, "prompt")
-        self._completion = instruments.tokens.labels(*label.values, tenant, "completion")
+        self._prompt = instruments.tokens.labels(*label, tenant, "prompt")
+        self._completion = instruments.tokens.labels(*label, tenant, "completion")
         self._last_s = self._record.started_s if self._record else time.perf_counter()
         self._num_tokens = 0
         self._finish_reason: str | None = None
