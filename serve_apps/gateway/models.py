@@ -67,15 +67,15 @@ class Models:
         Raises:
             NotFoundError: nothing is served under it, or it is no reference at all.
         """
-        served = await self._resolve(text)
+        served = await self._version_named(text)
         note_model(served)
         return await self._catalogue.get(served)
 
     async def look_up(self, text: str) -> ServedModel:
         """As `find`, for a request that is about no model or several."""
-        return await self._catalogue.get(await self._resolve(text))
+        return await self._catalogue.get(await self._version_named(text))
 
-    async def _resolve(self, text: str) -> ServedVersion:
+    async def _version_named(self, text: str) -> ServedVersion:
         try:
             ref = ModelRef.parse(text)
         except InvalidReferenceError as error:
@@ -117,11 +117,10 @@ class Models:
             )
         self._streams[served.application] += 1
         with self._telemetry.stream(served, request) as watch:
-            outputs = self._backend.generate(served.application, watch.request)
+            outputs = watch.outputs(self._backend.generate(served.application, watch.request))
             try:
                 limits_s = (options.answer_timeout_s, options.request_timeout_s)
                 async for output in _with_timeouts(outputs, *limits_s):
-                    watch.take(output)
                     yield output
             finally:
                 self._streams[served.application] -= 1

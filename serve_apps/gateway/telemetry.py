@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field, replace
@@ -227,8 +227,8 @@ class StreamWatch:
     """Counts and times the tokens of one answer.
 
     with telemetry.stream(served, request) as watch:
-        async for output in backend.generate(application, watch.request):
-            watch.take(output)
+        async for output in watch.outputs(backend.generate(application, watch.request)):
+            ...
     """
 
     def __init__(self, telemetry: Telemetry, served: ServedVersion, request: EngineRequest) -> None:
@@ -253,15 +253,21 @@ class StreamWatch:
         """What the replica is to be sent: with the trace's context."""
 
     def __enter__(self) -> StreamWatch:
-        num_prompt = len(self.request.prompt_ids)
         self._cells.streams.inc()
-        self._prompt.inc(num_prompt)
-        if self._record is not None:
-            self._record.prompt_tokens += num_prompt
         return self
 
-    def take(self, output: TokenOutput) -> None:
-        """Note tokens that have come."""
+    async def outputs(
+        self, outputs: AsyncGenerator[TokenOutput, None]
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """The same outputs, noted as they come."""
+        try:
+            async for output in outputs:
+                self._take(output)
+                yield output
+        finally:
+            await outputs.aclose()
+
+    def _take(self, output: TokenOutput) -> None:
         num_tokens = len(output.token_ids)
         self._finish_reason = output.finish_reason
         if not num_tokens:
@@ -270,14 +276,21 @@ class StreamWatch:
         if self._num_tokens:
             self._cells.next_token((now_s - self._last_s) / num_tokens)
         else:
-            self._cells.first_token(now_s - self._last_s)
-            if self._span is not None:
-                self._span.add_event("first token")
+            self._begin(now_s)
         self._last_s = now_s
         self._num_tokens += num_tokens
         self._completion.inc(num_tokens)
         if self._record is not None:
             self._record.completion_tokens += num_tokens
+
+    def _begin(self, now_s: float) -> None:
+        num_prompt = len(self.request.prompt_ids)
+        self._cells.first_token(now_s - self._last_s)
+        self._prompt.inc(num_prompt)
+        if self._record is not None:
+            self._record.prompt_tokens += num_prompt
+        if self._span is not None:
+            self._span.add_event("first token")
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._cells.streams.dec()

@@ -42,7 +42,10 @@ class Predictor:
         """Run the graph, off the event loop, as a part of the caller's trace."""
         if traceparent is None:
             return await asyncio.to_thread(self._runtime.run, arrays)
-        with self._tracing.span("run graph", kind="server", traceparent=traceparent):
+        attributes = {"heliostat.package_digest": self._description.digest}
+        with self._tracing.span(
+            "run graph", kind="server", traceparent=traceparent, attributes=attributes
+        ):
             return await asyncio.to_thread(self._runtime.run, arrays)
 
     async def describe(self) -> Description:

@@ -7,6 +7,7 @@ import gzip
 import http.server
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,10 +19,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from cluster.observability.tracing import Tracing, open_tracing
 from cluster.settings import Settings
+from serve_apps.description import Description
 from serve_apps.gateway.backend import Arrays
 from serve_apps.gateway.serve_backend import ServeBackend
 from serve_apps.llm.engine import EngineRequest, Sampling, TokenOutput
 from serve_apps.llm.traced import traced_steps
+from serve_apps.predictor.deployment import Predictor
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE_ID}-{PARENT_ID}-01"
@@ -186,6 +189,22 @@ async def test_the_handle_call_carries_the_trace(monkeypatch: pytest.MonkeyPatch
     first, second = (arguments[2:] for arguments in calls)
     assert first == ({},)
     assert second[1].startswith(f"00-{context.trace_id:032x}-{context.span_id:016x}-")
+
+
+async def test_a_predictor_goes_on_with_the_trace_it_is_given() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    replica = object.__new__(Predictor)  # without a package to open
+    replica._tracing = Tracing(provider)
+    replica._runtime = SimpleNamespace(run=lambda arrays: arrays)  # type: ignore[assignment]
+    replica._description = Description("sha256:1", "cpu")
+    assert await replica.predict({}) == {}
+    assert not exporter.get_finished_spans()
+    assert await replica.predict({}, TRACEPARENT) == {}
+    span = named(exporter, "run graph")
+    assert (f"{span.get_span_context().trace_id:032x}", parent_of(span)) == (TRACE_ID, PARENT_ID)
+    assert dict(span.attributes or {}) == {"heliostat.package_digest": "sha256:1"}
 
 
 @pytest.fixture
