@@ -33,7 +33,7 @@ SYSTEM_OPTIONS: dict[str, Any] = {
 def open_package_of(digest: str) -> ModelPackage:
     """The verified package with this digest, in a replica that begins."""
     settings = load_settings()
-    configure_logging(settings.log_format)
+    configure_logging(settings.log_format, in_replica=True)
     return open_digest(digest, settings)
 
 

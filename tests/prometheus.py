@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ class Prometheus:
 @contextmanager
 def prometheus_scraping(port: int, directory: Path) -> Iterator[Prometheus]:
     """Prometheus with the shipped configuration, but this port, each second."""
+    assert shutil.which("prometheus"), "there is no Prometheus: apt-get install prometheus"
     text = CONFIG.read_text(encoding="utf-8")
     assert SHIPPED_TARGET in text
     config = yaml.safe_load(text.replace(SHIPPED_TARGET, f"127.0.0.1:{port}"))

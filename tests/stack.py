@@ -82,6 +82,8 @@ def new_stack(directory: Path) -> Stack:
     settings = Settings(
         home=directory / "home",
         num_cpus=2,
+        log_format="json",
+        access_log=True,
         replica_port_min=first + len(ports),
         replica_port_count=NUM_REPLICA_PORTS,
         **ports,  # type: ignore[arg-type]

@@ -21,9 +21,16 @@ request_id_of_logs: ContextVar[str | None] = ContextVar("request_id", default=No
 """Goes into every record that is written while it is set."""
 
 
-def configure_logging(form: Literal["text", "json"] = "text", level: str = "INFO") -> None:
-    """Send this process's logs to stderr, once; a second call replaces the first."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure_logging(
+    form: Literal["text", "json"] = "text", level: str = "INFO", *, in_replica: bool = False
+) -> None:
+    """Send this process's logs to stderr, once; a second call replaces the first.
+
+    Args:
+        in_replica: write past Ray Serve, which in its replicas takes stderr for itself, holds lines
+            back until there are a thousand, and puts words of its own before each.
+    """
+    handler = logging.StreamHandler(sys.__stderr__ if in_replica else sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level, force=True)
 

@@ -41,7 +41,7 @@ def build_app(values: dict[str, Any]) -> serve.Application:
 
     def in_replica() -> Starlette:
         here = load_settings()
-        configure_logging(here.log_format)
+        configure_logging(here.log_format, in_replica=True)
         return build_asgi(_real_parts(here, config))
 
     deployment = serve.deployment(

@@ -140,8 +140,9 @@ class Telemetry:
             record.span = span
             try:
                 yield record
-            except HeliostatError as error:
-                record.error = record.error or error
+            except Exception as error:
+                known = error if isinstance(error, HeliostatError) else HeliostatError("failed")
+                record.error = record.error or known
                 raise
             finally:
                 in_flight.dec()

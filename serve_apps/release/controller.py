@@ -29,7 +29,7 @@ class Controller:
 
     async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = load_settings()
-        configure_logging(settings.log_format)
+        configure_logging(settings.log_format, in_replica=True)
         handles = Handles()
 
         async def describe(application: str) -> Description:

@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import sys
@@ -68,3 +69,15 @@ def test_the_request_id_goes_into_every_line_written_for_it(
     first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert first["request_id"] == "req_1"
     assert "request_id" not in second
+
+
+def test_a_replica_writes_past_what_serve_put_in_stderrs_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, serves = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "__stderr__", real)
+    monkeypatch.setattr(sys, "stderr", serves)
+    configure_logging("json", in_replica=True)
+    logging.getLogger("gateway").info("ready")
+    assert json.loads(real.getvalue())["event"] == "ready"
+    assert not serves.getvalue()
