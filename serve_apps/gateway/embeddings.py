@@ -27,6 +27,7 @@ from serve_apps.gateway.openai_schema import WHOLE, Many, ModelName, Tag, TextLi
 from serve_apps.gateway.openapi import describes
 from serve_apps.gateway.requests import off_loop_if_large, parse_object, validate
 from serve_apps.gateway.responses import JsonResponse
+from serve_apps.gateway.telemetry import note_embedded
 
 
 class EmbeddingRequest(BaseModel):
@@ -94,6 +95,7 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
             len(body), lambda: graph.prepare(asked.items, limits), tokenises=True
         )
         vectors = await _vectors(models, model, graph, prepared)
+        note_embedded(prepared.num_tokens)
         headers = {MODEL_VERSION_HEADER: str(model.served)}
         return await off_loop_if_large(
             sum(vector.nbytes for vector in vectors),

@@ -61,6 +61,8 @@ class RequestRecord:
     error: HeliostatError | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    embedded_tokens: int = 0
+    """Those of the prompt tokens that no engine read."""
     span: Span | None = None
 
     @property
@@ -98,6 +100,14 @@ def note_model(served: ServedVersion) -> None:
     record = _current.get()
     if record is not None:
         record.served = served
+
+
+def note_embedded(num_tokens: int) -> None:
+    """A graph has read so many tokens for the request."""
+    record = _current.get()
+    if record is not None:
+        record.prompt_tokens += num_tokens
+        record.embedded_tokens += num_tokens
 
 
 class Telemetry:
@@ -152,7 +162,12 @@ class Telemetry:
 
     def model_call(self, served: ServedVersion) -> AbstractContextManager[Any]:
         """A request's way through pre-processing and queue to a graph's answer."""
-        return self.tracing.span(f"infer {served}", attributes=_model_attributes(served))
+        attributes = _model_attributes(served)
+        record = _current.get()
+        if record is None or not record.path.endswith("/embeddings"):
+            return self.tracing.span(f"infer {served}", attributes=attributes)
+        attributes |= _generative_attributes(served, "embeddings")
+        return self.tracing.span(f"embeddings {served}", attributes=attributes)
 
     def stream(self, served: ServedVersion, request: EngineRequest) -> StreamWatch:
         """A language model's answer; see StreamWatch."""
@@ -210,6 +225,9 @@ class Telemetry:
         tenant = instruments.tenant(record.identity.tenant if record.identity else None)
         if label is not NO_MODEL:
             instruments.answered_model(label, tenant, status, duration_s)
+        if record.embedded_tokens:
+            tokens = instruments.tokens.labels(*label, tenant, "prompt")
+            tokens.inc(record.embedded_tokens)
         if is_shed(record.error):
             assert record.error is not None
             instruments.shed.labels(record.error.code, *label).inc()
@@ -248,7 +266,8 @@ class StreamWatch:
             f"{_operation(self._record)} {served}",
             kind="client",
             attributes=_model_attributes(served)
-            | _generation_attributes(served, _operation(self._record), request),
+            | _generative_attributes(served, _operation(self._record))
+            | _sampling_attributes(request),
         )
         self.request = replace(request, traceparent=traceparent_of(self._span))
         """What the replica is to be sent: with the trace's context."""
@@ -373,16 +392,19 @@ def _operation(record: RequestRecord | None) -> str:
     return "chat" if record is not None and "/chat/" in record.path else "text_completion"
 
 
-def _generation_attributes(
-    served: ServedVersion, operation: str, request: EngineRequest
-) -> dict[str, Any]:
+def _generative_attributes(served: ServedVersion, operation: str) -> dict[str, Any]:
     """By OpenTelemetry's conventions for generative models."""
-    sampling = request.sampling
     return {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "heliostat",
         "gen_ai.request.model": served.name,
         "gen_ai.response.model": str(served),
+    }
+
+
+def _sampling_attributes(request: EngineRequest) -> dict[str, Any]:
+    sampling = request.sampling
+    return {
         "gen_ai.request.max_tokens": sampling.max_tokens,
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,

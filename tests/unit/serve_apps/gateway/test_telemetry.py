@@ -7,13 +7,16 @@ import json
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.errors import OverloadedError
+from cluster.processing import Processing, TensorSpec
 from serve_apps.gateway.instruments import Instruments, ModelLabel
 from serve_apps.gateway.middleware import protocol_of
 from serve_apps.gateway.routing_table import Routes
 from serve_apps.gateway.telemetry import Telemetry
+from tests.unit.serve_apps.conftest import graph_manifest
 
 PIXELS = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]}]}
 PROMPT = {"model": "talker", "prompt": "the sun", "max_tokens": 6, "temperature": 0}
@@ -64,6 +67,28 @@ async def test_an_answers_tokens_are_counted_and_timed(gateway: Any, stream: boo
     assert 1 <= itl <= 5, "one for each message after the first"
     assert value(gateway, "heliostat_open_streams", **version) == 0
     assert value(gateway, "heliostat_model_requests_total", **tokens, status="200") == 1
+
+
+async def test_the_tokens_of_embeddings_are_counted(gateway: Any) -> None:
+    ids = TensorSpec(name="input_ids", datatype="INT64", shape=(-1, -1))
+    mask = TensorSpec(name="attention_mask", datatype="INT64", shape=(-1, -1))
+    vector = TensorSpec(name="vector", datatype="FP32", shape=(-1, 2))
+    manifest = graph_manifest().model_copy(
+        update={
+            "name": "ids",
+            "inputs": (ids, mask),
+            "outputs": (vector,),
+            "processing": Processing(),
+        }
+    )
+    gateway.serve_graph(
+        manifest, lambda arrays: {"vector": np.ones((len(arrays["input_ids"]), 2), np.float32)}
+    )
+    body = {"model": "ids/1", "input": [[1, 2, 3], [4]]}
+    answer = await post(gateway, "/v1/embeddings", body)
+    assert answer.json()["usage"]["prompt_tokens"] == 4
+    labels = {"model": "ids", "version": "1", "tenant": "other", "kind": "prompt"}
+    assert value(gateway, "heliostat_tokens_total", **labels) == 4
 
 
 async def test_what_is_shed_is_counted_by_its_reason(gateway: Any) -> None:
