@@ -101,7 +101,7 @@ async def _version(
 ) -> CatalogueVersion | None:
     """A version in words; None if it is gone, or not for this key."""
     try:
-        content = _content(served, (await models.find(str(served))).manifest)
+        content = _content(served, (await models.look_up(str(served))).manifest)
     except NotFoundError:
         return None
     except HeliostatError as error:  # must not hide the others
