@@ -35,6 +35,11 @@ tenants = sa.Table(
     metadata,
     sa.Column("name", sa.String(128), primary_key=True),
     sa.Column("created_at", sa.String(32), nullable=False),
+    # Without a number there is no limit.
+    sa.Column("requests_per_minute", sa.BigInteger),
+    sa.Column("tokens_per_minute", sa.BigInteger),
+    sa.Column("max_streams", sa.BigInteger),
+    sa.Column("monthly_tokens", sa.BigInteger),
 )
 
 api_keys = sa.Table(
@@ -47,6 +52,8 @@ api_keys = sa.Table(
     sa.Column("created_at", sa.String(32), nullable=False),
     sa.Column("expires_at", sa.String(32)),
     sa.Column("revoked_at", sa.String(32)),
+    # Names of the models it is for; without any it is for all.
+    sa.Column("models", sa.JSON(none_as_null=True)),
 )
 
 model_versions = sa.Table(
@@ -129,6 +136,7 @@ routes = sa.Table(
     sa.Column("updated_at", sa.String(32), nullable=False),
 )
 
+# Only ever added to, which the database itself sees to.
 audit_log = sa.Table(
     "audit_log",
     metadata,
@@ -154,7 +162,19 @@ ledger_entries = sa.Table(
     sa.Column("gpu_s", sa.Float, nullable=False),
     sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
     sa.Column("completion_tokens", sa.BigInteger, nullable=False),
+    sa.Column("version", sa.Integer),
+    sa.Column("num_requests", sa.BigInteger, nullable=False, server_default="0"),
     sa.Index("ledger_entries_by_tenant", "tenant", "at"),
+)
+
+# What limited tenants have spent of their month, and what gateway replicas hold of their limits.
+budgets = sa.Table(
+    "budgets",
+    metadata,
+    sa.Column("tenant", sa.String(128), sa.ForeignKey("tenants.name"), primary_key=True),
+    sa.Column("month", sa.String(7), nullable=False),
+    sa.Column("month_tokens", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.JSON, nullable=False),
 )
 
 

@@ -11,6 +11,8 @@
     ├── NotFoundError                the named thing does not exist
     ├── ConflictError                another writer was faster, or the state forbids it
     ├── PayloadTooLargeError         the request is larger than the limit it names
+    ├── RateLimitedError             the tenant's limit is reached; try again when it says
+    │   └── QuotaExceededError       the tenant's budget of this month is spent
     ├── OverloadedError              no room now; try again later
     ├── UpstreamTimeoutError         a part did not answer in time
     ├── UpstreamFailedError          a part failed under the request; trying again may help
@@ -124,6 +126,33 @@ class ConflictError(HeliostatError):
 class PayloadTooLargeError(HeliostatError):
     code = "payload_too_large"
     http_status = 413
+
+
+class RateLimitedError(HeliostatError):
+    """`unit` is what there is too much of: requests, tokens or streams."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        param: str | None = None,
+        unit: str = "requests",
+        retry_after_s: float = 1.0,
+    ) -> None:
+        super().__init__(message, hint=hint, param=param)
+        self.unit = unit
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (*super().__reduce__(), {"unit": self.unit, "retry_after_s": self.retry_after_s})
+
+
+class QuotaExceededError(RateLimitedError):
+    code = "insufficient_quota"
 
 
 class OverloadedError(HeliostatError):

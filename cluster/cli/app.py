@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from cluster.cli import (
+    audit,
     backup,
     cluster,
     garbage,
@@ -60,6 +61,7 @@ models.app.add_typer(signing_keys.app, name="keys")
 serving.register(app)
 keys.register(app)
 usage.register(app)
+audit.register(app)
 garbage.register(app)
 backup.register(app)
 

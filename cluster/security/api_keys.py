@@ -15,7 +15,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -28,15 +28,20 @@ from cluster.errors import (
     AuthenticationError,
     ConflictError,
     InputError,
+    InvalidReferenceError,
     NotFoundError,
     PermissionDeniedError,
 )
+from cluster.model_ref import check_name
+from cluster.security.limits import UNLIMITED, TenantLimits
 
 KEY_PREFIX = "hst_"
-SCOPES = ("infer", "models:read", "admin")
+SCOPES = ("infer", "models:read", "usage:read", "admin")
 
 _SECRET_BYTES = 32
 _MIN_KEY_CHARACTERS = 26  # the prefix and 128 bits in base64
+_LIMITS = tuple(TenantLimits.__dataclass_fields__)
+_MAX_LIMIT = 10**15
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
@@ -47,6 +52,14 @@ class Identity:
     key_id: str
     tenant: str
     scopes: frozenset[str]
+    models: frozenset[str] | None = None
+    """Names of the models it is for; None is for all."""
+    limits: TenantLimits = UNLIMITED
+    """Its tenant's."""
+
+    def may_use(self, model: str) -> bool:
+        """Whether the key is for the model of this name."""
+        return self.models is None or model in self.models
 
     def require(self, scope: str) -> None:
         """Raises PermissionDeniedError unless the key carries `scope`."""
@@ -76,12 +89,23 @@ class KeyRecord:
     created_at: str
     expires_at: str | None
     revoked_at: str | None
+    models: tuple[str, ...] | None = None
+    """Names of the models it is for; None is for all."""
 
     @property
     def state(self) -> str:
         if self.revoked_at is not None:
             return "revoked"
         return "expired" if _is_past(self.expires_at) else "active"
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """What the database knows about a tenant."""
+
+    name: str
+    created_at: str
+    limits: TenantLimits
 
 
 class ApiKeys:
@@ -97,15 +121,21 @@ class ApiKeys:
         expires_at: datetime | None = None,
         key: str | None = None,
         *,
+        models: Sequence[str] | None = None,
         actor: str = "cli",
     ) -> CreatedKey:
         """Make a key for `tenant`, which is added if it is new; `key` brings an existing secret.
 
+        Args:
+            models: names of the only models it is for; they need not be there yet.
+
         Raises:
-            InputError: an unknown scope, a bad tenant name, a time in the past or a weak key.
+            InputError: an unknown scope, a bad tenant or model name, a time in the past or a weak
+                key.
             ConflictError: this very key is already stored.
         """
         scopes = _check_scopes(scopes)
+        names = _check_models(models)
         expires = _check_expiry(expires_at)
         secret = _check_secret(key) if key else KEY_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
         created = CreatedKey(id=f"key_{secrets.token_hex(6)}", key=secret)
@@ -116,12 +146,18 @@ class ApiKeys:
             "scopes": list(scopes),
             "created_at": now(),
             "expires_at": expires,
+            "models": names,
         }
         try:
             with self._engine.begin() as connection:
                 _ensure_tenant(connection, tenant, actor)
                 connection.execute(sa.insert(api_keys).values(row))
-                detail = {"tenant": tenant, "scopes": list(scopes), "expires_at": expires}
+                detail = {
+                    "tenant": tenant,
+                    "scopes": list(scopes),
+                    "expires_at": expires,
+                    "models": names,
+                }
                 _audit(connection, actor, "key.create", created.id, detail)
         except sa.exc.IntegrityError:
             raise ConflictError(
@@ -142,7 +178,9 @@ class ApiKeys:
         digest = _hash(key)
         with self._engine.connect() as connection:
             row = connection.execute(
-                sa.select(api_keys).where(api_keys.c.key_hash == digest)
+                sa.select(api_keys, *(tenants.c[name] for name in _LIMITS))
+                .join(tenants, tenants.c.name == api_keys.c.tenant)
+                .where(api_keys.c.key_hash == digest)
             ).one_or_none()
         # The index compares hashes, whose prefixes tell nothing of the key; this closes the rest.
         if row is None or not hmac.compare_digest(row.key_hash, digest):
@@ -155,7 +193,9 @@ class ApiKeys:
                 f"API key {record.id} is {record.state}",
                 hint=f"make another with `heliostat keys create --tenant {record.tenant}`",
             )
-        return Identity(record.id, record.tenant, frozenset(record.scopes))
+        models = None if record.models is None else frozenset(record.models)
+        scopes = frozenset(record.scopes)
+        return Identity(record.id, record.tenant, scopes, models, read_limits(row))
 
     def list(self, tenant: str | None = None) -> Sequence[KeyRecord]:
         """Every key, oldest first; revoked and expired ones too."""
@@ -186,16 +226,37 @@ class ApiKeys:
             )
             _audit(connection, actor, "key.revoke", key_id, {"tenant": row.tenant})
 
-    def set_tenant(self, name: str, *, actor: str = "cli") -> None:
-        """Add a tenant unless it is there."""
+    def set_tenant(
+        self, name: str, limits: Mapping[str, int | None] | None = None, *, actor: str = "cli"
+    ) -> Tenant:
+        """Add a tenant unless it is there, and change its limits.
+
+        Args:
+            limits: new values by the names of TenantLimits' fields, None for without limit; what is
+                not named stays as it is.
+
+        Raises:
+            InputError: a bad name, or a limit that is not positive.
+        """
+        changes = {name: _check_limit(name, value) for name, value in (limits or {}).items()}
         with self._engine.begin() as connection:
             _ensure_tenant(connection, name, actor)
+            this = tenants.c.name == name
+            if changes:
+                connection.execute(sa.update(tenants).where(this).values(changes))
+                _audit(connection, actor, "tenant.limits", name, dict(changes))
+            return _tenant(connection.execute(sa.select(tenants).where(this)).one())
 
-    def list_tenants(self) -> Sequence[tuple[str, str]]:
-        """Names with the times they were added."""
+    def list_tenants(self) -> Sequence[Tenant]:
+        """Every tenant, by name."""
         with self._engine.connect() as connection:
             rows = connection.execute(sa.select(tenants).order_by(tenants.c.name))
-            return [(row.name, row.created_at) for row in rows]
+            return [_tenant(row) for row in rows]
+
+
+def read_limits(row: Any) -> TenantLimits:
+    """The limits in a row with the columns of `tenants`."""
+    return TenantLimits(**{name: getattr(row, name) for name in _LIMITS})
 
 
 def _hash(key: str) -> str:
@@ -210,7 +271,12 @@ def _record(row: Any) -> KeyRecord:
         created_at=row.created_at,
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,
+        models=None if row.models is None else tuple(row.models),
     )
+
+
+def _tenant(row: Any) -> Tenant:
+    return Tenant(row.name, row.created_at, read_limits(row))
 
 
 def _is_past(expires_at: str | None) -> bool:
@@ -223,6 +289,35 @@ def _check_scopes(scopes: Sequence[str]) -> tuple[str, ...]:
         found = f"unknown scope '{unknown[0]}'" if unknown else "a key needs at least one scope"
         raise InputError(found, hint=f"scopes are: {', '.join(SCOPES)}", param="scopes")
     return tuple(dict.fromkeys(scopes))
+
+
+def _check_models(models: Sequence[str] | None) -> list[str] | None:
+    if models is None:
+        return None
+    if not models:
+        raise InputError(
+            "a key for no model at all is of no use",
+            hint="name a model, or leave it out for all",
+            param="models",
+        )
+    try:
+        return sorted({check_name(name) for name in models})
+    except InvalidReferenceError as error:
+        raise InputError(
+            error.message, hint="a key is for names, with all their versions", param="models"
+        ) from None
+
+
+def _check_limit(name: str, value: int | None) -> int | None:
+    if name not in _LIMITS:
+        raise InputError(f"there is no limit '{name}'", hint=f"limits are: {', '.join(_LIMITS)}")
+    if value is not None and not 0 < value <= _MAX_LIMIT:
+        raise InputError(
+            f"{name} is {value}, expected 1 to {_MAX_LIMIT}",
+            hint="revoke a tenant's keys to shut it out",
+            param=name,
+        )
+    return value
 
 
 def _check_expiry(expires_at: datetime | None) -> str | None:

@@ -66,6 +66,28 @@ def test_totals_are_by_tenant_kind_and_model(ledger: Ledger) -> None:
     assert [total.num_entries for total in ledger.totals(source="req-2")] == [1]
 
 
+def test_totals_may_be_apart_by_key_and_version(ledger: Ledger) -> None:
+    rows = [("key_1", 1, 5), ("key_1", 2, 7), ("key_2", 2, 1)]
+    ledger.record(
+        [
+            Entry(f"r/{n}", tenant="acme", kind="inference", model="m", source=key,
+                  version=version, num_requests=requests)
+            for n, (key, version, requests) in enumerate(rows)
+        ]
+    )  # fmt: skip
+    found = ledger.totals(by=("source", "version"))
+    assert [(each.source, each.version, each.num_requests) for each in found] == rows
+    found = ledger.totals(by=("version",))
+    assert [(each.source, each.version, each.num_requests) for each in found] == [
+        (None, 1, 5), (None, 2, 8),
+    ]  # fmt: skip
+    assert [total.num_requests for total in ledger.totals()] == [13]
+
+
+def test_many_entries_are_taken_at_once(ledger: Ledger) -> None:
+    assert ledger.record([training(f"r/{number}") for number in range(3000)]) == 3000
+
+
 def test_totals_since_a_moment_leave_out_what_was_before(ledger: Ledger) -> None:
     ledger.record([training("old", at="2026-01-01T00:00:00.000+00:00"), training("new")])
     (total,) = ledger.totals(since=datetime(2026, 1, 2, tzinfo=UTC))

@@ -202,9 +202,56 @@ def test_usage_is_a_table_of_what_each_tenant_used(
     assert run(monkeypatch, "usage") == 0
     titles, row = capsys.readouterr().out.splitlines()
     assert titles.split()[:3] == ["TENANT", "KIND", "MODEL"]
-    assert row.split() == ["acme", "training", "lm", "12.3", "0.0", "0", "0"]
+    assert row.split() == ["acme", "training", "lm", "0", "0", "0", "12.3", "0.0"]
     assert run(monkeypatch, "usage", "--json", "--tenant", "acme", "--since", "1h") == 0
     (listed,) = json.loads(capsys.readouterr().out)
     assert (listed["cpu_s"], listed["num_entries"]) == (12.3, 1)
     assert run(monkeypatch, "usage", "--tenant", "other") == 0
     assert capsys.readouterr().out == "nothing was used\n"
+
+
+def test_usage_may_be_by_key_and_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    from cluster.database import open_database
+    from cluster.ledger import Entry, Ledger
+
+    entry = Entry("k", tenant="acme", kind="inference", model="digits", source="key_1", version=3,
+                  num_requests=42)  # fmt: skip
+    Ledger(open_database(f"sqlite:///{home / 'heliostat.db'}")).record([entry])
+    assert run(monkeypatch, "usage", "--by", "key", "--by", "version") == 0
+    titles, row = capsys.readouterr().out.splitlines()
+    assert titles.split()[3:6] == ["VERSION", "SOURCE", "NUM"]
+    assert row.split()[3:6] == ["3", "key_1", "42"]
+
+
+def test_a_tenants_limits_are_set_and_listed_and_the_act_is_in_the_audit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(*arguments: str) -> Any:
+        assert run(monkeypatch, *arguments, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    call("tenants", "set", "acme", "--requests-per-minute", "60", "--monthly-tokens", "1000000")
+    (changed,) = call("tenants", "set", "acme", "--requests-per-minute", "0", "--max-streams", "4")
+    (listed,) = call("tenants", "list")
+    assert changed == listed
+    limits = ("requests_per_minute", "tokens_per_minute", "max_streams", "monthly_tokens")
+    assert [listed[name] for name in limits] == [None, None, 4, 1_000_000]
+    acts = call("audit", "--action", "tenant")
+    assert [act["action"] for act in acts] == ["tenant.create", "tenant.limits", "tenant.limits"]
+    assert acts[-1]["detail"] == {"requests_per_minute": None, "max_streams": 4}
+    assert run(monkeypatch, "tenants", "set", "acme", "--max-streams", "-1") == 2
+    assert "max_streams is -1" in capsys.readouterr().err
+    assert run(monkeypatch, "audit") == 0
+    assert '{"requests_per_minute": 60, ' in capsys.readouterr().out
+
+
+def test_a_key_for_one_model_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "keys", "create", "--tenant", "acme", "--model", "digits") == 0
+    assert run(monkeypatch, "keys", "create", "--tenant", "acme", "--model", "../x") == 2
+    assert "'../x' is not valid" in capsys.readouterr().err
+    assert run(monkeypatch, "keys", "list") == 0
+    assert "digits" in capsys.readouterr().out

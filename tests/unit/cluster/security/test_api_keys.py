@@ -16,6 +16,8 @@ from cluster.errors import (
     PermissionDeniedError,
 )
 from cluster.security.api_keys import ApiKeys
+from cluster.security.audit import AuditLog
+from cluster.security.limits import UNLIMITED, TenantLimits
 
 
 @pytest.fixture
@@ -98,6 +100,8 @@ def test_bad_requests_name_the_field(keys: ApiKeys) -> None:
         "tenant": lambda: keys.create("../team", ["infer"]),
         "expires_at": lambda: keys.create("team", ["infer"], past),
         "key": lambda: keys.create("team", ["infer"], key="short"),
+        "models": lambda: keys.create("team", ["infer"], models=["digits/3"]),
+        "max_streams": lambda: keys.set_tenant("team", {"max_streams": 0}),
     }
     for param, call in cases.items():
         with pytest.raises(InputError) as caught:
@@ -113,6 +117,28 @@ def test_a_brought_key_is_stored_once(keys: ApiKeys) -> None:
     with pytest.raises(ConflictError):
         keys.create("team", ["infer"], key=secret)
     assert keys.verify(secret).tenant == "team"
+
+
+def test_a_key_may_be_for_some_models_only(keys: ApiKeys) -> None:
+    some = keys.verify(keys.create("team", ["infer"], models=["b", "a", "b"]).key)
+    every = keys.verify(keys.create("team", ["infer"]).key)
+    assert (some.may_use("a"), some.may_use("c"), every.may_use("c")) == (True, False, True)
+    assert sorted(str(key.models) for key in keys.list()) == ["('a', 'b')", "None"]
+    with pytest.raises(InputError, match="no model at all"):
+        keys.create("team", ["infer"], models=[])
+
+
+def test_a_key_carries_its_tenants_limits(keys: ApiKeys, engine: sa.Engine) -> None:
+    key = keys.create("team", ["infer"]).key
+    assert keys.verify(key).limits == UNLIMITED
+    keys.set_tenant("team", {"requests_per_minute": 5, "max_streams": 2}, actor="alice")
+    changed = keys.set_tenant("team", {"max_streams": None, "monthly_tokens": 10**9})
+    expected = TenantLimits(requests_per_minute=5, monthly_tokens=10**9)
+    assert keys.verify(key).limits == changed.limits == expected
+    assert [tenant.limits for tenant in keys.list_tenants()] == [expected]
+    first, second = AuditLog(engine).list(action="tenant.limits")
+    assert (first.actor, first.target) == ("alice", "team")
+    assert second.detail == {"max_streams": None, "monthly_tokens": 10**9}
 
 
 def test_an_unknown_id_cannot_be_revoked(keys: ApiKeys) -> None:
