@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 
 from cluster.config import parse_config
 from cluster.database import open_database
+from cluster.ledger import Ledger
 from cluster.model_package import open_version
 from cluster.model_package.files import MODEL_DIR, TOKENIZER
 from cluster.observability.logs import configure_logging
@@ -21,6 +22,7 @@ from cluster.processing.text import TextProcessor
 from cluster.releases import ReleaseStore
 from cluster.security.api_keys import ApiKeys
 from cluster.security.audit import AuditLog
+from cluster.security.leases import LeaseStore
 from cluster.settings import Settings, load_settings
 from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.catalogue import ServedModel
@@ -80,6 +82,8 @@ def _real_parts(settings: Settings, config: GatewayConfig) -> GatewayParts:
         backend=ServeBackend(tracing),
         control=ServeControl(),
         audit=AuditLog(database).record,
+        exchange=LeaseStore(database).exchange,
+        totals=Ledger(database).totals,
         config=config,
         telemetry=telemetry,
         export_metrics=lambda: flush_for_ever(export, [name_tenants]),

@@ -27,9 +27,12 @@ from serve_apps.gateway import (
     openai,
     openapi,
     page,
+    usage,
 )
+from serve_apps.gateway.accounts import Accounts, Exchange
 from serve_apps.gateway.authentication import Authentication, KeyCache, Verify
 from serve_apps.gateway.backend import ModelBackend
+from serve_apps.gateway.callers import Callers
 from serve_apps.gateway.catalogue import Load, ModelCatalogue
 from serve_apps.gateway.errors import MethodNotAllowedError, render
 from serve_apps.gateway.middleware import BodyLimit, RequestContext
@@ -58,6 +61,8 @@ class GatewayParts:
     backend: ModelBackend
     control: admin.ReleaseControl
     audit: admin.Audit
+    exchange: Exchange
+    totals: usage.Totals
     telemetry: Telemetry = field(default_factory=Telemetry)
     export_metrics: Callable[[], Coroutine[None, None, None]] | None = None
     """Runs for as long as the gateway does."""
@@ -67,15 +72,18 @@ class GatewayParts:
 def build_asgi(parts: GatewayParts) -> Starlette:
     """Wire the parts together."""
     table = RoutingTable(parts.read_routes)
+    accounts = Accounts(parts.exchange)
     models = Models(table, ModelCatalogue(parts.load_model), parts.backend, parts.telemetry)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await table.start()
+        await accounts.start()
         export = asyncio.create_task(parts.export_metrics()) if parts.export_metrics else None
         yield
         if export is not None:
             export.cancel()
+        await accounts.stop()
         await table.stop()
         await asyncio.to_thread(parts.telemetry.tracing.close)
 
@@ -85,6 +93,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
         *embeddings.build_routes(models, parts.config.text),
         *model_cards.build_routes(models),
         *page.build_routes(),
+        *usage.build_routes(parts.totals),
         *admin.build_routes(parts.control, parts.audit),
     ]
     app = Starlette(
@@ -96,7 +105,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
                 telemetry=parts.telemetry,
                 sends_request_id=parts.config.sends_request_id,
             ),
-            Middleware(Authentication, keys=KeyCache(parts.verify)),
+            Middleware(Authentication, keys=KeyCache(parts.verify), callers=Callers(accounts)),
             Middleware(BodyLimit, max_bytes=parts.config.max_body_bytes),
         ],
         exception_handlers={HeliostatError: _answer_error, HTTPException: _answer_error},

@@ -17,10 +17,11 @@ from typing import cast
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import AuthenticationError, PermissionDeniedError
+from cluster.errors import AuthenticationError, HeliostatError, PermissionDeniedError
 from cluster.security.api_keys import Identity
+from serve_apps.gateway.callers import Caller, Callers
 from serve_apps.gateway.errors import render
 from serve_apps.gateway.page_files import PAGE_PATHS
 
@@ -69,11 +70,12 @@ class KeyCache:
 
 
 class Authentication:
-    """Lets nobody pass without a good key."""
+    """Lets nobody pass without a good key, nor beyond their tenant's limit of requests."""
 
-    def __init__(self, app: ASGIApp, keys: KeyCache) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyCache, callers: Callers) -> None:
         self._app = app
         self._keys = keys
+        self._callers = callers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,7 +93,38 @@ class Authentication:
                 await render(error, scope["path"])(scope, receive, send)
                 return
             scope.setdefault("state", {})["identity"] = identity
+            caller = self._callers.make(identity)
+            if caller.is_limited:
+                await self._call_limited(caller, scope, receive, send)
+                return
+            with caller.entered():
+                await self._app(scope, receive, send)
+            return
         await self._app(scope, receive, send)
+
+    async def _call_limited(
+        self, caller: Caller, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """As for everybody, with `x-ratelimit-…` on every answer."""
+        has_started = False
+
+        async def send_with_limits(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                message["headers"] = [*message["headers"], *caller.limit_headers()]
+            await send(message)
+
+        try:
+            # What asks for work; looking at it, and administration, are not limited.
+            if scope["method"] == "POST" and not scope["path"].startswith("/admin/"):
+                await caller.count_request()
+            with caller.entered():
+                await self._app(scope, receive, send_with_limits)
+        except HeliostatError as error:
+            if has_started:
+                raise
+            await render(error, scope["path"])(scope, receive, send_with_limits)
 
 
 def identity_of(request: Request) -> Identity:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -20,6 +21,8 @@ from cluster.errors import (
     HeliostatError,
     NotFoundError,
     OverloadedError,
+    QuotaExceededError,
+    RateLimitedError,
     UsageError,
 )
 from serve_apps.gateway.telemetry import note_error
@@ -59,6 +62,10 @@ def render(error: Exception, path: str) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(known, OverloadedError):
         headers["retry-after"] = str(_RETRY_AFTER_S)
+    if isinstance(known, RateLimitedError):
+        headers["retry-after"] = str(math.ceil(known.retry_after_s))
+    if isinstance(known, QuotaExceededError):
+        headers["x-should-retry"] = "false"  # OpenAI's clients would, in vain
     if isinstance(known, AuthenticationError):
         headers["www-authenticate"] = "Bearer"
     if isinstance(known, MethodNotAllowedError):
@@ -88,6 +95,10 @@ def server_sent(error: Exception, path: str) -> str:
 
 
 def _openai_type(error: HeliostatError) -> str:
+    if isinstance(error, QuotaExceededError):
+        return error.code
+    if isinstance(error, RateLimitedError):
+        return error.unit
     if error.http_status == AuthenticationError.http_status:
         return "authentication_error"
     if error.http_status == 403:

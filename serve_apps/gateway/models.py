@@ -24,6 +24,7 @@ from cluster.model_ref import ModelRef
 from cluster.processing import Array, is_batchable, postprocess, preprocess
 from serve_apps.gateway.backend import Arrays, ModelBackend
 from serve_apps.gateway.batcher import Batcher, BatchLimits
+from serve_apps.gateway.callers import answered, current_caller, metered
 from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
 from serve_apps.gateway.routing_table import Routes, RoutingTable, ServedVersion
 from serve_apps.gateway.telemetry import Telemetry, note_model
@@ -65,7 +66,8 @@ class Models:
         """The model behind NAME, NAME@ALIAS or NAME/VERSION, which the request is now about.
 
         Raises:
-            NotFoundError: nothing is served under it, or it is no reference at all.
+            NotFoundError: nothing is served under it, it is not for the caller's key, or it is no
+                reference at all.
         """
         served = await self._version_named(text)
         note_model(served)
@@ -80,7 +82,7 @@ class Models:
             ref = ModelRef.parse(text)
         except InvalidReferenceError as error:
             raise NotFoundError(error.message, hint=error.hint, param="model") from None
-        return await self._table.resolve(ref)
+        return await self._resolve(ref)
 
     async def infer(self, model: ServedModel, inputs: Mapping[str, Array]) -> Arrays:
         """Answer a graph's client: pre-process, batch, post-process.
@@ -96,17 +98,25 @@ class Models:
                 arrays = await asyncio.to_thread(preprocess, manifest, inputs)
             else:
                 arrays = preprocess(manifest, inputs)
-            return postprocess(manifest, await self._batcher(model).submit(arrays))
+            outputs = postprocess(manifest, await self._batcher(model).submit(arrays))
+        answered(model.served)
+        return outputs
 
-    async def generate(
+    def generate(
         self, model: ServedModel, request: EngineRequest
     ) -> AsyncGenerator[TokenOutput, None]:
         """A language model's tokens; closing the generator frees its place.
 
         Raises:
+            RateLimitedError: the caller's tenant has too little left.
             OverloadedError: too many streams are open.
             UpstreamTimeoutError: no token came in time.
         """
+        return metered(model.served, request, self._generate(model, request))
+
+    async def _generate(
+        self, model: ServedModel, request: EngineRequest
+    ) -> AsyncGenerator[TokenOutput, None]:
         served = model.served
         options = served.options
         limit = options.max_ongoing_requests * options.max_replicas + options.max_queued_requests
@@ -125,6 +135,17 @@ class Models:
             finally:
                 self._streams[served.application] -= 1
                 await outputs.aclose()
+
+    async def _resolve(self, ref: ModelRef) -> ServedVersion:
+        """The version that answers the current caller, who is not told what else there is."""
+        caller = current_caller()
+        caller.require_model(ref.name)
+        try:
+            return await self._table.resolve(ref)
+        except NotFoundError:
+            if caller.identity.models is None:
+                raise
+            raise caller.no_such_model(ref.name) from None
 
     def _batcher(self, model: ServedModel) -> Batcher:
         batcher = self._batchers.get(model.served)

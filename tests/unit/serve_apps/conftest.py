@@ -20,11 +20,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.database import open_database
 from cluster.errors import ChangedFileError, NotFoundError
+from cluster.ledger import Ledger
 from cluster.model_package.manifest import Golden, LanguageModelInfo, Manifest
 from cluster.processing import ImageInput, Labels, Processing, Softmax, TensorSpec
 from cluster.processing.text import TextProcessor
 from cluster.security.api_keys import ApiKeys
 from cluster.security.audit import AuditLog
+from cluster.security.leases import LeaseStore
 from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.backend import Arrays, InProcessBackend
 from serve_apps.gateway.catalogue import ServedModel
@@ -254,6 +256,8 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             backend=backend,
             control=control,
             audit=audit.record,
+            exchange=LeaseStore(database).exchange,
+            totals=Ledger(database).totals,
             config=GatewayConfig(max_body_bytes=64 * 1024),
             telemetry=telemetry,
         )
