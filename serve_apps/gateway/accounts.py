@@ -128,6 +128,9 @@ class Accounts:
             if entries or asks:
                 leases = await asyncio.to_thread(self._exchange, self.replica, entries, asks)
                 self.meter.delivered()
+                if is_repeated:  # what came meanwhile has waited long enough
+                    self._flushed_at_s = 0.0
+                    self._wanted.set()
                 for tenant, lease in leases.items():
                     active[tenant].apply(lease, asked_at_s=now_s)
             self._forget_idle()

@@ -86,6 +86,8 @@ class Account:
         self.limits = limits
         self.num_reserved = 0
         """Reservations that are not settled."""
+        self.is_in_doubt = False
+        """Whether what the database took of the last ask is not known."""
         self._slices: dict[Rate, _Slice] = {rate: _Slice() for rate in RATES}
         self._holds: dict[Holding, _Hold] = {unit: _Hold() for unit in HOLDINGS}
         self._demands: dict[Unit, _Demand] = {unit: _Demand() for unit in (*RATES, *HOLDINGS)}
@@ -95,6 +97,7 @@ class Account:
         """Whether it may be forgotten."""
         return not (
             self.num_reserved
+            or self.is_in_doubt
             or any(demand.waiting for demand in self._demands.values())
             or any(each.left or each.returns for each in self._slices.values())
             or any(hold.granted or hold.spent for hold in self._holds.values())
@@ -192,6 +195,7 @@ class Account:
             # Never handed in twice: that would make room that is not there.
             returns[rate], found.returns = found.returns, {}
             found.spent = 0
+        self.is_in_doubt = True
         for unit, held in self._holds.items():
             limit = self.limits.of(unit)
             if hands_in:
@@ -213,6 +217,7 @@ class Account:
 
     def apply(self, lease: Lease, *, asked_at_s: float) -> None:
         """Take what was granted; what was handed in with the ask is in the ledger."""
+        self.is_in_doubt = False
         for unit, demand in self._demands.items():
             demand.left = lease.left.get(unit)
             if lease.granted.get(unit):
