@@ -28,6 +28,9 @@ from cluster.registry import ModelRegistry
 from cluster.releases import ReleaseStore
 from cluster.restore import restore_backup
 from cluster.security.api_keys import ApiKeys
+from cluster.security.audit import AuditLog
+from cluster.security.leases import LeaseStore
+from cluster.security.limits import Ask
 from cluster.settings import Settings
 from tests.servers import free_port
 
@@ -124,6 +127,40 @@ def test_what_was_used_counts_once(postgresql_url: str) -> None:
     assert ledger.record([entry]) == 0
     (total,) = ledger.totals(tenant="acme")
     assert (total.gpu_s, total.prompt_tokens, total.num_entries) == (1.5, 2**40, 1)
+
+
+def test_replicas_that_race_for_a_budget_never_get_more_than_there_is(postgresql_url: str) -> None:
+    engine = database.open_database(postgresql_url)
+    ApiKeys(engine).set_tenant("racer", {"requests_per_minute": 100, "monthly_tokens": 1000})
+    now_s = time.time()
+    store = LeaseStore(engine, clock=lambda: now_s)
+
+    def replica(number: int) -> int:
+        granted = 0
+        for turn in range(10):
+            entry = Entry(f"race/{number}/{turn % 5}", tenant="racer", kind="completion",
+                          model="lm", source="k", completion_tokens=10)  # fmt: skip
+            ask = Ask(needs={"requests": 1}, wants={"requests": 7})
+            lease = store.exchange(f"replica-{number}", [entry], {"racer": ask})["racer"]
+            granted += lease.granted["requests"]
+        return granted
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(replica, range(4))) == 100
+    lease = store.exchange("last", (), {"racer": Ask(needs={"month_tokens": 1})})["racer"]
+    assert lease.left["month_tokens"] == 1000 - 4 * 5 * 10 - 1
+
+
+@pytest.mark.parametrize("change", ["UPDATE audit_log SET actor = ''", "TRUNCATE audit_log"])
+def test_the_audit_log_only_grows(postgresql_url: str, change: str) -> None:
+    engine = database.open_database(postgresql_url)
+    AuditLog(engine).record("ops/key_1", "deploy", "audited/3", {})
+    with (
+        pytest.raises(sa.exc.DatabaseError, match="only ever added to"),
+        engine.begin() as connection,
+    ):
+        connection.execute(sa.text(change))
+    assert "audited/3" in [act.target for act in AuditLog(engine).list(action="deploy")]
 
 
 def test_writers_of_releases_wait_for_each_other(postgresql_url: str) -> None:

@@ -42,6 +42,24 @@ async def test_every_route_needs_a_key_or_is_on_the_public_list(gateway: Any) ->
             assert method == "HEAD" or "Authorization: Bearer KEY" in answer.text
 
 
+async def test_no_method_of_any_path_gets_past_the_keys(gateway: Any) -> None:
+    methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
+    for path in {path for _, path in every_route(gateway)} - PUBLIC_PATHS:
+        for method in methods:
+            answer = await gateway.client.request(method, path)
+            assert answer.status_code == 401, (method, path)
+
+
+async def test_every_administrative_route_needs_its_scope(gateway: Any) -> None:
+    headers = gateway.headers("infer", "models:read", "usage:read")
+    routes = [(method, path) for method, path in every_route(gateway) if "/admin" in path]
+    assert len(routes) >= 6
+    for method, path in routes:
+        answer = await gateway.client.request(method, path, headers=headers)
+        assert answer.status_code == 403, (method, path)
+    assert gateway.control.calls == []
+
+
 @pytest.mark.parametrize("path", ["/docs", "/metrics", "/v1/nothing", "/-/routes"])
 async def test_what_does_not_exist_needs_a_key_too(gateway: Any, path: str) -> None:
     assert (await gateway.client.get(path)).status_code == 401
