@@ -36,13 +36,13 @@ from cluster.model_ref import check_name
 from cluster.security.limits import UNLIMITED, TenantLimits
 
 KEY_PREFIX = "hst_"
+TENANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", re.ASCII)
 SCOPES = ("infer", "models:read", "usage:read", "admin")
 
 _SECRET_BYTES = 32
 _MIN_KEY_CHARACTERS = 26  # the prefix and 128 bits in base64
 _LIMITS = tuple(TenantLimits.__dataclass_fields__)
 _MAX_LIMIT = 10**15
-_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ def _check_secret(key: str) -> str:
 
 
 def _ensure_tenant(connection: Connection, name: str, actor: str) -> None:
-    if not _TENANT.fullmatch(name):
+    if not TENANT_NAME.fullmatch(name):
         raise InputError(
             f"tenant name {name!r} is not valid",
             hint="1-128 of A-Z a-z 0-9 . _ - beginning with a letter or digit",
