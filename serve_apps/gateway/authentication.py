@@ -1,7 +1,7 @@
 """Who is asking: a key on every path but health and the page's own files.
 
 Keys are looked up in a thread and remembered for less than a second, so that a revoked key ends
-within one on every replica.
+within one on every replica. One that is in use is looked up again before that, so nobody waits.
 
     app = Authentication(inner, KeyCache(ApiKeys(engine).verify))
     identity_of(request).require("infer")
@@ -30,6 +30,7 @@ PUBLIC_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"}) | PAGE_PATHS
 unknown paths included."""
 
 _REMEMBER_S = 0.8
+_LOOK_AGAIN_S = 0.4
 _MAX_REMEMBERED = 10_000
 
 Verify = Callable[[str], Identity]
@@ -50,19 +51,29 @@ class KeyCache:
         # The age counts from before the look-up: its answer may be that old already.
         asked_at = self._clock()
         found = self._known.get(digest)
-        if found is not None and asked_at - found[0] < _REMEMBER_S:
-            return found[1]
+        age_s = _REMEMBER_S if found is None else asked_at - found[0]
         task = self._asking.get(digest)
-        if task is None:
+        if task is None and age_s >= _LOOK_AGAIN_S:
             # One look-up for all who wait; shielded, because any of them may leave.
             task = asyncio.create_task(self._look_up(key, digest, asked_at))
             self._asking[digest] = task
-            task.add_done_callback(lambda _: self._asking.pop(digest, None))
+            task.add_done_callback(lambda done: self._looked_up(digest, done))
+        if found is not None and age_s < _REMEMBER_S:
+            return found[1]
+        assert task is not None
         return await asyncio.shield(task)
 
+    def _looked_up(self, digest: bytes, task: asyncio.Task[Identity]) -> None:
+        self._asking.pop(digest, None)
+        if not task.cancelled():
+            task.exception()  # nobody may have waited for it
+
     async def _look_up(self, key: str, digest: bytes, asked_at: float) -> Identity:
-        self._known.pop(digest, None)
-        identity = await asyncio.to_thread(self._verify, key)
+        try:
+            identity = await asyncio.to_thread(self._verify, key)
+        except AuthenticationError:
+            self._known.pop(digest, None)
+            raise
         if len(self._known) >= _MAX_REMEMBERED:
             self._known.clear()
         self._known[digest] = (asked_at, identity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -113,10 +114,48 @@ async def test_a_key_is_remembered_for_less_than_a_second() -> None:
 
     cache = KeyCache(verify, clock=lambda: now)
     await cache.identify("k")
-    now = 0.7
+    now = 0.3
     await cache.identify("k")
     assert asked == ["k"]
-    now = 0.99
+    now = 0.8
+    with pytest.raises(AuthenticationError):
+        await cache.identify("k")
+
+
+async def test_a_key_in_use_is_looked_up_again_while_nobody_waits() -> None:
+    now, is_revoked, may_answer = 0.0, False, threading.Event()
+
+    def verify(key: str) -> Identity:
+        assert may_answer.wait(10)
+        if is_revoked:
+            raise AuthenticationError("revoked")
+        return Identity("key_1", "acme", frozenset({"infer"}))
+
+    async def identify_at_once() -> None:
+        asking = asyncio.create_task(cache.identify("k"))
+        await asyncio.sleep(0)
+        assert asking.done()
+
+    async def let_look_up() -> None:
+        may_answer.set()
+        while cache._asking:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        may_answer.clear()
+
+    cache = KeyCache(verify, clock=lambda: now)
+    first = asyncio.create_task(cache.identify("k"))
+    await asyncio.sleep(0)
+    await let_look_up()
+    assert (await first).tenant == "acme"
+    now = 0.5
+    await identify_at_once()
+    await let_look_up()
+    now = 1.2  # of what was seen at 0.5
+    await identify_at_once()
+    is_revoked = True
+    await let_look_up()
+    now = 1.21
+    may_answer.set()
     with pytest.raises(AuthenticationError):
         await cache.identify("k")
 
