@@ -31,7 +31,7 @@ _caller: ContextVar[Caller] = ContextVar("caller")
 
 @dataclass(frozen=True)
 class Reservation:
-    """What one stream of tokens may use at most."""
+    """What one answer may use at most."""
 
     account: Account
     max_tokens: int
@@ -103,8 +103,8 @@ class Caller:
         )
         self._is_counted = True
 
-    async def reserve(self, num_tokens: int) -> Reservation | None:
-        """Set aside what a stream may use; None where the tenant has no such limit.
+    async def reserve(self, num_tokens: int, *, is_stream: bool = True) -> Reservation | None:
+        """Set aside what an answer may use; None for a tenant without limits.
 
         Raises:
             RateLimitedError: the tenant has too little left.
@@ -117,12 +117,12 @@ class Caller:
         slot: int | None = None
         account.num_reserved += 1
         try:
-            amounts: dict[Holding, int] = {"streams": 1, "month_tokens": num_tokens}
+            amounts: dict[Holding, int] = {"streams": int(is_stream), "month_tokens": num_tokens}
             for unit, amount in amounts.items():
-                if account.limits.of(unit) is not None:
+                if amount and account.limits.of(unit) is not None:
                     await self._accounts.hold(account, unit, amount)
                     holds[unit] = amount
-            if account.limits.tokens_per_minute is not None:
+            if num_tokens and account.limits.tokens_per_minute is not None:
                 slot = await self._accounts.take_rate(account, "tokens", num_tokens)
         except BaseException:
             self.settle(Reservation(account, num_tokens, slot, holds), 0)
@@ -130,7 +130,7 @@ class Caller:
         return Reservation(account, num_tokens, slot, holds)
 
     def settle(self, reservation: Reservation, num_used: int) -> None:
-        """Give back what a stream did not use."""
+        """Give back what an answer did not use."""
         account = reservation.account
         account.num_reserved -= 1
         for unit, amount in reservation.holds.items():
@@ -173,6 +173,25 @@ def current_caller() -> Caller:
 def answered(served: ServedVersion) -> None:
     """A graph has answered the current caller."""
     current_caller().answered(INFERENCE, served)
+
+
+@contextlib.asynccontextmanager
+async def reading_tokens(served: ServedVersion, num_tokens: int) -> AsyncGenerator[None, None]:
+    """Around the calls of a graph that reads so many tokens: reserved before, settled after.
+
+    Raises:
+        RateLimitedError: the current caller's tenant has too little left.
+    """
+    caller = current_caller()
+    reservation = await caller.reserve(num_tokens, is_stream=False)
+    num_used = 0
+    try:
+        yield
+        num_used = num_tokens
+        caller.answered(INFERENCE, served, prompt_tokens=num_used)
+    finally:
+        if reservation is not None:
+            caller.settle(reservation, num_used)
 
 
 async def metered(

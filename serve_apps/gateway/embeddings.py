@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from cluster.errors import InputError, UpstreamFailedError
 from cluster.processing import Array
 from serve_apps.gateway.authentication import require_any
+from serve_apps.gateway.callers import reading_tokens
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.embedding_graph import EmbeddingGraph, Items, Prepared
 from serve_apps.gateway.models import Models
@@ -94,7 +95,8 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         prepared = await off_loop_if_large(
             len(body), lambda: graph.prepare(asked.items, limits), tokenises=True
         )
-        vectors = await _vectors(models, model, graph, prepared)
+        async with reading_tokens(model.served, prepared.num_tokens):
+            vectors = await _vectors(models, model, graph, prepared)
         note_embedded(prepared.num_tokens)
         headers = {MODEL_VERSION_HEADER: str(model.served)}
         return await off_loop_if_large(

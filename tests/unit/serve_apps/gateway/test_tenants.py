@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
-import uvicorn
 
 from cluster.database import open_database
 from cluster.ledger import Entry, Ledger
+from cluster.model_package.manifest import Golden, Manifest
+from cluster.processing import TensorSpec
 
 PIXELS = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]}]}
 HOSTILE = {
@@ -175,7 +176,7 @@ async def test_streams_beyond_the_limit_are_refused_until_one_ends(
 ) -> None:
     gateway.keys.set_tenant("acme", {"max_streams": 1})
     gateway.engine._step_time_s = 0.02
-    async with httpx.AsyncClient(base_url=server_url, headers=bearer(gateway)) as client:
+    async with httpx.AsyncClient(base_url=f"{server_url}/v1", headers=bearer(gateway)) as client:
         body = {"model": "talker", "prompt": "a", "max_tokens": 240, "stream": True}
         async with client.stream("POST", "/completions", json=body) as stream:
             assert stream.status_code == 200
@@ -263,27 +264,15 @@ async def test_a_revoked_key_ends_within_a_second(gateway: Any) -> None:
         await asyncio.sleep(0.02)
 
 
-@pytest.fixture
-async def server_url(gateway: Any) -> AsyncIterator[str]:
-    """The same application behind a real HTTP server."""
-    config = uvicorn.Config(gateway.app, port=0, log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/v1"
-    server.should_exit = True
-    await serving
-
-
 async def test_the_official_client_raises_and_retries_as_it_does_elsewhere(
     gateway: Any, server_url: str
 ) -> None:
     gateway.keys.set_tenant("acme", {"requests_per_minute": 1, "max_streams": 1})
     key = gateway.keys.create("acme", ["infer"]).key
     request = {"model": "talker", "prompt": "a", "max_tokens": 2}
-    async with openai.AsyncOpenAI(base_url=server_url, api_key=key, max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{server_url}/v1", api_key=key, max_retries=0
+    ) as client:
         await client.completions.create(**request)
         with pytest.raises(openai.RateLimitError) as refused:
             await client.completions.create(**request)
@@ -294,9 +283,31 @@ async def test_the_official_client_raises_and_retries_as_it_does_elsewhere(
     gateway.keys.set_tenant("acme", {"requests_per_minute": None})
     await asyncio.sleep(0.9)  # keys are remembered for 0.8 s
     gateway.engine._step_time_s = 0.005
-    async with openai.AsyncOpenAI(base_url=server_url, api_key=key, max_retries=3) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{server_url}/v1", api_key=key, max_retries=3
+    ) as client:
         answers = await asyncio.gather(
             client.completions.create(**request | {"max_tokens": 30}),
             client.completions.create(**request),
         )
         assert all(answer.choices for answer in answers)
+
+
+async def test_tokens_of_embeddings_are_limited_and_counted(gateway: Any) -> None:
+    ids = TensorSpec(name="input_ids", datatype="INT64", shape=(-1, -1))
+    vector = TensorSpec(name="vector", datatype="FP32", shape=(-1, 1))
+    manifest = Manifest(
+        kind="graph", name="vectors", created_at="2026-01-01T00:00:00+00:00", files={},
+        inputs=(ids,), outputs=(vector,), golden=Golden(inputs={}, outputs={}),
+    )  # fmt: skip
+    gateway.serve_graph(manifest, lambda arrays: {"vector": np.ones((1, 1), dtype=np.float32)})
+    gateway.keys.set_tenant("acme", {"tokens_per_minute": 10})
+    headers = bearer(gateway)
+    statuses = []
+    for tokens in ([1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3]):
+        body = {"model": "vectors/1", "input": tokens}
+        answer = await gateway.client.post("/v1/embeddings", json=body, headers=headers)
+        statuses.append(answer.status_code)
+    assert statuses == [200, 200, 429], answer.text
+    (row,) = await usage_when_settled(gateway, headers, 2)
+    assert (row["kind"], row["requests"], row["prompt_tokens"]) == ("inference", 2, 8)
