@@ -75,6 +75,8 @@ async def test_a_key_for_one_model_knows_of_no_other(gateway: Any) -> None:
     headers = bearer(gateway, models=["classes"])
     listed = (await gateway.client.get("/v1/models", headers=headers)).json()["data"]
     assert [model["id"] for model in listed] == ["classes"]
+    shown = (await gateway.client.get("/v1/catalogue", headers=headers)).json()["data"]
+    assert [model["id"] for model in shown] == ["classes"]
     assert (await infer(gateway, headers)).status_code == 200
     assert (await infer(gateway, headers, "classes/versions/1")).status_code == 200
     there = await complete(gateway, headers)
