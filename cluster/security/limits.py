@@ -169,10 +169,16 @@ def _grant(need: int, want: int, room: int) -> int:
 def _still_counting(
     slots: Mapping[int, int], returned: Mapping[int, int], now_s: float
 ) -> dict[int, int]:
-    """What lies within the last minute, or may still be spent within it."""
+    """What lies within the last minute, or may still be spent within it.
+
+    What lies more than a minute ahead was leased by a clock that was wrong.
+    """
     oldest = int((now_s - WINDOW_S - LEASE_S) // SLOT_S)
+    newest = int((now_s + WINDOW_S) // SLOT_S)
     kept = {
-        slot: amount - returned.get(slot, 0) for slot, amount in slots.items() if slot >= oldest
+        slot: amount - returned.get(slot, 0)
+        for slot, amount in slots.items()
+        if oldest <= slot <= newest
     }
     return {slot: amount for slot, amount in kept.items() if amount > 0}
 

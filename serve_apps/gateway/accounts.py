@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 _PERIOD_S = 0.8
 """With a slow exchange, still within the second that a lease lasts and usage may be lost."""
 
+_PATIENCE_S = 5.0
+"""With a database that is silent."""
+
 Exchange = Callable[[str, Sequence[Entry], Mapping[str, Ask]], Mapping[str, Lease]]
 """Takes the replica's name, entries and asks by tenant; blocking."""
 
@@ -44,7 +48,7 @@ class Accounts:
         self._accounts: dict[str, Account] = {}
         self._wanted = asyncio.Event()
         self._next: asyncio.Future[None] | None = None
-        self._flushed_at_s = 0.0
+        self._flushed_at_s = -math.inf
         self._task: asyncio.Task[None] | None = None
         self._is_failing = False
         self._is_stopping = False
@@ -100,7 +104,10 @@ class Accounts:
         self._wanted.set()
         account.wait(unit, amount)
         try:
-            await asyncio.shield(self._next)
+            async with asyncio.timeout(_PATIENCE_S):
+                await asyncio.shield(self._next)
+        except TimeoutError:
+            raise _unreadable() from None
         finally:
             account.stop_waiting(unit, amount)
         account.refuse_if_known(unit, amount, self.clock())
@@ -110,26 +117,26 @@ class Accounts:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_PERIOD_S):
                     await self._wanted.wait()
-            await self.exchange(flushes=self.clock() - self._flushed_at_s >= _PERIOD_S)
+            await self.exchange(flushes=time.monotonic() - self._flushed_at_s >= _PERIOD_S)
 
     async def exchange(self, *, flushes: bool) -> None:
         """One exchange; those who wait are answered, whatever comes of it."""
         self._wanted.clear()
         waiters, self._next = self._next, None
-        now_s = self.clock()
-        is_repeated = self.meter.has_undelivered
-        entries = self.meter.batch() if flushes or is_repeated else ()
         if flushes:
-            self._flushed_at_s = now_s
-        hands_in = bool(entries) and not is_repeated
-        active = {name: each for name, each in self._accounts.items() if not each.is_idle}
-        asks = {name: each.ask(now_s, hands_in=hands_in) for name, each in active.items()}
+            self._flushed_at_s = time.monotonic()
         try:
+            now_s = self.clock()
+            is_repeated = self.meter.has_undelivered
+            entries = self.meter.batch() if flushes or is_repeated else ()
+            hands_in = bool(entries) and not is_repeated
+            active = {name: each for name, each in self._accounts.items() if not each.is_idle}
+            asks = {name: each.ask(now_s, hands_in=hands_in) for name, each in active.items()}
             if entries or asks:
                 leases = await asyncio.to_thread(self._exchange, self.replica, entries, asks)
                 self.meter.delivered()
                 if is_repeated:  # what came meanwhile has waited long enough
-                    self._flushed_at_s = 0.0
+                    self._flushed_at_s = -math.inf
                     self._wanted.set()
                 for tenant, lease in leases.items():
                     active[tenant].apply(lease, asked_at_s=now_s)
@@ -141,11 +148,7 @@ class Accounts:
                 logger.warning("limits and usage wait for the database: %s", first_line(error))
             self._is_failing = True
             if waiters is not None:
-                waiters.set_exception(
-                    OverloadedError(
-                        "the tenant's limits cannot be read now", hint="try again in a moment"
-                    )
-                )
+                waiters.set_exception(_unreadable())
                 waiters.exception()  # those who waited may have left
         else:
             if waiters is not None:
@@ -154,3 +157,7 @@ class Accounts:
     def _forget_idle(self) -> None:
         for tenant in [name for name, account in self._accounts.items() if account.is_idle]:
             del self._accounts[tenant]
+
+
+def _unreadable() -> OverloadedError:
+    return OverloadedError("the tenant's limits cannot be read now", hint="try again in a moment")

@@ -68,6 +68,13 @@ def test_what_is_given_back_can_be_leased_again() -> None:
     assert lease.granted["requests"] == 4
 
 
+def test_a_clock_that_was_an_hour_ahead_shuts_nobody_out() -> None:
+    ask = Ask(needs={"requests": 10})
+    budget, _ = decide(Budget(), TEN, ask, holder="a", now_s=START_S + 3600)
+    _, lease = decide(budget, TEN, ask, holder="b", now_s=START_S)
+    assert lease.granted["requests"] == 10
+
+
 def test_streams_are_held_until_let_go_or_the_replica_falls_silent() -> None:
     limits = TenantLimits(max_streams=3)
     one_more = Ask(needs={"streams": 1})

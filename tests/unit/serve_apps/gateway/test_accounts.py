@@ -18,6 +18,7 @@ from cluster.errors import InputError, OverloadedError, QuotaExceededError, Rate
 from cluster.security.api_keys import ApiKeys, Identity
 from cluster.security.leases import LeaseStore
 from cluster.security.limits import HOLDING_S, LEASE_S, SLOT_S, WINDOW_S, Rate, TenantLimits
+from serve_apps.gateway import accounts
 from serve_apps.gateway.accounts import Accounts
 from serve_apps.gateway.callers import Caller
 from serve_apps.gateway.routing_table import ServedVersion
@@ -219,6 +220,17 @@ async def test_a_limit_that_was_lifted_or_raised_is_followed(
     ApiKeys(fleet.engine).set_tenant("acme", {"requests_per_minute": None})
     fleet.now_s += 1
     assert await fleet.take(replica)
+
+
+async def test_nobody_waits_for_ever_for_a_silent_database(
+    make_fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounts, "_PATIENCE_S", 0.01)
+    fleet = make_fleet(requests_per_minute=600)
+    replica = fleet.replicas[0]
+    with pytest.raises(OverloadedError, match="cannot be read now"):
+        await replica.take_rate(replica.of(fleet.identity), "requests", 1)
+    assert replica.of(fleet.identity).is_idle
 
 
 async def test_without_its_database_only_who_is_limited_is_turned_away(
