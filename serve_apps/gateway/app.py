@@ -72,8 +72,9 @@ def _real_parts(settings: Settings, config: GatewayConfig) -> GatewayParts:
     export = MetricsExport(telemetry.instruments.registry)
 
     def name_tenants() -> None:
-        oldest = sorted(keys.list_tenants(), key=lambda row: row[1])[: settings.metrics_tenants]
-        telemetry.instruments.name_tenants(name for name, _ in oldest)
+        tenants = sorted(keys.list_tenants(), key=lambda tenant: tenant.created_at)
+        oldest = tenants[: settings.metrics_tenants]
+        telemetry.instruments.name_tenants(tenant.name for tenant in oldest)
 
     return GatewayParts(
         verify=keys.verify,
