@@ -77,8 +77,8 @@ class Stack:
 def new_stack(directory: Path) -> Stack:
     """A stack on free ports, not started."""
     names = [name for part in PORTS.values() for name in part]
-    first = _free_block(len(names) + 1 + NUM_REPLICA_PORTS)
-    ports = {name: first + offset for offset, name in enumerate([*names, "grpc_port"])}
+    first = _free_block(len(names) + NUM_REPLICA_PORTS)
+    ports = {name: first + offset for offset, name in enumerate(names)}
     settings = Settings(
         home=directory / "home",
         num_cpus=2,

@@ -20,13 +20,14 @@ PORTS: dict[str, tuple[str, ...]] = {
     "mlflow": ("mlflow_port",),
     "serving": (
         "gateway_port",
+        "grpc_port",
         "proxy_port",
         "haproxy_stats_port",
         "haproxy_metrics_port",
     ),
 }
 _POLL_INTERVAL_S = 0.05
-_PUBLIC = ("gateway_port", "dashboard_port")
+_PUBLIC = ("gateway_port", "grpc_port", "dashboard_port")
 
 
 def check_ports_differ(settings: Settings) -> None:

@@ -26,6 +26,7 @@ from cluster.security.leases import LeaseStore
 from cluster.settings import Settings, load_settings
 from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.grpc_server import GrpcAddress
 from serve_apps.gateway.routing_table import ServedVersion, read_routes
 from serve_apps.gateway.serve_backend import ServeBackend, ServeControl
 from serve_apps.gateway.telemetry import Telemetry
@@ -88,4 +89,5 @@ def _real_parts(settings: Settings, config: GatewayConfig) -> GatewayParts:
         config=config,
         telemetry=telemetry,
         export_metrics=lambda: flush_for_ever(export, [name_tenants]),
+        grpc_address=GrpcAddress(settings.host, settings.grpc_port),
     )

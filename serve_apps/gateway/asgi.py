@@ -35,6 +35,8 @@ from serve_apps.gateway.backend import ModelBackend
 from serve_apps.gateway.callers import Callers
 from serve_apps.gateway.catalogue import Load, ModelCatalogue
 from serve_apps.gateway.errors import MethodNotAllowedError, render
+from serve_apps.gateway.grpc_server import GrpcAddress, GrpcServer
+from serve_apps.gateway.grpc_service import InferenceService
 from serve_apps.gateway.middleware import BodyLimit, RequestContext
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.openai_schema import TextLimits
@@ -67,6 +69,8 @@ class GatewayParts:
     export_metrics: Callable[[], Coroutine[None, None, None]] | None = None
     """Runs for as long as the gateway does."""
     config: GatewayConfig = field(default_factory=GatewayConfig)
+    grpc_address: GrpcAddress | None = None
+    """Where to speak gRPC as well; None does not."""
 
 
 def build_asgi(parts: GatewayParts) -> Starlette:
@@ -74,13 +78,20 @@ def build_asgi(parts: GatewayParts) -> Starlette:
     table = RoutingTable(parts.read_routes)
     accounts = Accounts(parts.exchange)
     models = Models(table, ModelCatalogue(parts.load_model), parts.backend, parts.telemetry)
+    keys = KeyCache(parts.verify)
+    grpc_server = _grpc_server(parts, models, keys)
 
     @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await table.start()
         await accounts.start()
         export = asyncio.create_task(parts.export_metrics()) if parts.export_metrics else None
+        if grpc_server is not None:
+            await grpc_server.start()
+            app.state.grpc_server = grpc_server
         yield
+        if grpc_server is not None:
+            await grpc_server.stop()
         if export is not None:
             export.cancel()
         await accounts.stop()
@@ -105,7 +116,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
                 telemetry=parts.telemetry,
                 sends_request_id=parts.config.sends_request_id,
             ),
-            Middleware(Authentication, keys=KeyCache(parts.verify), callers=Callers(accounts)),
+            Middleware(Authentication, keys=keys, callers=Callers(accounts)),
             Middleware(BodyLimit, max_bytes=parts.config.max_body_bytes),
         ],
         exception_handlers={HeliostatError: _answer_error, HTTPException: _answer_error},
@@ -113,6 +124,14 @@ def build_asgi(parts: GatewayParts) -> Starlette:
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _grpc_server(parts: GatewayParts, models: Models, keys: KeyCache) -> GrpcServer | None:
+    if parts.grpc_address is None:
+        return None
+    max_bytes = parts.config.max_body_bytes
+    service = InferenceService(models)
+    return GrpcServer(service, keys, parts.grpc_address, max_message_bytes=max_bytes)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -99,7 +99,7 @@ class Authentication:
             return
         if scope["path"] not in PUBLIC_PATHS:
             try:
-                identity = await self._keys.identify(_bearer(Headers(scope=scope)))
+                identity = await self._keys.identify(_sent_key(scope))
             except AuthenticationError as error:
                 await render(error, scope["path"])(scope, receive, send)
                 return
@@ -138,6 +138,10 @@ class Authentication:
             await render(error, scope["path"])(scope, receive, send_with_limits)
 
 
+def _sent_key(scope: Scope) -> str:
+    return bearer_key(Headers(scope=scope).get("authorization", ""))
+
+
 def identity_of(request: Request) -> Identity:
     """Who sent this request."""
     return cast(Identity, request.state.identity)
@@ -150,12 +154,18 @@ def require_any(request: Request, *scopes: str) -> Identity:
         PermissionDeniedError: the key has none of them.
     """
     identity = identity_of(request)
-    if not identity.scopes.intersection(scopes):
-        identity.require(scopes[0])
-        raise PermissionDeniedError(f"this key lacks the scope '{scopes[0]}'")
+    require_scope(identity, *scopes)
     return identity
 
 
-def _bearer(headers: Headers) -> str:
-    scheme, _, key = headers.get("authorization", "").partition(" ")
+def require_scope(identity: Identity, *scopes: str) -> None:
+    """Raises PermissionDeniedError unless the caller has one of these scopes."""
+    if not identity.scopes.intersection(scopes):
+        identity.require(scopes[0])
+        raise PermissionDeniedError(f"this key lacks the scope '{scopes[0]}'")
+
+
+def bearer_key(header: str) -> str:
+    """The key in the value of an Authorization header; empty if there is none."""
+    scheme, _, key = header.partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""

@@ -95,9 +95,15 @@ class Batcher:
                 hint="try again in a moment",
             )
         future: asyncio.Future[Arrays] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Item(arrays, _count(arrays), _signature(arrays), future))
+        item = _Item(arrays, _count(arrays), _signature(arrays), future)
+        self._queue.append(item)
         self._pump()
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if item in self._queue:
+                self._queue.remove(item)
+            raise
 
     async def close(self, patience_s: float) -> None:
         """Refuse what comes; what waits is still asked for, for at most `patience_s`.

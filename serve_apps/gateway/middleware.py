@@ -40,7 +40,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = _request_id(headers)
+        request_id = request_id_from(headers.get(REQUEST_ID_HEADER, ""))
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         with self._telemetry.request(
@@ -132,6 +132,6 @@ def protocol_of(path: str) -> str:
     return "admin" if path.startswith("/admin/") else "page"
 
 
-def _request_id(headers: Headers) -> str:
-    sent = headers.get(REQUEST_ID_HEADER, "")
+def request_id_from(sent: str) -> str:
+    """The client's own id if it is a harmless one, else a new one."""
     return sent if _ACCEPTABLE_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"

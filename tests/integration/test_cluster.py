@@ -16,6 +16,7 @@ import grpc
 import httpx
 import psutil
 import pytest
+import tritonclient.grpc as triton
 
 from cluster.session.ports import PORTS, is_free
 from cluster.session.processes import find
@@ -103,12 +104,28 @@ def test_env_is_all_that_rays_own_command_needs(stack: Stack) -> None:
 def test_every_socket_is_on_loopback_or_refuses_calls_without_a_key(stack: Stack) -> None:
     found = listeners(stack)
     ports = {port for _, port in found}
-    assert {stack.settings.gateway_port, stack.settings.ray_port} <= ports, "the list is complete"
+    known = {stack.settings.gateway_port, stack.settings.grpc_port, stack.settings.ray_port}
+    assert known <= ports, "the list is complete"
     for (address, port), process in found.items():
         if not is_loopback(address):
             # Serve's calls between replicas: the only server whose address cannot be chosen.
             code = call_without_key(port, "/ray.serve.ASGIService/HandleRequest")
             assert code is grpc.StatusCode.UNAUTHENTICATED, f"{process.name()} on {address}:{port}"
+
+
+def test_grpc_refuses_calls_without_a_key(stack: Stack) -> None:
+    """The gateway's own server; Ray Serve's, which would answer on every interface, is off."""
+    port = stack.settings.grpc_port
+    addresses = {address for address, found in listeners(stack) if found == port}
+    assert addresses
+    assert all(is_loopback(address) for address in addresses)
+    for method in ("ModelInfer", "ModelStreamInfer", "ModelMetadata", "ServerMetadata", "None"):
+        code = call_without_key(port, f"/inference.GRPCInferenceService/{method}")
+        assert code is grpc.StatusCode.UNAUTHENTICATED, method
+    with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
+        assert client.is_server_ready()
+        headers = {"authorization": f"Bearer {stack.key}"}
+        assert client.get_server_metadata(headers=headers).name == "heliostat"
 
 
 def test_ray_refuses_calls_without_its_token(stack: Stack) -> None:

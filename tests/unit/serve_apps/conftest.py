@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import numpy as np
@@ -22,7 +22,7 @@ from cluster.database import open_database
 from cluster.errors import ChangedFileError, NotFoundError
 from cluster.ledger import Ledger
 from cluster.model_package.manifest import Golden, LanguageModelInfo, Manifest
-from cluster.processing import ImageInput, Labels, Processing, Softmax, TensorSpec
+from cluster.processing import Datatype, ImageInput, Labels, Processing, Softmax, TensorSpec
 from cluster.processing.text import TextProcessor
 from cluster.security.api_keys import ApiKeys
 from cluster.security.audit import AuditLog
@@ -30,6 +30,7 @@ from cluster.security.leases import LeaseStore
 from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.backend import Arrays, InProcessBackend
 from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.grpc_server import GrpcAddress
 from serve_apps.gateway.routing_table import Routes, ServedVersion
 from serve_apps.gateway.telemetry import Telemetry
 from serve_apps.llm.fake import FakeEngine
@@ -99,6 +100,27 @@ def graph_manifest() -> Manifest:
         ),
         golden=Golden(inputs={}, outputs={}),
     )
+
+
+def echo_manifest() -> Manifest:
+    """One column of each datatype in, the same out."""
+    specs = [
+        TensorSpec(name=datatype.lower(), datatype=datatype, shape=(-1, 1))
+        for datatype in get_args(Datatype)
+    ]
+    return Manifest(
+        kind="graph",
+        name="echo",
+        created_at="2026-01-01T00:00:00+00:00",
+        files={},
+        inputs=tuple(specs),
+        outputs=tuple(spec.model_copy(update={"name": f"same_{spec.name}"}) for spec in specs),
+        golden=Golden(inputs={}, outputs={}),
+    )
+
+
+def echo(arrays: Arrays) -> Arrays:
+    return {f"same_{name}": array for name, array in arrays.items()}
 
 
 def classify(arrays: Arrays) -> Arrays:
@@ -195,7 +217,8 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> AsyncIterator[Gateway]:
-    """talker/1 (chat), mute/1 (no template, few places), classes/1 and 2, broken/1."""
+    """talker/1 (chat), mute/1 (no template, few places), classes/1 and 2, broken/1, and echo/1,
+    which is reached by its version only."""
     vocab_size = TextProcessor.load(models_dir / "talker").vocab_size
     roomy = DeploymentOptions(max_queued_requests=8, request_timeout_s=5)
     narrow = DeploymentOptions(max_ongoing_requests=2, max_queued_requests=1)
@@ -204,7 +227,7 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             name, version, DIGEST, f"{name}.v{version}", options=narrow if name == "mute" else roomy
         )
         for name, version in [
-            ("talker", 1), ("mute", 1), ("classes", 1), ("classes", 2), ("broken", 1),
+            ("talker", 1), ("mute", 1), ("classes", 1), ("classes", 2), ("broken", 1), ("echo", 1),
         ]
     }  # fmt: skip
     routes = Routes(
@@ -228,6 +251,8 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             return graphs[version.name]
         if version.name == "broken":
             raise ChangedFileError("model/model.onnx is not what was signed")
+        if version.name == "echo":
+            return ServedModel(version, echo_manifest())
         if version.name == "classes":
             return ServedModel(version, graph_manifest())
         manifest = text_manifest(vocab_size, has_chat_template=version.name == "talker")
@@ -241,7 +266,7 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
         vocab_size=vocab_size, max_context_tokens=CONTEXT_TOKENS, step_time_s=0.0005
     )
     backend = InProcessBackend(
-        predictors={"classes.v1": classify, "classes.v2": classify},
+        predictors={"classes.v1": classify, "classes.v2": classify, "echo.v1": echo},
         engines={
             "talker.v1": engine,
             "mute.v1": FakeEngine(vocab_size=vocab_size, step_time_s=0.2),
@@ -260,6 +285,7 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             totals=Ledger(database).totals,
             config=GatewayConfig(max_body_bytes=64 * 1024),
             telemetry=telemetry,
+            grpc_address=GrpcAddress("127.0.0.1", 0),
         )
     )
     async with (

@@ -1,0 +1,183 @@
+"""What surrounds every gRPC call: a key, an id, and errors as gRPC's own statuses.
+
+The counterpart of `authentication.py` and `middleware.py`. The key is checked before the first byte
+of a message is read.
+
+    server = grpc.aio.server(interceptors=[Door(keys)])
+    handler = grpc.unary_unary_rpc_method_handler(answering(work), …)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+
+from cluster.errors import AuthenticationError, HeliostatError
+from cluster.security.api_keys import Identity
+from serve_apps.gateway.authentication import KeyCache, bearer_key
+from serve_apps.gateway.errors import as_heliostat_error
+from serve_apps.gateway.inference_messages import HEALTH_SERVICE, INFERENCE_SERVICE
+from serve_apps.gateway.middleware import REQUEST_ID_HEADER, request_id_from
+from serve_apps.gateway.openai import MODEL_VERSION_HEADER
+
+PUBLIC_METHODS = frozenset(
+    {
+        f"/{INFERENCE_SERVICE}/ServerLive",
+        f"/{INFERENCE_SERVICE}/ServerReady",
+        f"/{HEALTH_SERVICE}/Check",
+    }
+)
+"""Everything else needs a key, unknown methods included."""
+
+_MAX_DETAILS_BYTES = 2000
+"""Of a status: it travels in headers, for which clients have little room."""
+
+_STATUSES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    409: grpc.StatusCode.FAILED_PRECONDITION,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    422: grpc.StatusCode.FAILED_PRECONDITION,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    502: grpc.StatusCode.UNAVAILABLE,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+class UnknownMethodError(HeliostatError):
+    """There is no such method, or we do not offer it."""
+
+    code = "unknown_method"
+    http_status = 501
+
+
+@dataclass
+class Call:
+    """One call under way."""
+
+    request_id: str
+    keys: KeyCache
+    key: str
+    model_version: str = ""
+    """Set once it is known which model answers."""
+
+    async def identity(self) -> Identity:
+        """Who calls; asked again, it notices that the key was revoked meanwhile.
+
+        Raises:
+            AuthenticationError: no good key.
+        """
+        return await self.keys.identify(self.key)
+
+    @property
+    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        """What the caller is told beside the answer."""
+        told = ((REQUEST_ID_HEADER, self.request_id),)
+        if not self.model_version:
+            return told
+        return (*told, (MODEL_VERSION_HEADER, self.model_version))
+
+
+_call: ContextVar[Call] = ContextVar("call")
+Work = Callable[[Any, Call], Awaitable[Any]]
+StreamWork = Callable[[AsyncIterator[Any], Call], AsyncIterator[Any]]
+
+
+class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Lets nobody pass without a good key."""
+
+    def __init__(self, keys: KeyCache) -> None:
+        self._keys = keys
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: Any
+    ) -> Any:
+        """The handler of a call, or one that refuses it without reading on."""
+        metadata = dict(details.invocation_metadata)
+        call = Call(
+            request_id=request_id_from(str(metadata.get(REQUEST_ID_HEADER, ""))),
+            keys=self._keys,
+            key=bearer_key(str(metadata.get("authorization", ""))),
+        )
+        # The handler runs in the same task.
+        _call.set(call)
+        if details.method not in PUBLIC_METHODS:
+            try:
+                await call.identity()
+            except AuthenticationError as error:
+                return _refusal(call, error)
+        handler = await continuation(details)
+        if handler is None:
+            return _refusal(
+                call,
+                UnknownMethodError(
+                    f"there is no method '{details.method:.200}' here",
+                    hint=f"services are {INFERENCE_SERVICE} and {HEALTH_SERVICE}, without what "
+                    "changes models or shares memory",
+                ),
+            )
+        return handler
+
+
+def answering(work: Work) -> Callable[[Any, Any], Awaitable[Any]]:
+    """A method with one answer, whose errors become statuses."""
+
+    async def behave(request: Any, context: Any) -> Any:
+        call = _call.get()
+        try:
+            answer = await work(request, call)
+        except Exception as error:
+            await _abort(context, call, error)
+        context.set_trailing_metadata(call.trailing_metadata)
+        return answer
+
+    return behave
+
+
+def streaming(work: StreamWork) -> Callable[[AsyncIterator[Any], Any], AsyncIterator[Any]]:
+    """A method with a stream of answers, whose errors become statuses and end it."""
+
+    async def behave(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        call = _call.get()
+        try:
+            async for answer in work(requests, call):
+                yield answer
+        except Exception as error:
+            await _abort(context, call, error)
+        context.set_trailing_metadata(call.trailing_metadata)
+
+    return behave
+
+
+def message_of(error: Exception) -> str:
+    """What a caller is told of an error: one line, not too long for a header."""
+    text = " ".join(str(as_heliostat_error(error)).split())
+    return text.encode()[:_MAX_DETAILS_BYTES].decode(errors="ignore")
+
+
+def status_of(error: Exception) -> grpc.StatusCode:
+    """gRPC's word for an error."""
+    return _STATUSES.get(as_heliostat_error(error).http_status, grpc.StatusCode.INTERNAL)
+
+
+def _refusal(call: Call, error: HeliostatError) -> Any:
+    async def refuse(_requests: AsyncIterator[bytes], context: Any) -> None:
+        await _abort(context, call, error)
+
+    # As a stream, so that no message is read first.
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+async def _abort(context: Any, call: Call, error: Exception) -> NoReturn:
+    known = as_heliostat_error(error)
+    await context.abort(status_of(known), message_of(known), call.trailing_metadata)
+    raise asyncio.CancelledError  # abort has raised already
