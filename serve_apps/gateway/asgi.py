@@ -27,6 +27,7 @@ from serve_apps.gateway import (
     openai,
     openapi,
     page,
+    tensorflow_serving,
     usage,
 )
 from serve_apps.gateway.accounts import Accounts, Exchange
@@ -34,6 +35,7 @@ from serve_apps.gateway.authentication import Authentication, KeyCache, Verify
 from serve_apps.gateway.backend import ModelBackend
 from serve_apps.gateway.callers import Callers
 from serve_apps.gateway.catalogue import Load, ModelCatalogue
+from serve_apps.gateway.compression import Decompression
 from serve_apps.gateway.errors import MethodNotAllowedError, render
 from serve_apps.gateway.grpc_server import GrpcAddress, GrpcServer
 from serve_apps.gateway.grpc_service import InferenceService
@@ -100,6 +102,8 @@ def build_asgi(parts: GatewayParts) -> Starlette:
 
     routes = [
         *open_inference.build_routes(models),
+        # Before OpenAI's, whose path of a model takes any.
+        *tensorflow_serving.build_routes(models),
         *openai.build_routes(models, parts.config.text),
         *embeddings.build_routes(models, parts.config.text),
         *model_cards.build_routes(models),
@@ -118,6 +122,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
             ),
             Middleware(Authentication, keys=keys, callers=Callers(accounts)),
             Middleware(BodyLimit, max_bytes=parts.config.max_body_bytes),
+            Middleware(Decompression, max_bytes=parts.config.max_body_bytes),
         ],
         exception_handlers={HeliostatError: _answer_error, HTTPException: _answer_error},
         lifespan=lifespan,

@@ -22,8 +22,8 @@ from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.callers import reading_tokens
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.embedding_graph import EmbeddingGraph, Items, Prepared
+from serve_apps.gateway.middleware import MODEL_VERSION_HEADER
 from serve_apps.gateway.models import Models
-from serve_apps.gateway.openai import MODEL_VERSION_HEADER
 from serve_apps.gateway.openai_schema import WHOLE, Many, ModelName, Tag, TextLimits
 from serve_apps.gateway.openapi import describes
 from serve_apps.gateway.requests import off_loop_if_large, parse_object, validate

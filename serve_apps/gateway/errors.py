@@ -1,6 +1,6 @@
 """One error, in the shape that each protocol's clients expect.
 
-The Open Inference routes answer `{"error": "message"}`, all others OpenAI's
+The Open Inference and TensorFlow Serving routes answer `{"error": "message"}`, all others OpenAI's
 `{"error": {message, type, code, param}}`. This is the only place that knows either.
 
     response = render(InputError("…", param="prompt"), "/v1/completions")
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -30,6 +31,8 @@ from serve_apps.gateway.telemetry import note_error
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 1
+# `/v1/models/NAME` itself is OpenAI's.
+_TENSORFLOW = re.compile(r"/v1/models/.+(:[a-z]*|/metadata|/versions/[^/]*|/labels/[^/]*)$", re.S)
 
 
 class MethodNotAllowedError(UsageError):
@@ -75,7 +78,7 @@ def render(error: Exception, path: str) -> JSONResponse:
 
 def body_for(error: HeliostatError, path: str) -> dict[str, Any]:
     """The JSON body of an error on this path."""
-    if path == "/v2" or path.startswith("/v2/"):
+    if path == "/v2" or path.startswith("/v2/") or _TENSORFLOW.match(path):
         return {"error": str(error)}
     return {
         "error": {

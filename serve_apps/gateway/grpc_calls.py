@@ -22,8 +22,11 @@ from cluster.security.api_keys import Identity
 from serve_apps.gateway.authentication import KeyCache, bearer_key
 from serve_apps.gateway.errors import as_heliostat_error
 from serve_apps.gateway.inference_messages import HEALTH_SERVICE, INFERENCE_SERVICE
-from serve_apps.gateway.middleware import REQUEST_ID_HEADER, request_id_from
-from serve_apps.gateway.openai import MODEL_VERSION_HEADER
+from serve_apps.gateway.middleware import (
+    MODEL_VERSION_HEADER,
+    REQUEST_ID_HEADER,
+    request_id_from,
+)
 
 PUBLIC_METHODS = frozenset(
     {

@@ -22,6 +22,7 @@ from serve_apps.gateway import open_inference_answers as answers
 from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.inference_requests import answer, find_model
+from serve_apps.gateway.middleware import MODEL_VERSION_HEADER
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.open_inference_bodies import (
     BINARY,
@@ -30,7 +31,6 @@ from serve_apps.gateway.open_inference_bodies import (
     read_body,
     write_body,
 )
-from serve_apps.gateway.openai import MODEL_VERSION_HEADER
 from serve_apps.gateway.openapi import JSON, describes
 from serve_apps.gateway.requests import off_loop_if_large
 

@@ -18,6 +18,7 @@ from cluster.errors import HeliostatError, UsageError
 from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.errors import server_sent
+from serve_apps.gateway.middleware import MODEL_VERSION_HEADER
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.openai_answers import (
     AnswerShape,
@@ -38,12 +39,12 @@ from serve_apps.gateway.openai_schema import (
     read_completion,
 )
 from serve_apps.gateway.openapi import EVENT_STREAM, JSON, describes
+from serve_apps.gateway.paths import MODEL
 from serve_apps.gateway.prompts import begin_chat, begin_completion, echo_of
 from serve_apps.gateway.requests import off_loop_if_large
 from serve_apps.gateway.responses import JsonResponse
+from serve_apps.gateway.tensorflow_serving import version_status
 from serve_apps.gateway.text_generation import Piece, TextAnswers
-
-MODEL_VERSION_HEADER = "x-model-version"
 
 ResultType = TypeVar("ResultType")
 
@@ -69,7 +70,8 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
     async def show_model(request: Request) -> Response:
         require_any(request, "models:read", "infer")
         name = request.path_params["name"]
-        return JsonResponse(model_card(await models.find(name), name))
+        model = await models.find(name)
+        return JsonResponse(model_card(model, name) | version_status(models, model, name))
 
     @describes(
         "Continue a text",
@@ -110,7 +112,7 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/models", list_models),
-        Route("/v1/models/{name:path}", show_model),
+        Route(f"/v1/models/{{name:{MODEL}}}", show_model),
     ]
 
 

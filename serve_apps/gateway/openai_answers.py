@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.openai_schema import Generation
+from serve_apps.gateway.tensorflow_answers import VersionState
 from serve_apps.gateway.text_generation import Piece, ScoredToken, TextAnswers
 
 
@@ -98,6 +99,8 @@ class ModelCard(TypedDict):
     version: int
     digest: str
     max_model_len: NotRequired[int]
+    model_version_status: NotRequired[list[VersionState]]
+    """For TensorFlow Serving's clients, who ask for one model by the same path."""
 
 
 class ModelList(TypedDict):

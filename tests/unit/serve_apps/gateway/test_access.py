@@ -16,7 +16,8 @@ from cluster.errors import AuthenticationError
 from cluster.security.api_keys import Identity
 from serve_apps.gateway.authentication import PUBLIC_PATHS, KeyCache
 
-VALUES = {"name": "classes", "version": "1", "name:path": "classes"}
+VALUES = {"name": "classes", "version": "1", "name:word": "classes", "version:word": "1",
+          "alias:word": "champion", "name:model": "classes"}  # fmt: skip
 
 
 def every_route(gateway: Any) -> list[tuple[str, str]]:
@@ -87,6 +88,9 @@ async def test_a_wrong_key_is_refused(gateway: Any, header: str) -> None:
         ("GET", "/v2/models/classes", ["models:read"], 200),
         ("POST", "/v1/completions", ["models:read"], 403),
         ("POST", "/v2/models/classes/infer", ["models:read", "admin"], 403),
+        ("POST", "/v1/models/classes:predict", ["models:read", "admin"], 403),
+        ("GET", "/v1/models/classes/metadata", ["models:read"], 200),
+        ("GET", "/v1/models/classes/versions/1", ["admin"], 403),
         ("GET", "/admin/deployments", ["infer", "models:read"], 403),
         ("POST", "/admin/deployments", ["infer", "models:read"], 403),
         ("DELETE", "/admin/deployments/classes", ["infer"], 403),
@@ -174,8 +178,14 @@ async def test_many_requests_with_one_key_ask_once() -> None:
 
 @pytest.mark.parametrize(
     ("path", "is_openai"),
-    [("/v1/nope", True), ("/v2/nope", False), ("/admin/nope", True), ("/nope", True)],
-)
+    [
+        ("/v1/nope", True), ("/v1/models/nope", True), ("/v1/models/classes/nope", True),
+        ("/v2/nope", False), ("/admin/nope", True), ("/nope", True),
+
+        ("/v1/models/nope/metadata", False), ("/v1/models/nope/versions/1", False),
+        ("/v1/models/classes/labels/nope", False),
+    ],
+)  # fmt: skip
 async def test_unknown_paths_answer_in_the_protocols_shape(
     gateway: Any, path: str, is_openai: bool
 ) -> None:
