@@ -61,7 +61,7 @@ def build_routes(models: Models) -> list[Route]:
         require_any(request, "infer")
         verb = request.url.path.rpartition(":")[2]
         raise NotFoundError(
-            f"there is no ':{verb}' here: it takes TensorFlow's own examples, which are not understood here",
+            f"there is no ':{verb}' here, which takes TensorFlow's own examples",
             hint="call ':predict', and ask for the label or the scores",
         )
 
