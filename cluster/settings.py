@@ -137,6 +137,11 @@ class Settings(BaseSettings):
         return f"http://{_reachable(self.host)}:{self.gateway_port}"
 
     @property
+    def grpc_address(self) -> str:
+        """HOST:PORT of the gateway's gRPC, as clients take it."""
+        return f"{_reachable(self.host)}:{self.grpc_port}"
+
+    @property
     def dashboard_url(self) -> str:
         return f"http://{_reachable(self.host)}:{self.dashboard_port}"
 

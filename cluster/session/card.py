@@ -14,6 +14,7 @@ def card(settings: Settings) -> str:
         [
             "",
             f"  gateway        {settings.gateway_url}",
+            f"  gRPC           {settings.grpc_address}",
             f"  API key        {key}",
             f"  MLflow         {settings.tracking_uri}",
             f"  Ray dashboard  {settings.dashboard_url}"

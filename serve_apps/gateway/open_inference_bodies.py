@@ -9,7 +9,6 @@ is, `binary_data_size` in each tensor's parameters how many of the bytes after i
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,6 +27,7 @@ from serve_apps.gateway.inference_requests import (
     read_timeout_s,
 )
 from serve_apps.gateway.requests import parse_object, validate
+from serve_apps.gateway.responses import write_json
 from serve_apps.gateway.tensors import declare, from_bytes, from_values, to_bytes, to_values
 
 BINARY = "application/octet-stream"
@@ -104,7 +104,7 @@ def write_body(
         "model_version": str(model.served.version),
         "outputs": tensors,
     }
-    text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+    text = write_json(values)
     if not any(output.is_binary for output in outputs):
         return text, {"content-type": "application/json"}
     headers = {"content-type": BINARY, JSON_LENGTH_HEADER: str(len(text))}

@@ -11,8 +11,13 @@ import orjson
 from starlette.responses import JSONResponse
 
 
+def write_json(content: Any) -> bytes:
+    """As JsonResponse has it."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
 class JsonResponse(JSONResponse):
     """Numbers must be finite: what is not is written as null."""
 
     def render(self, content: Any) -> bytes:
-        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+        return write_json(content)

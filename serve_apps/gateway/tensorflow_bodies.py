@@ -196,7 +196,9 @@ def _to_bytes(name: str, value: Any) -> bytes:
 def _to_json(spec: TensorSpec, array: Array) -> Any:
     if spec.datatype != "BYTES":
         check_finite(spec, array)
-        return array.tolist()
+        if array.ndim == 0:
+            return array[()]
+        return np.ascontiguousarray(array, dtype=spec.numpy_dtype)
     texts = np.empty(array.shape, dtype=object)
     for index, value in np.ndenumerate(array):
         texts[index] = _to_text(value)

@@ -21,9 +21,10 @@ from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.inference_requests import find_model
 from serve_apps.gateway.middleware import MODEL_VERSION_HEADER
 from serve_apps.gateway.models import Models
-from serve_apps.gateway.openapi import describes
+from serve_apps.gateway.openapi import JSON, describes
 from serve_apps.gateway.paths import MODEL, WORD
 from serve_apps.gateway.requests import off_loop_if_large
+from serve_apps.gateway.responses import write_json
 from serve_apps.gateway.tensorflow_answers import (
     ModelMetadata,
     ModelStatus,
@@ -53,8 +54,11 @@ def build_routes(models: Models) -> list[Route]:
         asked = await off_loop_if_large(len(body), lambda: read_predict(body, model))
         outputs = await models.infer(model, asked.inputs)
         size_bytes = sum(array.nbytes for array in outputs.values())
-        values = await off_loop_if_large(size_bytes, lambda: write_predict(asked, model, outputs))
-        return JSONResponse(values, headers={MODEL_VERSION_HEADER: str(model.served)})
+        content = await off_loop_if_large(
+            size_bytes, lambda: write_json(write_predict(asked, model, outputs))
+        )
+        headers = {MODEL_VERSION_HEADER: str(model.served)}
+        return Response(content, headers=headers, media_type=JSON)
 
     @describes("Not offered", scopes=("infer",))
     async def refuse(request: Request) -> Response:

@@ -97,8 +97,8 @@ def from_bytes(spec: TensorSpec, data: bytes | memoryview) -> Array:
     return _shaped(spec, np.require(array, requirements="A"))
 
 
-def to_values(spec: TensorSpec, array: Array) -> list[Any]:
-    """An output's values for JSON, flat; bytes that are no UTF-8 are replaced.
+def to_values(spec: TensorSpec, array: Array) -> list[str] | Array:
+    """An output's values for `write_json`, flat; bytes that are no UTF-8 are replaced.
 
     Raises:
         UpstreamFailedError: it holds NaN or infinity.
@@ -106,7 +106,7 @@ def to_values(spec: TensorSpec, array: Array) -> list[Any]:
     if spec.datatype == "BYTES":
         return [value.decode(errors="replace") for value in array.reshape(-1).tolist()]
     check_finite(spec, array)
-    return array.reshape(-1).tolist()
+    return np.ascontiguousarray(array, dtype=spec.numpy_dtype).reshape(-1)
 
 
 def to_bytes(spec: TensorSpec, array: Array) -> bytes:

@@ -23,7 +23,7 @@ async def catalogue(gateway: Any, *scopes: str) -> dict[str, list[dict[str, Any]
 @pytest.mark.parametrize("scope", ["models:read", "infer"])
 async def test_versions_have_their_share_state_aliases_and_card(gateway: Any, scope: str) -> None:
     models = await catalogue(gateway, scope)
-    assert set(models) == {"broken", "classes", "mute", "talker"}
+    assert set(models) == {"broken", "classes", "echo", "mute", "talker"}
     new, old = models["classes"]
     assert (new["version"], new["share"], new["aliases"]) == (2, 1.0, ["champion"])
     assert (old["version"], old["share"], old["aliases"]) == (1, 0.0, ["previous"])

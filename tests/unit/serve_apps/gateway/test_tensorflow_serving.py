@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster.processing import TensorSpec
+from serve_apps.gateway.responses import write_json
+from serve_apps.gateway.tensorflow_bodies import _to_json
+
 BRIGHT = [1.0, 0.9, 1.0, 1.0]
 DARK = [0.0, 0.1, 0.0, 0.0]
 OF_EACH = {
@@ -164,6 +168,12 @@ async def test_the_state_of_versions_stands_beside_openais_card(gateway: Any) ->
         answer = await get(gateway, path)
         assert answer.json() == {"model_version_status": [{"version": version, **state}]}
     assert (await get(gateway, "classes/versions/9")).status_code == 404
+
+
+@pytest.mark.parametrize(("shape", "text"), [((), b"0.1"), ((1,), b"[0.1]"), ((0, 2), b"[]")])
+def test_columns_have_the_outputs_shape(shape: tuple[int, ...], text: bytes) -> None:
+    spec = TensorSpec(name="y", datatype="FP32", shape=shape)
+    assert write_json(_to_json(spec, np.full(shape, 0.1, dtype=np.float32))) == text
 
 
 async def test_metadata_describes_inputs_and_outputs(gateway: Any) -> None:
