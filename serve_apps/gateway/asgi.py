@@ -37,6 +37,7 @@ from serve_apps.gateway.callers import Callers
 from serve_apps.gateway.catalogue import Load, ModelCatalogue
 from serve_apps.gateway.compression import Decompression
 from serve_apps.gateway.errors import MethodNotAllowedError, render
+from serve_apps.gateway.grpc_calls import Door
 from serve_apps.gateway.grpc_server import GrpcAddress, GrpcServer
 from serve_apps.gateway.grpc_service import InferenceService
 from serve_apps.gateway.middleware import BodyLimit, RequestContext
@@ -80,8 +81,8 @@ def build_asgi(parts: GatewayParts) -> Starlette:
     table = RoutingTable(parts.read_routes)
     accounts = Accounts(parts.exchange)
     models = Models(table, ModelCatalogue(parts.load_model), parts.backend, parts.telemetry)
-    keys = KeyCache(parts.verify)
-    grpc_server = _grpc_server(parts, models, keys)
+    keys, callers = KeyCache(parts.verify), Callers(accounts)
+    grpc_server = _grpc_server(parts, models, Door(keys, callers))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -131,12 +132,12 @@ def build_asgi(parts: GatewayParts) -> Starlette:
     return app
 
 
-def _grpc_server(parts: GatewayParts, models: Models, keys: KeyCache) -> GrpcServer | None:
+def _grpc_server(parts: GatewayParts, models: Models, door: Door) -> GrpcServer | None:
     if parts.grpc_address is None:
         return None
     max_bytes = parts.config.max_body_bytes
     service = InferenceService(models)
-    return GrpcServer(service, keys, parts.grpc_address, max_message_bytes=max_bytes)
+    return GrpcServer(service, door, parts.grpc_address, max_message_bytes=max_bytes)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -62,6 +62,11 @@ def render(error: Exception, path: str) -> JSONResponse:
     """The response for an error on this path."""
     known = as_heliostat_error(error)
     note_error(known)
+    return JSONResponse(body_for(known, path), known.http_status, headers_for(known))
+
+
+def headers_for(known: HeliostatError) -> dict[str, str]:
+    """What a client is told of an error beside the body."""
     headers: dict[str, str] = {}
     if isinstance(known, OverloadedError):
         headers["retry-after"] = str(_RETRY_AFTER_S)
@@ -73,7 +78,7 @@ def render(error: Exception, path: str) -> JSONResponse:
         headers["www-authenticate"] = "Bearer"
     if isinstance(known, MethodNotAllowedError):
         headers["allow"] = known.allowed
-    return JSONResponse(body_for(known, path), known.http_status, headers)
+    return headers
 
 
 def body_for(error: HeliostatError, path: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 The counterpart of `authentication.py` and `middleware.py`. The key is checked before the first byte
 of a message is read.
 
-    server = grpc.aio.server(interceptors=[Door(keys)])
+    server = grpc.aio.server(interceptors=[Door(keys, callers)])
     handler = grpc.unary_unary_rpc_method_handler(answering(work), …)
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -19,8 +20,9 @@ import grpc
 
 from cluster.errors import AuthenticationError, HeliostatError
 from cluster.security.api_keys import Identity
-from serve_apps.gateway.authentication import KeyCache, bearer_key
-from serve_apps.gateway.errors import as_heliostat_error
+from serve_apps.gateway.authentication import KeyCache, bearer_key, require_scope
+from serve_apps.gateway.callers import Caller, Callers
+from serve_apps.gateway.errors import as_heliostat_error, headers_for
 from serve_apps.gateway.inference_messages import HEALTH_SERVICE, INFERENCE_SERVICE
 from serve_apps.gateway.middleware import (
     MODEL_VERSION_HEADER,
@@ -69,9 +71,11 @@ class Call:
 
     request_id: str
     keys: KeyCache
+    callers: Callers
     key: str
     model_version: str = ""
     """Set once it is known which model answers."""
+    caller: Caller | None = None
 
     async def identity(self) -> Identity:
         """Who calls; asked again, it notices that the key was revoked meanwhile.
@@ -81,13 +85,32 @@ class Call:
         """
         return await self.keys.identify(self.key)
 
+    @asynccontextmanager
+    async def entered(self, *scopes: str, counts: bool = False) -> AsyncIterator[None]:
+        """Be the current caller for one request, which may count in the tenant's minute.
+
+        Raises:
+            AuthenticationError: no good key.
+            PermissionDeniedError: a key with none of the scopes.
+            RateLimitedError: the tenant has no request left.
+        """
+        identity = await self.identity()
+        require_scope(identity, *scopes)
+        self.caller = self.callers.make(identity)
+        if counts:
+            await self.caller.count_request()
+        with self.caller.entered():
+            yield
+
     @property
     def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
         """What the caller is told beside the answer."""
-        told = ((REQUEST_ID_HEADER, self.request_id),)
-        if not self.model_version:
-            return told
-        return (*told, (MODEL_VERSION_HEADER, self.model_version))
+        told = [(REQUEST_ID_HEADER, self.request_id)]
+        if self.model_version:
+            told.append((MODEL_VERSION_HEADER, self.model_version))
+        if self.caller is not None:
+            told += [(name.decode(), value.decode()) for name, value in self.caller.limit_headers()]
+        return tuple(told)
 
 
 _call: ContextVar[Call] = ContextVar("call")
@@ -98,8 +121,9 @@ StreamWork = Callable[[AsyncIterator[Any], Call], AsyncIterator[Any]]
 class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Lets nobody pass without a good key."""
 
-    def __init__(self, keys: KeyCache) -> None:
+    def __init__(self, keys: KeyCache, callers: Callers) -> None:
         self._keys = keys
+        self._callers = callers
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
@@ -109,6 +133,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         call = Call(
             request_id=request_id_from(str(metadata.get(REQUEST_ID_HEADER, ""))),
             keys=self._keys,
+            callers=self._callers,
             key=bearer_key(str(metadata.get("authorization", ""))),
         )
         # The handler runs in the same task.
@@ -182,5 +207,6 @@ def _refusal(call: Call, error: HeliostatError) -> Any:
 
 async def _abort(context: Any, call: Call, error: Exception) -> NoReturn:
     known = as_heliostat_error(error)
-    await context.abort(status_of(known), message_of(known), call.trailing_metadata)
+    told = (*call.trailing_metadata, *headers_for(known).items())
+    await context.abort(status_of(known), message_of(known), told)
     raise asyncio.CancelledError  # abort has raised already

@@ -3,7 +3,7 @@ machine.
 
 Ray Serve's own would open a second door to every model, on all interfaces.
 
-    server = GrpcServer(InferenceService(models), keys, address, max_message_bytes=32 * 1024**2)
+    server = GrpcServer(InferenceService(models), Door(keys, callers), address, max_message_bytes=…)
     await server.start()
     await server.stop()
 """
@@ -17,7 +17,6 @@ from typing import Any
 import grpc
 
 from cluster.errors import PortInUseError
-from serve_apps.gateway.authentication import KeyCache
 from serve_apps.gateway.grpc_calls import Door
 from serve_apps.gateway.grpc_service import InferenceService
 
@@ -48,13 +47,13 @@ class GrpcServer:
     def __init__(
         self,
         service: InferenceService,
-        keys: KeyCache,
+        door: Door,
         address: GrpcAddress,
         *,
         max_message_bytes: int,
     ) -> None:
         self._service = service
-        self._keys = keys
+        self._door = door
         self._address = address
         self._max_message_bytes = max_message_bytes
         self._server: Any = None
@@ -63,7 +62,7 @@ class GrpcServer:
     async def start(self) -> None:
         """Raises PortInUseError if somebody other than a gateway replica listens there."""
         server = grpc.aio.server(
-            interceptors=[Door(self._keys)],
+            interceptors=[self._door],
             maximum_concurrent_rpcs=_MAX_CALLS,
             options=[
                 ("grpc.so_reuseport", 1),

@@ -13,10 +13,14 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from cluster.errors import InputError, NotFoundError
+from cluster.errors import (
+    AuthenticationError,
+    InputError,
+    NotFoundError,
+    PermissionDeniedError,
+)
 from cluster.processing import Array
 from serve_apps.gateway import inference_messages as messages
-from serve_apps.gateway.authentication import require_scope
 from serve_apps.gateway.backend import Arrays
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.grpc_calls import Call, answering, message_of, streaming
@@ -98,28 +102,28 @@ class InferenceService:
         return messages.HealthCheckResponse(status=status)
 
     async def _server_metadata(self, _request: Any, call: Call) -> Any:
-        require_scope(await call.identity(), "models:read", "infer")
-        return messages.ServerMetadataResponse(name=SERVER_NAME, version=server_version())
+        async with call.entered("models:read", "infer"):
+            return messages.ServerMetadataResponse(name=SERVER_NAME, version=server_version())
 
     async def _model_ready(self, request: Any, call: Call) -> Any:
-        require_scope(await call.identity(), "models:read", "infer")
-        try:
-            await find_model(self._models, request.name, request.version)
-        except NotFoundError:
-            return messages.ModelReadyResponse(ready=False)
-        return messages.ModelReadyResponse(ready=True)
+        async with call.entered("models:read", "infer"):
+            try:
+                await find_model(self._models, request.name, request.version)
+            except NotFoundError:
+                return messages.ModelReadyResponse(ready=False)
+            return messages.ModelReadyResponse(ready=True)
 
     async def _model_metadata(self, request: Any, call: Call) -> Any:
-        require_scope(await call.identity(), "models:read", "infer")
-        model = await find_model(self._models, request.name, request.version)
-        return messages.ModelMetadataResponse(**describe_model(self._models, model))
+        async with call.entered("models:read", "infer"):
+            model = await find_model(self._models, request.name, request.version)
+            return messages.ModelMetadataResponse(**describe_model(self._models, model))
 
     async def _model_infer(self, data: bytes, call: Call) -> Any:
-        require_scope(await call.identity(), "infer")
-        request = await off_loop_if_large(
-            len(data), lambda: _parse(messages.ModelInferRequest, data)
-        )
-        return await self._infer(request, len(data), call)
+        async with call.entered("infer", counts=True):
+            request = await off_loop_if_large(
+                len(data), lambda: _parse(messages.ModelInferRequest, data)
+            )
+            return await self._infer(request, len(data), call)
 
     async def _model_stream_infer(
         self, stream: AsyncIterator[bytes], call: Call
@@ -127,10 +131,12 @@ class InferenceService:
         """One answer to each request, in order; an error answers its own request only, but a key
         that is not good any more ends the stream."""
         async for data in stream:
-            require_scope(await call.identity(), "infer")
             request = _parse(messages.ModelInferRequest, data)
             try:
-                response = await self._infer(request, len(data), call)
+                async with call.entered("infer", counts=True):
+                    response = await self._infer(request, len(data), call)
+            except (AuthenticationError, PermissionDeniedError):
+                raise
             except Exception as error:
                 # The client knows by the id which of its requests failed.
                 yield messages.ModelStreamInferResponse(

@@ -17,7 +17,6 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from cluster.errors import PortInUseError
-from serve_apps.gateway.authentication import KeyCache
 from serve_apps.gateway.grpc_calls import PUBLIC_METHODS
 from serve_apps.gateway.grpc_server import GrpcAddress, GrpcServer
 
@@ -221,7 +220,7 @@ async def test_it_listens_where_it_is_told_and_nowhere_else(gateway: Any) -> Non
 def another_server(gateway: Any, port: int) -> GrpcServer:
     return GrpcServer(
         gateway.app.state.grpc_server._service,
-        KeyCache(gateway.keys.verify),
+        gateway.app.state.grpc_server._door,
         GrpcAddress("127.0.0.1", port),
         max_message_bytes=1024,
     )
@@ -258,3 +257,61 @@ async def test_a_stopping_server_lets_calls_under_way_end(gateway: Any) -> None:
         assert (await answer).as_numpy("label").tolist() == [b"bright"]
         with pytest.raises(InferenceServerException):
             await client.infer("classes", [pixels()], headers=gateway.headers())
+
+
+def infer_request(model: str = "classes") -> Any:
+    return service_pb2.ModelInferRequest(
+        model_name=model,
+        inputs=[{"name": "pixels", "datatype": "FP32", "shape": [1, 4]}],
+        raw_input_contents=[BRIGHT.tobytes()],
+    )
+
+
+async def test_a_tenants_limits_hold_here_too(gateway: Any, channel: Any) -> None:
+    gateway.keys.set_tenant("acme", {"requests_per_minute": 3})
+    metadata = tuple(gateway.headers("infer").items())
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    code, _, trailing = await status(stub.ModelInfer(infer_request(), metadata=metadata))
+    assert code is grpc.StatusCode.OK
+    assert trailing["x-ratelimit-remaining-requests"] == "2"
+    stream = stub.ModelStreamInfer(iter([infer_request()] * 3), metadata=metadata)
+    errors = [answer.error_message async for answer in stream]
+    assert errors[:2] == ["", ""]
+    assert "3 requests per minute" in errors[2]
+    code, details, trailing = await status(stub.ModelInfer(infer_request(), metadata=metadata))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "3 requests per minute" in details
+    assert 1 <= int(trailing["retry-after"]) <= 63
+    looked = stub.ServerMetadata(service_pb2.ServerMetadataRequest(), metadata=metadata)
+    assert (await status(looked))[0] is grpc.StatusCode.OK
+
+
+async def test_a_key_for_one_model_knows_of_no_other(gateway: Any, channel: Any) -> None:
+    key = gateway.keys.create("acme", ["infer"], models=["classes"]).key
+    metadata = (("authorization", f"Bearer {key}"),)
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    seen = [
+        await status(stub.ModelInfer(infer_request(model), metadata=metadata))
+        for model in ("classes", "talker", "nothing")
+    ]
+    assert [code.name for code, _, _ in seen] == ["OK", "NOT_FOUND", "NOT_FOUND"]
+    assert seen[1][1].replace("talker", "nothing") == seen[2][1]
+    ready = service_pb2.ModelReadyRequest(name="talker")
+    assert not (await stub.ModelReady(ready, metadata=metadata)).ready
+
+
+async def test_what_was_answered_is_on_the_bill(gateway: Any, channel: Any) -> None:
+    headers = gateway.headers("infer")
+    metadata = tuple(headers.items())
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    for model in ("classes", "none", "classes"):
+        await status(stub.ModelInfer(infer_request(model), metadata=metadata))
+    stream = stub.ModelStreamInfer(iter([infer_request()] * 3), metadata=metadata)
+    assert len([answer async for answer in stream]) == 3
+    rows: list[Any] = []
+    for _ in range(100):
+        rows = (await gateway.client.get("/v1/usage", headers=headers)).json()["data"]
+        if sum(row["requests"] for row in rows) >= 5:
+            break
+        await asyncio.sleep(0.05)
+    assert sum(row["requests"] for row in rows) == 5
