@@ -82,7 +82,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
     accounts = Accounts(parts.exchange)
     models = Models(table, ModelCatalogue(parts.load_model), parts.backend, parts.telemetry)
     keys, callers = KeyCache(parts.verify), Callers(accounts)
-    grpc_server = _grpc_server(parts, models, Door(keys, callers))
+    grpc_server = _grpc_server(parts, models, Door(keys, callers, parts.telemetry))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -121,7 +121,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
                 telemetry=parts.telemetry,
                 sends_request_id=parts.config.sends_request_id,
             ),
-            Middleware(Authentication, keys=keys, callers=Callers(accounts)),
+            Middleware(Authentication, keys=keys, callers=callers),
             Middleware(BodyLimit, max_bytes=parts.config.max_body_bytes),
             Middleware(Decompression, max_bytes=parts.config.max_body_bytes),
         ],

@@ -22,7 +22,6 @@ from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.callers import reading_tokens
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.embedding_graph import EmbeddingGraph, Items, Prepared
-from serve_apps.gateway.middleware import MODEL_VERSION_HEADER
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.openai_schema import WHOLE, Many, ModelName, Tag, TextLimits
 from serve_apps.gateway.openapi import describes
@@ -98,10 +97,9 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         async with reading_tokens(model.served, prepared.num_tokens):
             vectors = await _vectors(models, model, graph, prepared)
         note_embedded(prepared.num_tokens)
-        headers = {MODEL_VERSION_HEADER: str(model.served)}
         return await off_loop_if_large(
             sum(vector.nbytes for vector in vectors),
-            lambda: JsonResponse(_answer(asked, vectors, prepared.num_tokens), headers=headers),
+            lambda: JsonResponse(_answer(asked, vectors, prepared.num_tokens)),
         )
 
     return [Route("/v1/embeddings", embed, methods=["POST"])]

@@ -3,15 +3,15 @@
 The counterpart of `authentication.py` and `middleware.py`. The key is checked before the first byte
 of a message is read.
 
-    server = grpc.aio.server(interceptors=[Door(keys, callers)])
+    server = grpc.aio.server(interceptors=[Door(keys, callers, telemetry)])
     handler = grpc.unary_unary_rpc_method_handler(answering(work), …)
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -27,8 +27,10 @@ from serve_apps.gateway.inference_messages import HEALTH_SERVICE, INFERENCE_SERV
 from serve_apps.gateway.middleware import (
     MODEL_VERSION_HEADER,
     REQUEST_ID_HEADER,
+    UNMATCHED_ROUTE,
     request_id_from,
 )
+from serve_apps.gateway.telemetry import RequestRecord, Telemetry, current_request, note_error
 
 PUBLIC_METHODS = frozenset(
     {
@@ -39,6 +41,9 @@ PUBLIC_METHODS = frozenset(
 )
 """Everything else needs a key, unknown methods included."""
 
+_PROTOCOL = "open_inference_grpc"
+_OK = 200
+"""As HTTP has it: what telemetry knows."""
 _MAX_DETAILS_BYTES = 2000
 """Of a status: it travels in headers, for which clients have little room."""
 
@@ -72,7 +77,12 @@ class Call:
     request_id: str
     keys: KeyCache
     callers: Callers
+    telemetry: Telemetry
     key: str
+    traceparent: str | None = None
+    route: str = UNMATCHED_ROUTE
+    """The method's name, once it is known to be one."""
+    is_public: bool = False
     model_version: str = ""
     """Set once it is known which model answers."""
     caller: Caller | None = None
@@ -95,12 +105,25 @@ class Call:
             RateLimitedError: the tenant has no request left.
         """
         identity = await self.identity()
+        if (record := current_request()) is not None:
+            record.state["identity"] = identity
         require_scope(identity, *scopes)
         self.caller = self.callers.make(identity)
         if counts:
             await self.caller.count_request()
         with self.caller.entered():
             yield
+
+    def recorded(self) -> AbstractContextManager[RequestRecord]:
+        """The time in which it is answered."""
+        return self.telemetry.request(
+            _PROTOCOL,
+            self.route,
+            request_id=self.request_id,
+            traceparent=self.traceparent,
+            # Who watches the gateway's health asks each second.
+            is_traced=not self.is_public,
+        )
 
     @property
     def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
@@ -115,15 +138,16 @@ class Call:
 
 _call: ContextVar[Call] = ContextVar("call")
 Work = Callable[[Any, Call], Awaitable[Any]]
-StreamWork = Callable[[AsyncIterator[Any], Call], AsyncIterator[Any]]
+StreamWork = Callable[[AsyncIterator[Any], Call], AsyncGenerator[Any, None]]
 
 
 class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Lets nobody pass without a good key."""
 
-    def __init__(self, keys: KeyCache, callers: Callers) -> None:
+    def __init__(self, keys: KeyCache, callers: Callers, telemetry: Telemetry) -> None:
         self._keys = keys
         self._callers = callers
+        self._telemetry = telemetry
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
@@ -134,11 +158,14 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             request_id=request_id_from(str(metadata.get(REQUEST_ID_HEADER, ""))),
             keys=self._keys,
             callers=self._callers,
+            telemetry=self._telemetry,
             key=bearer_key(str(metadata.get("authorization", ""))),
+            traceparent=metadata.get("traceparent"),
+            is_public=details.method in PUBLIC_METHODS,
         )
         # The handler runs in the same task.
         _call.set(call)
-        if details.method not in PUBLIC_METHODS:
+        if not call.is_public:
             try:
                 await call.identity()
             except AuthenticationError as error:
@@ -153,6 +180,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     "changes models or shares memory",
                 ),
             )
+        call.route = details.method.rpartition("/")[2]
         return handler
 
 
@@ -161,26 +189,31 @@ def answering(work: Work) -> Callable[[Any, Any], Awaitable[Any]]:
 
     async def behave(request: Any, context: Any) -> Any:
         call = _call.get()
-        try:
-            answer = await work(request, call)
-        except Exception as error:
-            await _abort(context, call, error)
+        with call.recorded() as record:
+            try:
+                answer = await work(request, call)
+            except Exception as error:
+                await _abort(context, call, error)
+            record.status, record.is_complete = _OK, True
         context.set_trailing_metadata(call.trailing_metadata)
         return answer
 
     return behave
 
 
-def streaming(work: StreamWork) -> Callable[[AsyncIterator[Any], Any], AsyncIterator[Any]]:
+def streaming(work: StreamWork) -> Callable[[AsyncIterator[Any], Any], Awaitable[None]]:
     """A method with a stream of answers, whose errors become statuses and end it."""
 
-    async def behave(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async def behave(requests: AsyncIterator[Any], context: Any) -> None:
         call = _call.get()
-        try:
-            async for answer in work(requests, call):
-                yield answer
-        except Exception as error:
-            await _abort(context, call, error)
+        with call.recorded() as record:
+            try:
+                async with aclosing(work(requests, call)) as answers:
+                    async for answer in answers:
+                        await context.write(answer)
+            except Exception as error:
+                await _abort(context, call, error)
+            record.status, record.is_complete = _OK, True
         context.set_trailing_metadata(call.trailing_metadata)
 
     return behave
@@ -199,7 +232,8 @@ def status_of(error: Exception) -> grpc.StatusCode:
 
 def _refusal(call: Call, error: HeliostatError) -> Any:
     async def refuse(_requests: AsyncIterator[bytes], context: Any) -> None:
-        await _abort(context, call, error)
+        with call.recorded():
+            await _abort(context, call, error)
 
     # As a stream, so that no message is read first.
     return grpc.stream_stream_rpc_method_handler(refuse)
@@ -207,6 +241,7 @@ def _refusal(call: Call, error: HeliostatError) -> Any:
 
 async def _abort(context: Any, call: Call, error: Exception) -> NoReturn:
     known = as_heliostat_error(error)
+    note_error(known)
     told = (*call.trailing_metadata, *headers_for(known).items())
     await context.abort(status_of(known), message_of(known), told)
     raise asyncio.CancelledError  # abort has raised already

@@ -7,7 +7,7 @@ Raw contents are what clients send and what they get; typed contents are taken t
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -127,7 +127,7 @@ class InferenceService:
 
     async def _model_stream_infer(
         self, stream: AsyncIterator[bytes], call: Call
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """One answer to each request, in order; an error answers its own request only, but a key
         that is not good any more ends the stream."""
         async for data in stream:

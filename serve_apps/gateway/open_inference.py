@@ -22,7 +22,6 @@ from serve_apps.gateway import open_inference_answers as answers
 from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.inference_requests import answer, find_model
-from serve_apps.gateway.middleware import MODEL_VERSION_HEADER
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.open_inference_bodies import (
     BINARY,
@@ -97,7 +96,7 @@ def build_routes(models: Models) -> list[Route]:
         content, headers = await off_loop_if_large(
             size_bytes, lambda: write_body(asked, model, outputs)
         )
-        return Response(content, headers=headers | {MODEL_VERSION_HEADER: str(model.served)})
+        return Response(content, headers=headers)
 
     name, version = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
     return [

@@ -18,7 +18,6 @@ from cluster.errors import HeliostatError, UsageError
 from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.errors import server_sent
-from serve_apps.gateway.middleware import MODEL_VERSION_HEADER
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.openai_answers import (
     AnswerShape,
@@ -89,7 +88,7 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
             len(body), lambda: begin_completion(models, model, asked, limits), tokenises=True
         )
         shape = CompletionShape(asked, echo_of(asked, model))
-        return await _respond(request, shape, answers, model)
+        return await _respond(request, shape, answers)
 
     @describes(
         "Answer a conversation",
@@ -106,7 +105,7 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         answers = await off_loop_if_large(
             len(body), lambda: begin_chat(models, model, asked, limits), tokenises=True
         )
-        return await _respond(request, ChatShape(asked), answers, model)
+        return await _respond(request, ChatShape(asked), answers)
 
     return [
         Route("/v1/completions", complete, methods=["POST"]),
@@ -136,17 +135,14 @@ class _Started:
             await self.rest.aclose()
 
 
-async def _respond(
-    request: Request, shape: AnswerShape, answers: TextAnswers, model: ServedModel
-) -> Response:
-    headers = {MODEL_VERSION_HEADER: str(model.served)}
+async def _respond(request: Request, shape: AnswerShape, answers: TextAnswers) -> Response:
     if not shape.asked.stream:
         pieces = await _unless_client_leaves(request, answers.whole)
-        return JsonResponse(shape.whole(answers, pieces), headers=headers)
+        return JsonResponse(shape.whole(answers, pieces))
     rest = answers.pieces()
     first = await _unless_client_leaves(request, lambda: anext(rest, None))
     events = _events(shape, answers, _Started(first, rest), request.url.path)
-    headers["cache-control"] = "no-cache"
+    headers = {"cache-control": "no-cache"}
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 

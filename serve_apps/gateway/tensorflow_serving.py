@@ -19,7 +19,6 @@ from cluster.processing import TensorSpec, public_inputs, public_outputs
 from serve_apps.gateway.authentication import require_any
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.inference_requests import find_model
-from serve_apps.gateway.middleware import MODEL_VERSION_HEADER
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.openapi import JSON, describes
 from serve_apps.gateway.paths import MODEL, WORD
@@ -57,8 +56,7 @@ def build_routes(models: Models) -> list[Route]:
         content = await off_loop_if_large(
             size_bytes, lambda: write_json(write_predict(asked, model, outputs))
         )
-        headers = {MODEL_VERSION_HEADER: str(model.served)}
-        return Response(content, headers=headers, media_type=JSON)
+        return Response(content, media_type=JSON)
 
     @describes("Not offered", scopes=("infer",))
     async def refuse(request: Request) -> Response:

@@ -315,3 +315,37 @@ async def test_what_was_answered_is_on_the_bill(gateway: Any, channel: Any) -> N
             break
         await asyncio.sleep(0.05)
     assert sum(row["requests"] for row in rows) == 5
+
+
+async def test_calls_are_counted_like_requests(gateway: Any, channel: Any) -> None:
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    metadata = tuple(gateway.headers().items())
+    await stub.ModelInfer(infer_request(), metadata=metadata)
+    assert [answer async for answer in stub.ModelStreamInfer(one_request(), metadata=metadata)]
+    for call in (
+        stub.ModelInfer(infer_request("absent"), metadata=metadata),
+        stub.ModelInfer(infer_request()),
+        channel.unary_unary("/inference.GRPCInferenceService/Invented")(b"", metadata=metadata),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+
+    def count(route: str, status: int) -> float | None:
+        labels = {"protocol": "open_inference_grpc", "route": route, "status": str(status)}
+        registry = gateway.telemetry.instruments.registry
+        found: float | None = registry.get_sample_value("heliostat_requests_total", labels)
+        return found
+
+    assert count("ModelInfer", 200) == 1
+    assert count("ModelStreamInfer", 200) == 1
+    assert count("ModelInfer", 404) == 1
+    assert count("unmatched", 401) == 1
+    assert count("unmatched", 501) == 1
+    answered = gateway.telemetry.instruments.registry.get_sample_value(
+        "heliostat_model_request_duration_seconds_count", {"model": "classes", "version": "2"}
+    )
+    assert answered == 2
+
+
+async def one_request() -> AsyncIterator[Any]:
+    yield infer_request()
