@@ -1,8 +1,8 @@
 """The engine that runs on `transformers`' own continuous batching, on CPU or GPU.
 
 Paged cache, chunked prefill and scheduling are theirs. Sampling is ours: their loop takes the
-argmax, and a logits processor turns each request's sampling into an argmax (see sampling.py), so
-that every request has its own parameters and seed.
+argmax, and a logits processor turns each request's sampling into an argmax (see
+cluster/sampling.py), so that every request has its own parameters and seed.
 
     engine = ContinuousBatchingEngine.load(package.path / "model", EngineOptions())
 """
@@ -27,7 +27,9 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.logits_process import LogitsProcessorList
 
 from cluster.errors import PackageError, UpstreamFailedError
+from cluster.logits import adjust, describe_choice
 from cluster.model_package.language_model import hugging_face_config
+from cluster.sampling import perturb
 from serve_apps.llm.engine import (
     EngineRequest,
     EngineStats,
@@ -38,8 +40,6 @@ from serve_apps.llm.engine import (
     TokenOutput,
     check_request,
 )
-from serve_apps.llm.logits import adjust, describe_choice
-from serve_apps.llm.sampling import perturb
 
 _IDLE_WAIT_S = 0.1
 _PAGE_TOKENS = 32

@@ -15,51 +15,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from cluster.errors import InputError
+from cluster.generation import Sampling as Sampling
+from cluster.generation import TokenLogprobs as TokenLogprobs
 
 FinishReason = Literal["stop", "length", "error"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and when to stop."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    """0 takes the most likely token."""
-    top_p: float = 1.0
-    """Keep the most likely tokens whose probabilities add up to this."""
-    top_k: int = 0
-    """Keep this many of the most likely tokens; 0 keeps all."""
-    min_p: float = 0.0
-    """Keep tokens at least this probable: a share of the most likely one's probability."""
-    frequency_penalty: float = 0.0
-    """Taken from a token's logit for each time that the answer has it already."""
-    presence_penalty: float = 0.0
-    """Taken from the logit of every token that the answer has already."""
-    repetition_penalty: float = 1.0
-    """Divides positive, and multiplies negative, logits of tokens in the prompt or the answer."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids with what is added to their logits, whatever the penalties made of them."""
-    num_logprobs: int | None = None
-    """How many of the most likely tokens to report beside each chosen one; None reports nothing."""
-    seed: int | None = None
-    """The same seed gives the same answer; None draws one."""
-    eos_token_ids: tuple[int, ...] = ()
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether they are changed before the temperature counts."""
-        return bool(
-            self.logit_bias
-            or self.min_p
-            or self.frequency_penalty
-            or self.presence_penalty
-            or self.repetition_penalty != 1
-        )
 
 
 @dataclass(frozen=True)
@@ -71,17 +30,6 @@ class EngineRequest:
     sampling: Sampling
     traceparent: str | None = None
     """W3C context of the trace that this is part of."""
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """How likely the model found one token: natural logarithms, before temperature, penalties,
-    biases and cuts."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-    """The most likely tokens with theirs, best first."""
 
 
 @dataclass(frozen=True)

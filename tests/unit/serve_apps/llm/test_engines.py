@@ -303,7 +303,7 @@ def test_a_request_that_is_put_back_keeps_its_penalties_and_log_probabilities() 
 def test_samples_follow_the_models_probabilities() -> None:
     import torch
 
-    from serve_apps.llm.sampling import perturb
+    from cluster.sampling import perturb
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     sampling = Sampling(max_tokens=1, temperature=1.3)
@@ -318,7 +318,7 @@ def test_samples_follow_the_models_probabilities() -> None:
 def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
     import torch
 
-    from serve_apps.llm.sampling import perturb
+    from cluster.sampling import perturb
 
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     sampling = Sampling(max_tokens=1, temperature=1.0, top_p=0.7)
@@ -329,7 +329,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
 def test_min_p_keeps_what_is_likely_enough_beside_the_best() -> None:
     import torch
 
-    from serve_apps.llm.logits import adjust
+    from cluster.logits import adjust
 
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     for temperature, kept in ((1.0, [True, True, True, False]), (0.5, [True, True, False, False])):
@@ -340,7 +340,7 @@ def test_min_p_keeps_what_is_likely_enough_beside_the_best() -> None:
 def test_penalties_and_biases_are_what_they_are_said_to_be() -> None:
     import torch
 
-    from serve_apps.llm.logits import adjust
+    from cluster.logits import adjust
 
     logits = torch.tensor([2.0, -1.0, 3.0, 0.5])
     sampling = Sampling(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from serve_apps.llm.engine import Sampling
+from cluster.generation import Sampling
 
 _MIX_1 = 0x9E3779B97F4A7C15
 _MIX_2 = 0xBF58476D1CE4E5B9
@@ -32,7 +32,7 @@ def perturb(
     scores_V = logits_V.float() / sampling.temperature  # noqa: N806
     scores_V = _keep_top_k(scores_V, sampling.top_k)  # noqa: N806
     scores_V = _keep_top_p(scores_V, sampling.top_p)  # noqa: N806
-    generator = torch.Generator().manual_seed(_mix(seed, position))
+    generator = torch.Generator().manual_seed(mix(seed, position))
     noise_V = torch.empty(scores_V.shape[-1]).exponential_(generator=generator)  # noqa: N806
     return scores_V - noise_V.log().to(scores_V.device)
 
@@ -55,7 +55,7 @@ def _keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
     return scores.masked_fill(torch.zeros_like(drop).scatter(0, indices, drop), -torch.inf)
 
 
-def _mix(seed: int, position: int) -> int:
+def mix(seed: int, position: int) -> int:
     """A well-spread 63-bit seed (splitmix64), so that neighbours get unrelated noise."""
     value = (seed * _MIX_1 + position * _MIX_2 + _MIX_1) & _MASK
     value = ((value ^ (value >> 30)) * _MIX_2) & _MASK

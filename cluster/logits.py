@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from serve_apps.llm.engine import Sampling, TokenLogprobs
+from cluster.generation import Sampling, TokenLogprobs
 
 
 def adjust(
