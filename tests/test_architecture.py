@@ -29,7 +29,7 @@ OPTIONAL = {"vllm"}
 DOORS = {
     "mlflow": ("cluster/tracking.py",),
     "deepspeed": ("jobs/training/",),
-    "ray.data": ("jobs/data/ray_execution.py",),
+    "ray.data": ("jobs/data/ray_execution.py", "jobs/prediction/ray_execution.py"),
     "ray.train": ("jobs/",),
     "ray.tune": ("jobs/",),
     "ray.serve": ("serve_apps/", "cluster/session"),

@@ -14,6 +14,7 @@ from jobs.data.config import DataConfig, ExistingTokenizer
 from jobs.evaluation.config import EvaluateConfig
 from jobs.exporting.config import ExportConfig
 from jobs.models.config import CausalLmConfig, PretrainedLmConfig
+from jobs.prediction.config import PredictConfig
 from jobs.promotion.config import ServiceConfig
 from jobs.training.batching import BatchPlan
 from jobs.training.config import TrainConfig
@@ -30,6 +31,7 @@ TYPES: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "compress": CompressConfig,
+    "predict": PredictConfig,
     "serve": DeploymentOptions,
     "services": ServiceConfig,
 }

@@ -1,0 +1,147 @@
+"""Language models: rows become prompts, and what is generated becomes text.
+
+A row has `prompt` (text or token ids) or `messages`, and may have a `max_tokens`, `temperature`,
+`top_p`, `top_k`, `seed` or `stop` of its own. Tokenizer, chat template, stop strings and the choice
+of tokens are those of serving. It knows nothing of files.
+
+    TextPredictor(package, model, config).predict(rows)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from cluster.config import first_problem
+from cluster.errors import InputError
+from cluster.model_package import ModelPackage
+from cluster.processing.text import TextProcessor
+from cluster.sampling import mix
+from jobs.prediction.config import MAX_DEFAULT_TOKENS, GenerationConfig, PredictConfig
+from jobs.prediction.generation import Continuation, Prompt, generate
+from jobs.prediction.predictor import Answer
+from jobs.prediction.rows import Row, Values
+
+_PROMPT, _MESSAGES = "prompt", "messages"
+
+
+class TextPredictor:
+    """See `jobs.prediction.predictor.Predictor`."""
+
+    def __init__(self, package: ModelPackage, model: Any, config: PredictConfig) -> None:
+        info = package.manifest.language_model
+        assert info is not None, "a verified package of a language model describes it"
+        self._info = info
+        self._text = TextProcessor.load(package.model_dir)
+        self._defaults = config.generation
+        self._columns = config.columns
+        known = {_PROMPT, _MESSAGES, *GenerationConfig.model_fields}
+        if unknown := sorted(config.columns.keys() - known):
+            raise InputError(
+                f"a language model has no input '{unknown[0]}'",
+                hint=f"it takes {', '.join(sorted(known))}",
+                param="columns",
+            )
+        torch.set_num_threads(config.num_threads)
+        self._model = model.to("cuda") if config.num_gpus > 0 else model
+
+    def predict(self, rows: Sequence[Row]) -> list[Answer | InputError]:
+        prompts = [self._try_prompt(row) for row in rows]
+        good = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+        found = generate(self._model, good, self._info.eos_token_ids, self._text.detokenizer)
+        answers = iter(found)
+        return [_answer(p, next(answers)) if isinstance(p, Prompt) else p for p in prompts]
+
+    def _try_prompt(self, row: Row) -> Prompt | InputError:
+        try:
+            return self._prompt(row)
+        except InputError as error:
+            return error
+
+    def _prompt(self, row: Row) -> Prompt:
+        values = {
+            name: row.values.get(self._columns.get(name, name))
+            for name in (_PROMPT, _MESSAGES, *GenerationConfig.model_fields)
+        }
+        ids = self._token_ids(values)
+        own = {n: v for n, v in values.items() if n in GenerationConfig.model_fields}
+        chosen = self._options({name: value for name, value in own.items() if value is not None})
+        room = self._info.max_context_tokens - len(ids)
+        max_tokens = chosen.max_tokens or max(1, min(room, MAX_DEFAULT_TOKENS))
+        if max_tokens > room:
+            raise InputError(
+                f"{len(ids)} prompt tokens and max_tokens {max_tokens} make "
+                f"{len(ids) + max_tokens}, but the model holds {self._info.max_context_tokens}",
+                hint="shorten the prompt or lower max_tokens",
+                param="max_tokens" if room > 0 else _PROMPT,
+            )
+        seed = chosen.seed if own["seed"] is not None else mix(chosen.seed, row.number)
+        return Prompt(
+            tuple(ids),
+            max_tokens=max_tokens,
+            temperature=chosen.temperature,
+            top_p=chosen.top_p,
+            top_k=chosen.top_k,
+            seed=seed,
+            stops=chosen.stop,
+        )
+
+    def _token_ids(self, values: Values) -> list[int]:
+        prompt, messages = values[_PROMPT], values[_MESSAGES]
+        if (prompt is None) == (messages is None):
+            raise InputError(
+                "the row has no prompt and no messages"
+                if prompt is None
+                else "the row has both a prompt and messages",
+                hint="give each row one of them, or name its column in `columns`",
+            )
+        if messages is not None:
+            ids = self._text.encode_chat(_checked_messages(messages))
+        elif isinstance(prompt, str):
+            ids = self._text.encode(prompt)
+        else:
+            ids = self._checked_ids(prompt)
+        if not ids:
+            raise InputError("the prompt has no tokens, expected at least one", param=_PROMPT)
+        return ids
+
+    def _checked_ids(self, prompt: Any) -> list[int]:
+        is_list = isinstance(prompt, list)
+        if not is_list or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+            raise InputError("the prompt is neither text nor token ids", param=_PROMPT)
+        for token_id in prompt:
+            if not 0 <= token_id < self._info.vocab_size:
+                raise InputError(
+                    f"token id {token_id} is not in the vocabulary of {self._info.vocab_size}",
+                    param=_PROMPT,
+                )
+        return list(prompt)
+
+    def _options(self, own: Values) -> GenerationConfig:
+        stop = own.get("stop")
+        if isinstance(stop, str):
+            own["stop"] = [stop]
+        try:
+            return GenerationConfig.model_validate({**self._defaults.model_dump(), **own})
+        except ValidationError as error:
+            raise InputError(first_problem(error)) from None
+
+
+def _answer(prompt: Prompt, found: Continuation) -> Answer:
+    values = {"text": found.text, "finish_reason": found.finish_reason}
+    counts = {"prompt_tokens": len(prompt.token_ids), "completion_tokens": found.num_tokens}
+    return Answer({**values, **counts}, **counts)
+
+
+def _checked_messages(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise InputError("messages is no list of messages", param=_MESSAGES)
+    for message in messages:
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(name), str) for name in ("role", "content")
+        ):
+            raise InputError("a message needs 'role' and 'content', both text", param=_MESSAGES)
+    return [{k: v for k, v in message.items() if v is not None} for message in messages]
