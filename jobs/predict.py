@@ -19,12 +19,13 @@ from cluster.database import open_database
 from cluster.errors import InputError, NotRunningError
 from cluster.ledger import Entry, Ledger
 from cluster.model_ref import ModelRef
+from cluster.predictions import PartSummary
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.tracking import RunTracker, has_run
 from jobs._entrypoint import run_job
 from jobs.prediction.config import PredictConfig
-from jobs.prediction.output import Output, PartSummary
+from jobs.prediction.output import Output
 from jobs.prediction.predictor import open_predictor, require_kind
 from jobs.prediction.rows import Row, Values, to_json_lines
 from jobs.prediction.source import InputPlan, plan_input, read_task
@@ -48,11 +49,11 @@ def predict(config: PredictConfig, settings: Settings) -> None:
         print(f"{len(done)} of {len(plan.parts)} parts are written already", flush=True)
     run = output.run()
     with _tracker(config, settings, version, plan, run.get("run_id")) as tracker:
-        source = run.get("id") or uuid.uuid4().hex
-        output.keep_run({"id": source, "run_id": tracker.run_id})
+        run = {"id": run.get("id") or uuid.uuid4().hex, "run_id": tracker.run_id}
+        output.keep_run(run)
         print(f"run {tracker.url}", flush=True)
         tracker.log_dataset(config.input, plan.digest, source=config.input, context=_KIND)
-        books = Books(config, settings, version, source)
+        books = Books(config, settings, version, **run)
         books.book([PartDone(summary, 0.0) for summary in done.values()])
         progress = Progress(plan, config, done)
         started = time.monotonic()
@@ -126,12 +127,19 @@ class Books:
     """Each part in the ledger once, however often the job is started."""
 
     def __init__(
-        self, config: PredictConfig, settings: Settings, version: ModelVersion, source: str
+        self,
+        config: PredictConfig,
+        settings: Settings,
+        version: ModelVersion,
+        *,
+        id: str,
+        run_id: str,
     ) -> None:
         self._config = config
         self._ledger = Ledger(open_database(settings.database))
         self._version = version
-        self._source = source
+        self._id = id
+        self._run_id = run_id
 
     def book(self, parts: Sequence[PartDone]) -> None:
         self._ledger.record([self._entry(part) for part in parts])
@@ -139,11 +147,11 @@ class Books:
     def _entry(self, part: PartDone) -> Entry:
         summary = part.summary
         return Entry(
-            key=f"{_KIND}/{self._source}/{summary.number}",
+            key=f"{_KIND}/{self._id}/{summary.number}",
             tenant=self._config.tenant,
             kind=_KIND,
             model=self._version.name,
-            source=self._source,
+            source=self._config.api_key_id or self._run_id,
             cpu_s=part.seconds * self._config.num_threads,
             gpu_s=part.seconds * self._config.num_gpus,
             prompt_tokens=summary.prompt_tokens,

@@ -63,6 +63,8 @@ class PredictConfig(StrictModel):
     """More rows than this that cannot be predicted end the job; None never does."""
     tenant: str = "local"
     """Who is charged."""
+    api_key_id: str = ""
+    """The key on which it is charged; empty means the MLflow run."""
     experiment: str = "predict"
     """MLflow experiment."""
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.errors import InputError
+from cluster.predictions import PartSummary
 from cluster.settings import Settings
 from jobs.prediction.config import PredictConfig
-from jobs.prediction.output import Output, PartSummary
+from jobs.prediction.output import Output
 from jobs.prediction.predictor import Answer, Predictor, open_predictor
 from jobs.prediction.rows import BadRow, Row, Values, to_json_lines, to_parquet
 from jobs.prediction.source import Format, InputPart, read_task
