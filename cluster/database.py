@@ -177,6 +177,50 @@ budgets = sa.Table(
     sa.Column("state", sa.JSON, nullable=False),
 )
 
+# What tenants have uploaded and what was written for them; the bytes are in storage.
+tenant_files = sa.Table(
+    "tenant_files",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("tenant", sa.String(128), nullable=False),
+    sa.Column("name", sa.String(256), nullable=False),
+    sa.Column("purpose", sa.String(32), nullable=False),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.String(32), nullable=False),
+    sa.Index("tenant_files_by_tenant", "tenant", "created_at"),
+)
+
+# Batches of requests; every change is made to a row as it was seen.
+batches = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("tenant", sa.String(128), nullable=False),
+    sa.Column("api_key_id", sa.String(32), nullable=False),
+    sa.Column("endpoint", sa.String(64), nullable=False),
+    # As its requests call it, and the version that this meant when the batch was made.
+    sa.Column("model", sa.String(160), nullable=False),
+    sa.Column("version", sa.String(160), nullable=False),
+    sa.Column("input_file_id", sa.String(64), nullable=False),
+    sa.Column("output_file_id", sa.String(64)),
+    sa.Column("error_file_id", sa.String(64)),
+    sa.Column("status", sa.String(32), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("errors", sa.JSON, nullable=False),
+    sa.Column("notes", sa.JSON, nullable=False),
+    # Unix seconds by the name of what happened then.
+    sa.Column("moments", sa.JSON, nullable=False),
+    sa.Column("counts", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.String(32), nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("revision", sa.Integer, nullable=False),
+    # The gateway replica that drives it, and until when no other does.
+    sa.Column("owner", sa.String(64)),
+    sa.Column("owned_until", sa.String(32)),
+    sa.Index("batches_by_tenant", "tenant", "created_at"),
+    sa.Index("batches_by_status", "status"),
+)
+
 
 def now() -> str:
     """The current time as the tables hold it."""

@@ -95,21 +95,32 @@ class Jobs:
             ) from None
         return cls(client, settings.source_dir)
 
-    def submit(self, verb: str, config: Path, overrides: Sequence[str] = ()) -> str:
+    def submit(
+        self,
+        verb: str,
+        config: Path,
+        overrides: Sequence[str] = (),
+        *,
+        job_id: str | None = None,
+    ) -> str:
         """Start `python -m jobs.VERB --config CONFIG --set …` on the cluster; return the job's id.
+
+        Args:
+            job_id: the id it is to have; None makes one of the verb and the time.
 
         Raises:
             UsageError: there is no such job.
             ConfigError: the config file does not exist.
+            NotRunningError: the cluster does not answer, or knows a job of this id.
         """
         check_verb(verb, self._source_dir)
         check_config(config)
         entrypoint, variables = _entrypoint(verb, config, overrides, self._source_dir)
         moment = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        job_id: str = self._ask(
+        submitted: str = self._ask(
             "submit_job",
             entrypoint=entrypoint,
-            submission_id=f"{verb}-{moment}-{secrets.token_hex(2)}",
+            submission_id=job_id or f"{verb}-{moment}-{secrets.token_hex(2)}",
             runtime_env={
                 "working_dir": str(self._source_dir),
                 "excludes": EXCLUDES,
@@ -118,7 +129,7 @@ class Jobs:
             metadata={"verb": verb, "config": str(config)},
             entrypoint_num_cpus=0,
         )
-        return job_id
+        return submitted
 
     def follow(self, job_id: str) -> Iterator[str]:
         """What the job prints, as it prints it, until it ends."""

@@ -156,6 +156,8 @@ class Books:
             gpu_s=part.seconds * self._config.num_gpus,
             prompt_tokens=summary.prompt_tokens,
             completion_tokens=summary.completion_tokens,
+            version=self._version.version,
+            num_requests=summary.num_rows,
         )
 
 

@@ -25,7 +25,17 @@ class GenerationConfig(StrictModel):
     """Keep the most likely tokens whose probabilities add up to this."""
     top_k: int = Field(0, ge=0)
     """Keep this many of the most likely tokens; 0 keeps all."""
-    seed: int = Field(0, ge=0, lt=2**62)
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Keep tokens at least this probable, as a share of the most likely one's probability."""
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    """Taken from a token's logit for each time that the answer has it already."""
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    """Taken from the logit of every token that the answer has already."""
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    """Divides positive, and multiplies negative, logits of tokens in the prompt or the answer."""
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+    """Token id → what is added to its logit."""
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     """Each row draws with a seed of its own, which this and its number give."""
     stop: tuple[str, ...] = Field((), max_length=16)
     """The text ends before the first of these."""

@@ -4,7 +4,7 @@ transformers' `generate` runs the model and keeps its cache; the choice of each 
 (`cluster.sampling`), made an argmax by noise that depends on nothing but the row's seed and the
 token's position. It knows nothing of rows.
 
-    generate(model, [Prompt((1, 2, 3), max_tokens=8)], end_tokens=(0,), detokenizer=…)
+    generate(model, [Prompt((1, 2, 3), Sampling(max_tokens=8))], text.detokenizer)
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from cluster.generation import Sampling
+from cluster.logits import adjust
 from cluster.processing.text import IncrementalDetokenizer, StopStrings
 from cluster.sampling import perturb
 
@@ -25,10 +27,7 @@ class Prompt:
     """What is to be continued, and how."""
 
     token_ids: tuple[int, ...]
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    sampling: Sampling
     seed: int = 0
     stops: tuple[str, ...] = ()
 
@@ -36,15 +35,12 @@ class Prompt:
 class Continuation:
     """A text while it grows."""
 
-    def __init__(
-        self, prompt: Prompt, end_tokens: Sequence[int], detokenizer: IncrementalDetokenizer
-    ) -> None:
-        self._prompt = prompt
-        self._end_tokens = end_tokens
+    def __init__(self, prompt: Prompt, detokenizer: IncrementalDetokenizer) -> None:
+        self._sampling = prompt.sampling
         self._detokenizer = detokenizer
         self._stops = StopStrings(prompt.stops)
         self.text = ""
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
         """The end token included."""
         self.finish_reason = ""
         """'stop' or 'length' once it has ended."""
@@ -53,12 +49,12 @@ class Continuation:
         """Take a token; whether that was the last one."""
         if self.finish_reason:
             return True
-        self.num_tokens += 1
-        is_end = token in self._end_tokens
+        self.token_ids.append(token)
+        is_end = token in self._sampling.eos_token_ids
         self.text += self._stops.push("" if is_end else self._detokenizer.push([token]))
         if self._stops.matched is not None:
             self.finish_reason = "stop"
-        elif is_end or self.num_tokens >= self._prompt.max_tokens:
+        elif is_end or len(self.token_ids) >= self._sampling.max_tokens:
             self.finish_reason = "stop" if is_end else "length"
             self._finish()
         return bool(self.finish_reason)
@@ -75,11 +71,10 @@ class Continuation:
 def generate(
     model: Any,
     prompts: Sequence[Prompt],
-    end_tokens: Sequence[int],
     detokenizer: Callable[[], IncrementalDetokenizer],
 ) -> list[Continuation]:
     """Continue every prompt until it ends."""
-    found = [Continuation(prompt, end_tokens, detokenizer()) for prompt in prompts]
+    found = [Continuation(prompt, detokenizer()) for prompt in prompts]
     if not prompts:
         return found
     width = max(len(prompt.token_ids) for prompt in prompts)
@@ -91,7 +86,7 @@ def generate(
         torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         generation_config=GenerationConfig(
-            max_new_tokens=max(prompt.max_tokens for prompt in prompts),
+            max_new_tokens=max(prompt.sampling.max_tokens for prompt in prompts),
             do_sample=False,
             pad_token_id=0,
         ),
@@ -110,9 +105,11 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for row, (prompt, found) in enumerate(zip(self._prompts, self._found, strict=True)):
-            if prompt.temperature and not found.finish_reason:
-                position = len(prompt.token_ids) + found.num_tokens
-                scores[row] = perturb(scores[row], prompt, seed=prompt.seed, position=position)
+            if found.finish_reason:
+                continue
+            position = len(prompt.token_ids) + len(found.token_ids)
+            logits = adjust(scores[row], prompt.sampling, prompt.token_ids, found.token_ids)
+            scores[row] = perturb(logits, prompt.sampling, seed=prompt.seed, position=position)
         return scores
 
 

@@ -1,7 +1,7 @@
 """Language models: rows become prompts, and what is generated becomes text.
 
-A row has `prompt` (text or token ids) or `messages`, and may have a `max_tokens`, `temperature`,
-`top_p`, `top_k`, `seed` or `stop` of its own. Tokenizer, chat template, stop strings and the choice
+A row has `prompt` (text or token ids) or `messages`, and may have values of its own for all that
+`generation` says. Tokenizer, chat template, stop strings and the choice
 of tokens are those of serving. It knows nothing of files.
 
     TextPredictor(package, model, config).predict(rows)
@@ -9,7 +9,7 @@ of tokens are those of serving. It knows nothing of files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from cluster.config import first_problem
 from cluster.errors import InputError
+from cluster.generation import Sampling
 from cluster.model_package import ModelPackage
 from cluster.processing.text import TextProcessor
 from cluster.sampling import mix
@@ -51,7 +52,7 @@ class TextPredictor:
     def predict(self, rows: Sequence[Row]) -> list[Answer | InputError]:
         prompts = [self._try_prompt(row) for row in rows]
         good = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-        found = generate(self._model, good, self._info.eos_token_ids, self._text.detokenizer)
+        found = generate(self._model, good, self._text.detokenizer)
         answers = iter(found)
         return [_answer(p, next(answers)) if isinstance(p, Prompt) else p for p in prompts]
 
@@ -79,15 +80,20 @@ class TextPredictor:
                 param="max_tokens" if room > 0 else _PROMPT,
             )
         seed = chosen.seed if own["seed"] is not None else mix(chosen.seed, row.number)
-        return Prompt(
-            tuple(ids),
+        sampling = Sampling(
             max_tokens=max_tokens,
             temperature=chosen.temperature,
             top_p=chosen.top_p,
             top_k=chosen.top_k,
-            seed=seed,
-            stops=chosen.stop,
+            min_p=chosen.min_p,
+            frequency_penalty=chosen.frequency_penalty,
+            presence_penalty=chosen.presence_penalty,
+            repetition_penalty=chosen.repetition_penalty,
+            logit_bias=tuple(chosen.logit_bias.items()),
+            eos_token_ids=self._info.eos_token_ids,
         )
+        self._check_ids(chosen.logit_bias, "logit_bias")
+        return Prompt(tuple(ids), sampling, seed, chosen.stop)
 
     def _token_ids(self, values: Values) -> list[int]:
         prompt, messages = values[_PROMPT], values[_MESSAGES]
@@ -103,22 +109,19 @@ class TextPredictor:
         elif isinstance(prompt, str):
             ids = self._text.encode(prompt)
         else:
-            ids = self._checked_ids(prompt)
+            ids = _checked_ids(prompt)
+            self._check_ids(ids, _PROMPT)
         if not ids:
             raise InputError("the prompt has no tokens, expected at least one", param=_PROMPT)
         return ids
 
-    def _checked_ids(self, prompt: Any) -> list[int]:
-        is_list = isinstance(prompt, list)
-        if not is_list or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-            raise InputError("the prompt is neither text nor token ids", param=_PROMPT)
-        for token_id in prompt:
+    def _check_ids(self, ids: Iterable[int], param: str) -> None:
+        for token_id in ids:
             if not 0 <= token_id < self._info.vocab_size:
                 raise InputError(
                     f"token id {token_id} is not in the vocabulary of {self._info.vocab_size}",
-                    param=_PROMPT,
+                    param=param,
                 )
-        return list(prompt)
 
     def _options(self, own: Values) -> GenerationConfig:
         stop = own.get("stop")
@@ -132,8 +135,15 @@ class TextPredictor:
 
 def _answer(prompt: Prompt, found: Continuation) -> Answer:
     values = {"text": found.text, "finish_reason": found.finish_reason}
-    counts = {"prompt_tokens": len(prompt.token_ids), "completion_tokens": found.num_tokens}
+    counts = {"prompt_tokens": len(prompt.token_ids), "completion_tokens": len(found.token_ids)}
     return Answer({**values, **counts}, **counts)
+
+
+def _checked_ids(prompt: Any) -> list[int]:
+    is_list = isinstance(prompt, list)
+    if not is_list or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+        raise InputError("the prompt is neither text nor token ids", param=_PROMPT)
+    return list(prompt)
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:

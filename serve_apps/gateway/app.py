@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 from starlette.applications import Starlette
 
+from cluster.batches import BatchStore
 from cluster.config import parse_config
 from cluster.database import open_database
 from cluster.ledger import Ledger
@@ -24,7 +25,11 @@ from cluster.security.api_keys import ApiKeys
 from cluster.security.audit import AuditLog
 from cluster.security.leases import LeaseStore
 from cluster.settings import Settings, load_settings
+from cluster.storage import Storage
+from cluster.tenant_files import TenantFiles
 from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
+from serve_apps.gateway.batch_driver import BatchParts
+from serve_apps.gateway.batch_runner import RayRunner
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.grpc_server import GrpcAddress
 from serve_apps.gateway.routing_table import ServedVersion, read_routes
@@ -90,4 +95,17 @@ def _real_parts(settings: Settings, config: GatewayConfig) -> GatewayParts:
         telemetry=telemetry,
         export_metrics=lambda: flush_for_ever(export, [name_tenants]),
         grpc_address=GrpcAddress(settings.host, settings.grpc_port),
+        batches=_batch_parts(settings, config),
+    )
+
+
+def _batch_parts(settings: Settings, config: GatewayConfig) -> BatchParts:
+    database, storage = open_database(settings.database), Storage.open(settings.storage_root)
+    return BatchParts(
+        files=TenantFiles(database, storage),
+        store=BatchStore(database),
+        storage=storage,
+        runner=RayRunner(settings),
+        options=config.batches,
+        has_budget=LeaseStore(database).may_spend,
     )

@@ -33,6 +33,9 @@ from serve_apps.gateway import (
 from serve_apps.gateway.accounts import Accounts, Exchange
 from serve_apps.gateway.authentication import Authentication, KeyCache, Verify
 from serve_apps.gateway.backend import ModelBackend
+from serve_apps.gateway.batch_driver import BatchDriver, BatchParts
+from serve_apps.gateway.batch_work import BatchOptions
+from serve_apps.gateway.batches import batch_routes
 from serve_apps.gateway.callers import Callers
 from serve_apps.gateway.catalogue import Load, ModelCatalogue
 from serve_apps.gateway.compression import Decompression
@@ -54,6 +57,9 @@ class GatewayConfig(StrictModel):
     text: TextLimits = TextLimits()
     sends_request_id: bool = True
     """Off behind Ray Serve, which sends the header itself."""
+    max_file_bytes: int = 200 * 1024**2
+    """Of an uploaded file."""
+    batches: BatchOptions = BatchOptions()
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class GatewayParts:
     config: GatewayConfig = field(default_factory=GatewayConfig)
     grpc_address: GrpcAddress | None = None
     """Where to speak gRPC as well; None does not."""
+    batches: BatchParts | None = None
+    """Without it there are no files and no batches."""
 
 
 def build_asgi(parts: GatewayParts) -> Starlette:
@@ -83,6 +91,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
     models = Models(table, ModelCatalogue(parts.load_model), parts.backend, parts.telemetry)
     keys, callers = KeyCache(parts.verify), Callers(accounts)
     grpc_server = _grpc_server(parts, models, Door(keys, callers, parts.telemetry))
+    driver = BatchDriver(parts.batches, models, parts.config.text) if parts.batches else None
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -92,7 +101,11 @@ def build_asgi(parts: GatewayParts) -> Starlette:
         if grpc_server is not None:
             await grpc_server.start()
             app.state.grpc_server = grpc_server
+        if driver is not None:
+            await driver.start()
         yield
+        if driver is not None:
+            await driver.stop()
         if grpc_server is not None:
             await grpc_server.stop()
         if export is not None:
@@ -107,6 +120,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
         *tensorflow_serving.build_routes(models),
         *openai.build_routes(models, parts.config.text),
         *embeddings.build_routes(models, parts.config.text),
+        *(batch_routes(driver, parts.config.max_file_bytes) if driver else ()),
         *model_cards.build_routes(models),
         *page.build_routes(),
         *usage.build_routes(parts.totals),
@@ -122,7 +136,11 @@ def build_asgi(parts: GatewayParts) -> Starlette:
                 sends_request_id=parts.config.sends_request_id,
             ),
             Middleware(Authentication, keys=keys, callers=callers),
-            Middleware(BodyLimit, max_bytes=parts.config.max_body_bytes),
+            Middleware(
+                BodyLimit,
+                max_bytes=parts.config.max_body_bytes,
+                max_upload_bytes=parts.config.max_file_bytes,
+            ),
             Middleware(Decompression, max_bytes=parts.config.max_body_bytes),
         ],
         exception_handlers={HeliostatError: _answer_error, HTTPException: _answer_error},

@@ -80,6 +80,11 @@ class EmbeddingGraph:
             )
         return cls(model, main[0], companions, chosen[0])
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether what it takes are token ids."""
+        return self.main.datatype.startswith("INT")
+
     def check_dimensions(self, dimensions: int | None) -> None:
         given = self.output.shape[1]
         if dimensions not in (None, given):

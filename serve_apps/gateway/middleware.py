@@ -21,6 +21,10 @@ from serve_apps.gateway.telemetry import RequestRecord, Telemetry, note_error
 REQUEST_ID_HEADER = "x-request-id"
 MODEL_VERSION_HEADER = "x-model-version"
 UNMATCHED_ROUTE = "unmatched"
+UPLOAD_PATH = "/v1/files"
+"""Where bodies are written to disk as they come, so that they may be larger."""
+_FORM_BYTES = 64 * 1024
+"""What a form has beside its file."""
 _ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
@@ -92,32 +96,35 @@ class RequestContext:
 class BodyLimit:
     """Refuses bodies over a size, whether announced or counted while they come."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int = 0) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_upload_bytes = max(max_bytes, max_upload_bytes + _FORM_BYTES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_upload = scope["path"] == UPLOAD_PATH
+        max_bytes = self._max_upload_bytes if is_upload else self._max_bytes
         announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdigit() and int(announced) > self._max_bytes:
-            raise self._too_large()
+        if announced.isdigit() and int(announced) > max_bytes:
+            raise self._too_large(max_bytes)
         received = 0
 
         async def counting_receive() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise self._too_large()
+            if received > max_bytes:
+                raise self._too_large(max_bytes)
             return message
 
         await self._app(scope, counting_receive, send)
 
-    def _too_large(self) -> PayloadTooLargeError:
+    def _too_large(self, max_bytes: int) -> PayloadTooLargeError:
         return PayloadTooLargeError(
-            f"the request body has more than {self._max_bytes} bytes, the most allowed",
+            f"the request body has more than {max_bytes} bytes, the most allowed",
             hint="send fewer samples or a shorter text in each request",
         )
 

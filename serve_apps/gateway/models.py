@@ -77,6 +77,14 @@ class Models:
         """As `find`, for a request that is about no model or several."""
         return await self._catalogue.get(await self._version_named(text))
 
+    async def open(self, version: str) -> ServedModel:
+        """NAME/VERSION, for work whose caller was let in before and is not there any more.
+
+        Raises:
+            NotFoundError: it is not served any more.
+        """
+        return await self._catalogue.get(await self._table.resolve(ModelRef.parse(version)))
+
     async def _version_named(self, text: str) -> ServedVersion:
         try:
             ref = ModelRef.parse(text)

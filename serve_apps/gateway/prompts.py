@@ -24,7 +24,7 @@ from serve_apps.gateway.openai_schema import (
 from serve_apps.gateway.text_generation import TextAnswer, TextAnswers
 from serve_apps.llm.engine import EngineRequest, Sampling, check_request
 
-_DEFAULT_COMPLETION_TOKENS = 16
+DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default."""
 _DEFAULT_CHAT_TOKENS = 1024
 
@@ -40,10 +40,10 @@ def begin_completion(
     model.require_text()
     asked.check()
     prompts = asked.prompts
-    _check_num_choices(asked, len(prompts), limits)
+    check_num_choices(asked, len(prompts), limits)
     encoded = [_encode_prompt(model, prompt, limits) for prompt in prompts]
     return _begin(
-        models, model, asked, encoded, limits, asked.max_tokens, _DEFAULT_COMPLETION_TOKENS
+        models, model, asked, encoded, limits, asked.max_tokens, DEFAULT_COMPLETION_TOKENS
     )
 
 
@@ -53,7 +53,7 @@ def begin_chat(
     """As `begin_completion`, for messages."""
     text, info = model.require_text()
     asked.check()
-    _check_num_choices(asked, 1, limits)
+    check_num_choices(asked, 1, limits)
     num_characters = sum(len(message.text) for message in asked.messages)
     check_length(num_characters, text, info.max_context_tokens, limits, param="messages")
     prompt_ids = text.encode_chat([message.for_template() for message in asked.messages])
@@ -91,7 +91,17 @@ def check_length(
         )
 
 
-def _check_num_choices(asked: Generation, num_prompts: int, limits: TextLimits) -> None:
+def check_max_tokens(max_tokens: int | None, limits: TextLimits) -> None:
+    """Raises InputError for more tokens than one answer may have."""
+    if max_tokens is not None and max_tokens > limits.max_completion_tokens:
+        raise InputError(
+            f"max_tokens is {max_tokens}, at most {limits.max_completion_tokens} are allowed",
+            param="max_tokens",
+        )
+
+
+def check_num_choices(asked: Generation, num_prompts: int, limits: TextLimits) -> None:
+    """Raises InputError for no prompt, or for more answers than one request may have."""
     if num_prompts == 0:
         raise InputError(
             "parameter 'prompt' is empty", hint="send at least one prompt", param="prompt"
@@ -130,11 +140,7 @@ def _begin(
     default_tokens: int,
 ) -> TextAnswers:
     _, info = model.require_text()
-    if max_tokens is not None and max_tokens > limits.max_completion_tokens:
-        raise InputError(
-            f"max_tokens is {max_tokens}, at most {limits.max_completion_tokens} are allowed",
-            param="max_tokens",
-        )
+    check_max_tokens(max_tokens, limits)
     answers: list[TextAnswer] = []
     for prompt_ids in prompts:
         room = info.max_context_tokens - len(prompt_ids)
@@ -168,12 +174,12 @@ def _sampling(
         repetition_penalty=given(asked.repetition_penalty, 1),
         logit_bias=tuple((int(token), bias) for token, bias in biases.items()),
         num_logprobs=asked.num_logprobs,
-        seed=_seed_of_choice(asked.seed, index),
+        seed=seed_of_choice(asked.seed, index),
         eos_token_ids=eos_token_ids,
     )
 
 
-def _seed_of_choice(seed: int | None, index: int) -> int | None:
+def seed_of_choice(seed: int | None, index: int) -> int | None:
     """The same for every prompt, and for any `n`: the first answer is that of n 1."""
     if seed is None or index == 0:
         return seed
