@@ -39,6 +39,16 @@ _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
 
 
+class RunStop:
+    """Ends a run from another thread, after the operator that it is at."""
+
+    def __init__(self) -> None:
+        self.options = onnxruntime.RunOptions()
+
+    def set(self) -> None:
+        self.options.terminate = True
+
+
 class OnnxRuntime:
     """One loaded graph.
 
@@ -59,16 +69,16 @@ class OnnxRuntime:
         """ "cuda" or "cpu"."""
         return "cuda" if _CUDA in self._session.get_providers() else "cpu"
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], stop: RunStop | None = None) -> dict[str, Array]:
         """All outputs by name.
 
         Raises:
-            InputError: the graph cannot work on these inputs.
+            InputError: the graph cannot work on these inputs, or it was stopped.
         """
         fed = {n: _to_text(x) if n in self._bytes else x for n, x in inputs.items()}
         names = [spec.name for spec in self.outputs]
         try:
-            values = self._session.run(names, fed)
+            values = self._session.run(names, fed, None if stop is None else stop.options)
         # Whatever type ONNX Runtime raises here, it is about these inputs: the graph was loaded.
         except Exception as error:
             raise InputError(

@@ -16,7 +16,7 @@ from ray import serve
 from cluster.model_package import golden
 from cluster.observability.tracing import open_tracing
 from cluster.processing import Array
-from cluster.runtimes.onnx import OnnxRuntime
+from cluster.runtimes.onnx import OnnxRuntime, RunStop
 from cluster.settings import load_settings
 from serve_apps.description import Description
 from serve_apps.options import DeploymentOptions
@@ -39,14 +39,25 @@ class Predictor:
     async def predict(
         self, arrays: dict[str, Array], traceparent: str | None = None
     ) -> dict[str, Array]:
-        """Run the graph, off the event loop, as a part of the caller's trace."""
+        """Run the graph, off the event loop, as a part of the caller's trace.
+
+        Being cancelled ends the run.
+        """
         if traceparent is None:
-            return await asyncio.to_thread(self._runtime.run, arrays)
+            return await self._run(arrays)
         attributes = {"heliostat.package_digest": self._description.digest}
         with self._tracing.span(
             "run graph", kind="server", traceparent=traceparent, attributes=attributes
         ):
-            return await asyncio.to_thread(self._runtime.run, arrays)
+            return await self._run(arrays)
+
+    async def _run(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        stop = RunStop()
+        try:
+            return await asyncio.to_thread(self._runtime.run, arrays, stop)
+        except asyncio.CancelledError:
+            stop.set()
+            raise
 
     async def describe(self) -> Description:
         """What this replica serves; answered only once it is ready."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from cluster.errors import InputError, PackageError
-from cluster.runtimes.onnx import OnnxRuntime, describe_graph
+from cluster.runtimes.onnx import OnnxRuntime, RunStop, describe_graph
 
 
 def save(
@@ -84,3 +86,22 @@ def test_a_tensor_whose_name_cannot_be_shown_is_one_line(tmp_path: Path, name: s
     with pytest.raises(PackageError, match="control characters") as caught:
         describe_graph(save(tmp_path / "m.onnx", [node], [x], [y]))
     assert str(caught.value).isprintable()
+
+
+def test_a_run_that_is_stopped_ends_and_the_next_one_works(tmp_path: Path) -> None:
+    weights = helper.make_node("ConstantOfShape", ["shape"], ["W"])
+    shape = helper.make_node("Constant", [], ["shape"], value_ints=[256, 256])
+    steps = [helper.make_node("MatMul", [f"h{i}", "W"], [f"h{i + 1}"]) for i in range(3000)]
+    h0 = helper.make_tensor_value_info("h0", TensorProto.FLOAT, ["n", 256])
+    last = helper.make_tensor_value_info("h3000", TensorProto.FLOAT, ["n", 256])
+    long = save(tmp_path / "long.onnx", [shape, weights, *steps], [h0], [last])
+    runtime, stop = OnnxRuntime(long), RunStop()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(runtime.run, {"h0": np.ones((512, 256), np.float32)}, stop)
+        while not running.running():
+            time.sleep(0.001)
+        stop.set()
+        with pytest.raises(InputError, match="terminate"):
+            running.result(timeout=10)
+    answer = runtime.run({"h0": np.ones((1, 256), np.float32)})
+    assert answer["h3000"].shape == (1, 256)
