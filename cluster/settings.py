@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     """GPUs that Ray may schedule on; None counts this machine's."""
     object_store_bytes: int = Field(512 * 1024**2, ge=80 * 1024**2)
     gateway_replicas: int = Field(1, ge=1)
+    max_connections: int = Field(4096, ge=1)
+    """Connections to the gateway at once; more wait to be accepted."""
+    max_connections_per_client: int = Field(1024, ge=1)
+    """Of these, from one address; more are closed at once. A proxy of your own is one address."""
     storage_url: str = ""
     """Root for packages, datasets and checkpoints: a folder or s3://bucket/prefix; empty means
     `home/storage`."""

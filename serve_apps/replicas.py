@@ -25,6 +25,10 @@ SYSTEM_OPTIONS: dict[str, Any] = {
     "ray_actor_options": {"num_cpus": 0},
     # A dead replica is noticed by its missing health check.
     "health_check_period_s": 1,
+    # One that has to go ends what it is at: a stream of tokens may take this long, an idle one goes
+    # at the first look.
+    "graceful_shutdown_timeout_s": 120,
+    "graceful_shutdown_wait_loop_s": 0.5,
     "logging_config": {"enable_access_log": False},
 }
 """Serve options of everything that serves."""

@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable
 
 from cluster.errors import HeliostatError
+from cluster.session import serving
 from cluster.session.processes import end_stack, find
 from cluster.session.record import delete_record, locked, read_record
 from cluster.session.scratch import remove_temporary_files, scratch_dir
 from cluster.settings import Settings
 
+DRAIN_S = 30.0
+
 
 def down(settings: Settings, say: Callable[[str], None]) -> None:
-    """End the stack; doing it twice is no error.
+    """End the stack, after requests under way were answered; doing it twice is no error.
 
     Raises:
         HeliostatError: a process could not be ended.
@@ -24,6 +27,7 @@ def down(settings: Settings, say: Callable[[str], None]) -> None:
     with locked(settings.home, say):
         begun_s = time.monotonic()
         record = read_record(settings.home)
+        serving.drain(settings, DRAIN_S)
         count = end_stack(settings.home, heads=record.parts.values())
         left = find(settings.home)
         if left:

@@ -86,6 +86,7 @@ def _serve_variables(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_MAXCONN": str(settings.max_connections),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_wrapper_path(settings)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         # Ray appends the node id (56 digits) and HAProxy a process id: hence one letter.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import AuthenticationError, MachineError, MissingToolError
 from cluster.session.environment import haproxy_wrapper_path
-from cluster.session.haproxy_wrapper import launcher
+from cluster.session.haproxy_wrapper import Doors, launcher
 from cluster.settings import Settings
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def _ensure_api_key(settings: Settings, keys: ApiKeys) -> None:
 
 def _write_haproxy_launcher(settings: Settings) -> None:
     path = haproxy_wrapper_path(settings)
-    path.write_text(launcher(sys.executable, _haproxy_binary(), settings.host), encoding="utf-8")
+    doors = Doors(settings.host, settings.max_connections_per_client)
+    path.write_text(launcher(sys.executable, _haproxy_binary(), doors), encoding="utf-8")
     path.chmod(0o700)
 
 

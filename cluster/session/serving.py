@@ -6,6 +6,8 @@ and what was deployed by `serve.run`, so putting it again leaves them alone.
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from cluster.errors import StartError
 from cluster.session.ray_head import auth_header
 from cluster.settings import LOOPBACK, Settings
 
+_POLL_INTERVAL_S = 0.1
 DEPLOY_FAILED = "DEPLOY_FAILED"
 APPLICATIONS: tuple[dict[str, Any], ...] = (
     {
@@ -37,7 +40,24 @@ def deploy(settings: Settings) -> None:
     _put(settings, APPLICATIONS)
 
 
-def _put(settings: Settings, applications: Sequence[dict[str, Any]]) -> None:
+def drain(settings: Settings, patience_s: float) -> None:
+    """Take nothing more and let the gateway answer what it has; models stay up meanwhile.
+
+    Returns when that is done, when it takes too long, or when there is nothing to ask.
+    """
+    if not application_states(settings):
+        return
+    deadline_s = time.monotonic() + patience_s
+    with contextlib.suppress(StartError):
+        _put(settings, [], timeout_s=5)
+        while time.monotonic() < deadline_s:
+            states = application_states(settings)
+            if not any(application["name"] in states for application in APPLICATIONS):
+                return
+            time.sleep(_POLL_INTERVAL_S)
+
+
+def _put(settings: Settings, applications: Sequence[dict[str, Any]], timeout_s: float = 60) -> None:
     body = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": LOOPBACK, "port": settings.gateway_port},
@@ -45,7 +65,9 @@ def _put(settings: Settings, applications: Sequence[dict[str, Any]]) -> None:
     }
     try:
         # The first call starts Serve itself.
-        answer = httpx.put(_url(settings), json=body, headers=auth_header(settings), timeout=60)
+        answer = httpx.put(
+            _url(settings), json=body, headers=auth_header(settings), timeout=timeout_s
+        )
     except httpx.HTTPError as error:
         raise StartError(
             f"Ray Serve did not take the applications: {error}", hint="see `heliostat status`"

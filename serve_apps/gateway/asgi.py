@@ -54,6 +54,8 @@ class GatewayConfig(StrictModel):
     """Limits of one gateway replica."""
 
     max_body_bytes: int = 32 * 1024**2
+    max_body_s: float = 60.0
+    """A body must have arrived by then."""
     text: TextLimits = TextLimits()
     sends_request_id: bool = True
     """Off behind Ray Serve, which sends the header itself."""
@@ -140,6 +142,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
                 BodyLimit,
                 max_bytes=parts.config.max_body_bytes,
                 max_upload_bytes=parts.config.max_file_bytes,
+                max_s=parts.config.max_body_s,
             ),
             Middleware(Decompression, max_bytes=parts.config.max_body_bytes),
         ],

