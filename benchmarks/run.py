@@ -18,6 +18,7 @@ BENCHMARKS = (
     "time_to_loss",
     "checkpoint_stall",
     "goodput",
+    "overload",
 )
 
 

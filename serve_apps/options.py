@@ -71,6 +71,9 @@ class DeploymentOptions(StrictModel):
     """Calls that a replica works on at once: batches of arrays, or streams of tokens."""
     max_queued_requests: int = Field(1024, ge=0, le=1_000_000)
     """Requests that wait in each gateway replica; more are answered 503 at once."""
+    max_queue_wait_s: float = Field(0.1, ge=0, le=_DAY_S)
+    """Wait that a burst may cause, or a full call's where that is longer; once more is asked than
+    the model can answer, the rest is answered 503 at once."""
     max_batch_size: int = Field(64, ge=1, le=65_536)
     """Most samples a gateway joins into one call (graphs)."""
     request_timeout_s: float = Field(30.0, ge=0.001, le=_DAY_S)
@@ -118,6 +121,11 @@ class DeploymentOptions(StrictModel):
         if self.autoscaling is None:
             return self.num_replicas
         return math.ceil(self.max_replicas * self.autoscaling.target_ongoing_requests)
+
+    @property
+    def max_streams(self) -> int:
+        """Streams of tokens that all replicas generate at once."""
+        return min(self.max_running, self.max_ongoing_requests) * self.max_replicas
 
     @property
     def answer_timeout_s(self) -> float:

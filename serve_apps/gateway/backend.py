@@ -32,6 +32,9 @@ class ModelBackend(Protocol):
     ) -> AsyncGenerator[TokenOutput, None]:
         """Tokens as they come; closing the generator ends the work."""
 
+    async def prepare(self, application: str) -> None:
+        """Learn where its replicas are, so that no request has to wait for that; never raises."""
+
     def forget(self, application: str) -> None:
         """The application goes away: keep nothing of it."""
 
@@ -58,6 +61,9 @@ class InProcessBackend:
         self, application: str, request: EngineRequest
     ) -> AsyncGenerator[TokenOutput, None]:
         return self._runners[application].generate(request)
+
+    async def prepare(self, application: str) -> None:
+        pass
 
     def forget(self, application: str) -> None:
         self._predictors.pop(application, None)

@@ -1,6 +1,6 @@
 """From a model's name to its answer: the part that every protocol shares.
 
-Resolves references, keeps a batcher for each graph and counts the streams of each language model.
+Resolves references, keeps a batcher for each graph and the places of each language model.
 Knows nothing of HTTP.
 
     models = Models(table, catalogue, backend)
@@ -11,15 +11,11 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from typing import Any
 
-from cluster.errors import (
-    InvalidReferenceError,
-    NotFoundError,
-    OverloadedError,
-    UpstreamTimeoutError,
-)
+from cluster.errors import InvalidReferenceError, NotFoundError
+from cluster.model_package.manifest import Manifest
 from cluster.model_ref import ModelRef
 from cluster.processing import Array, is_batchable, postprocess, preprocess
 from serve_apps.gateway.backend import Arrays, ModelBackend
@@ -28,10 +24,18 @@ from serve_apps.gateway.callers import answered, current_caller, metered
 from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
 from serve_apps.gateway.routing_table import Routes, RoutingTable, ServedVersion
 from serve_apps.gateway.telemetry import Telemetry, note_model
+from serve_apps.gateway.token_streams import StreamPlaces, read_ahead
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 
 # As long as the release controller leaves an application up that is no longer routed to.
 _DRAIN_S = 2.0
+
+
+def can_join(manifest: Manifest) -> bool:
+    """Whether requests to a graph may share a call without changing each other's answers."""
+    # Scaled by the largest value in the call, it would round everybody else's after an outlier.
+    is_scaled_by_call = manifest.quantisation.get("method") == "int8_dynamic"
+    return is_batchable(manifest) and not is_scaled_by_call
 
 
 class Models:
@@ -49,7 +53,7 @@ class Models:
         self._backend = backend
         self._telemetry = telemetry or Telemetry()
         self._batchers: dict[ServedVersion, Batcher] = {}
-        self._streams: Counter[str] = Counter()
+        self._places: dict[ServedVersion, StreamPlaces] = {}
         self._applications: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
         table.on_change.append(self._follow)
@@ -119,29 +123,25 @@ class Models:
             RateLimitedError: the caller's tenant has too little left.
             OverloadedError: too many streams are open.
             UpstreamTimeoutError: no token came in time.
+            UpstreamFailedError: a replica failed after its first token, or two did before it.
         """
         return metered(model.served, request, self._generate(model, request))
 
     async def _generate(
         self, model: ServedModel, request: EngineRequest
     ) -> AsyncGenerator[TokenOutput, None]:
-        served = model.served
-        options = served.options
-        limit = options.max_ongoing_requests * options.max_replicas + options.max_queued_requests
-        if self._streams[served.application] >= limit:
-            raise OverloadedError(
-                f"{limit} requests to model '{served}' are open, the most allowed",
-                hint="try again in a moment",
+        application = model.served.application
+        with self._telemetry.stream(model.served, request) as watch:
+            # Timed where tokens come from the replica, whenever a client reads them.
+            outputs = read_ahead(
+                lambda asked: watch.outputs(self._backend.generate(application, asked)),
+                watch.request,
+                self._places_of(model.served),
             )
-        self._streams[served.application] += 1
-        with self._telemetry.stream(served, request) as watch:
-            outputs = watch.outputs(self._backend.generate(served.application, watch.request))
             try:
-                limits_s = (options.answer_timeout_s, options.request_timeout_s)
-                async for output in _with_timeouts(outputs, *limits_s):
+                async for output in outputs:
                     yield output
             finally:
-                self._streams[served.application] -= 1
                 await outputs.aclose()
 
     async def _resolve(self, ref: ModelRef) -> ServedVersion:
@@ -155,6 +155,12 @@ class Models:
                 raise
             raise caller.no_such_model(ref.name) from None
 
+    def _places_of(self, served: ServedVersion) -> StreamPlaces:
+        places = self._places.get(served)
+        if places is None:
+            places = self._places[served] = StreamPlaces(served.options)
+        return places
+
     def _batcher(self, model: ServedModel) -> Batcher:
         batcher = self._batchers.get(model.served)
         if batcher is None:
@@ -163,8 +169,9 @@ class Models:
                 max_batch_size=options.max_batch_size,
                 max_queued=options.max_queued_requests,
                 max_in_flight=options.max_batches_in_flight,
+                max_wait_s=options.max_queue_wait_s,
                 timeout_s=options.answer_timeout_s,
-                can_join=is_batchable(model.manifest),
+                can_join=can_join(model.manifest),
             )
             batcher = Batcher(
                 self._telemetry.calls_of(
@@ -183,36 +190,25 @@ class Models:
         self._telemetry.follow(routes)
         current = set(routes.served.values())
         closing = [self._batchers.pop(gone) for gone in set(self._batchers) - current]
+        for gone in set(self._places) - current:
+            del self._places[gone]
         applications = {served.application for served in current}
         gone_applications = self._applications - applications
+        for served in current:
+            # Not one that may be at rest, with no replica: it would be woken.
+            if served.application not in self._applications and served.options.min_replicas:
+                self._in_background(self._backend.prepare(served.application))
         self._applications = applications
         if closing or gone_applications:
-            task = asyncio.create_task(self._let_go(closing, gone_applications))
-            self._background.add(task)
-            task.add_done_callback(self._background.discard)
+            self._in_background(self._let_go(closing, gone_applications))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _let_go(self, batchers: Sequence[Batcher], applications: set[str]) -> None:
         """Answer what waits while the applications drain, then drop their handles."""
         await asyncio.gather(*(batcher.close(_DRAIN_S) for batcher in batchers))
         for application in applications - self._applications:
             self._backend.forget(application)
-
-
-async def _with_timeouts(
-    outputs: AsyncGenerator[TokenOutput, None], first_s: float, next_s: float
-) -> AsyncGenerator[TokenOutput, None]:
-    timeout_s = first_s
-    while True:
-        try:
-            async with asyncio.timeout(timeout_s):
-                output = await anext(outputs)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise UpstreamTimeoutError(
-                f"the model gave no token within {timeout_s:g} s", hint="try again later"
-            ) from None
-        yield output
-        if output.finish_reason is not None:
-            return
-        timeout_s = next_s

@@ -6,9 +6,11 @@ outputs = await backend.predict("digits.v3", {"pixels": pixels})
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
+from cluster.errors import HeliostatError
 from cluster.observability.tracing import Tracing
 from serve_apps.gateway.backend import Arrays
 from serve_apps.handles import Handles
@@ -34,6 +36,11 @@ class ServeBackend:
         self, application: str, request: EngineRequest
     ) -> AsyncGenerator[TokenOutput, None]:
         return self._handles.stream(application, "generate", request)
+
+    async def prepare(self, application: str) -> None:
+        # Serve's controller is asked at the first call, and it may be away by then.
+        with contextlib.suppress(HeliostatError):
+            await self._handles.call(application, "describe", timeout_s=_CONTROL_TIMEOUT_S)
 
     def forget(self, application: str) -> None:
         self._handles.forget(application)

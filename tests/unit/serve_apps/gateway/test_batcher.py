@@ -17,6 +17,8 @@ from cluster.errors import (
     UpstreamTimeoutError,
 )
 from serve_apps.gateway.batcher import Arrays, Batcher, BatchLimits
+from serve_apps.gateway.models import can_join
+from tests.unit.serve_apps.conftest import graph_manifest
 
 POISON = -1.0
 
@@ -135,7 +137,7 @@ async def test_a_full_queue_refuses_at_once() -> None:
     tasks = await queue_up(batcher, rows(0))
     await asyncio.sleep(0)
     tasks += await queue_up(batcher, rows(1), rows(2))
-    with pytest.raises(OverloadedError, match="2 requests are waiting"):
+    with pytest.raises(OverloadedError, match="full, with 2 waiting"):
         await batcher.submit(rows(3))
     model.let_go()
     assert len(await asyncio.gather(*tasks)) == 3
@@ -173,6 +175,94 @@ async def test_a_replica_that_dies_costs_one_retry_not_the_request() -> None:
         return {"y": arrays["x"]}
 
     assert (await Batcher(dies_once).submit(rows(7)))["y"][0, 0] == 7
+    assert calls == 2
+
+
+async def test_a_request_that_kills_replicas_takes_nobody_with_it_twice() -> None:
+    """Two replicas; whatever is on one together with the poison dies with it."""
+    on_replica: dict[int, list[asyncio.Future[None]]] = {0: [], 1: []}
+    num_deaths = 0
+
+    async def replicas(arrays: Arrays) -> Arrays:
+        nonlocal num_deaths
+        number = min(on_replica, key=lambda n: len(on_replica[n]))
+        death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        on_replica[number].append(death)
+        try:
+            await asyncio.wait([death], timeout=0.002)
+            if (arrays["x"] == POISON).any() and not death.done():
+                num_deaths += 1
+                for other in on_replica[number]:
+                    other.set_result(None)
+            if death.done():
+                raise UpstreamFailedError("the replica died")
+            return {"y": arrays["x"] * 2}
+        finally:
+            on_replica[number].remove(death)
+
+    batcher = Batcher(replicas, BatchLimits(max_batch_size=4, max_in_flight=4))
+    values = [1.0] * 10 + [POISON] + [2.0] * 20
+    answers = await asyncio.gather(
+        *(batcher.submit(rows(value)) for value in values), return_exceptions=True
+    )
+    failed = [
+        value
+        for value, answer in zip(values, answers, strict=True)
+        if isinstance(answer, Exception)
+    ]
+    assert failed == [POISON]
+    assert num_deaths == 2
+
+
+async def test_a_call_that_nobody_waits_for_is_ended_and_one_that_somebody_does_is_not() -> None:
+    model = Model(held=True)
+    batcher = Batcher(model)
+    tasks = await queue_up(batcher, rows(0))
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    await asyncio.wait(tasks)
+    await asyncio.sleep(0.01)
+    assert (batcher.num_in_flight, batcher.num_waiting) == (0, 0)
+
+    tasks = await queue_up(batcher, rows(1))
+    await asyncio.sleep(0)
+    tasks += await queue_up(batcher, rows(2), rows(3), rows(4))
+    tasks[3].cancel()
+    await asyncio.wait([tasks[3]])
+    assert batcher.num_waiting == 2
+    model.let_go()
+    await tasks[0]
+    tasks[1].cancel()
+    assert (await tasks[2])["y"][0, 0] == 6
+    await asyncio.sleep(0)
+    assert (batcher.num_in_flight, batcher.num_waiting) == (0, 0)
+
+
+async def test_what_waited_too_long_is_not_sent_any_more() -> None:
+    model = Model(held=True)
+    batcher = Batcher(model, BatchLimits(timeout_s=0.05))
+    tasks = await queue_up(batcher, rows(0))
+    await asyncio.sleep(0)
+    tasks += await queue_up(batcher, rows(1))
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [UpstreamTimeoutError] * 2
+    assert model.order == [0]
+
+
+async def test_an_overloaded_replica_is_not_asked_once_more_for_each_request() -> None:
+    calls = 0
+
+    async def full(arrays: Arrays) -> Arrays:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(0)
+        raise OverloadedError("no room")
+
+    batcher = Batcher(full)
+    answers = await asyncio.gather(
+        *(batcher.submit(rows(i)) for i in range(9)), return_exceptions=True
+    )
+    assert {type(answer) for answer in answers} == {OverloadedError}
     assert calls == 2
 
 
@@ -216,3 +306,13 @@ async def test_closing_without_patience_refuses_what_waits_and_finishes_what_fli
     assert isinstance(answers[1], UpstreamFailedError)
     with pytest.raises(UpstreamFailedError):
         await batcher.submit(rows(2))
+
+
+def test_a_graph_whose_samples_share_a_scale_is_not_joined() -> None:
+    """An outlier would cost everybody else in its call their precision."""
+    manifest = graph_manifest()
+    assert can_join(manifest)
+    scaled = {"method": "int8_dynamic", "num_bits": 8}
+    assert not can_join(manifest.model_copy(update={"quantisation": scaled}))
+    fixed = {"method": "int8_static", "num_bits": 8}
+    assert can_join(manifest.model_copy(update={"quantisation": fixed}))
