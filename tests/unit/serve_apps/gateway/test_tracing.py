@@ -197,7 +197,7 @@ async def test_a_predictor_goes_on_with_the_trace_it_is_given() -> None:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     replica = object.__new__(Predictor)  # without a package to open
     replica._tracing = Tracing(provider)
-    replica._runtime = SimpleNamespace(run=lambda arrays: arrays)  # type: ignore[assignment]
+    replica._runtime = SimpleNamespace(run=lambda arrays, _stop: arrays)  # type: ignore[assignment]
     replica._description = Description("sha256:1", "cpu")
     assert await replica.predict({}) == {}
     assert not exporter.get_finished_spans()
