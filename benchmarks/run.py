@@ -19,6 +19,7 @@ BENCHMARKS = (
     "checkpoint_stall",
     "goodput",
     "overload",
+    "gateway",
 )
 
 
