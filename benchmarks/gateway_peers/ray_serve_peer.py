@@ -1,4 +1,4 @@
-"""Ray Serve's defaults with @serve.batch; more than the default of 5 requests a replica may wait."""
+"""Ray Serve's defaults with @serve.batch, but room for more than 5 requests in a replica."""
 
 from __future__ import annotations
 

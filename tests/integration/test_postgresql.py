@@ -232,6 +232,8 @@ def test_the_alias_history_only_grows(settings: Settings, change: str) -> None:
 def test_a_backup_moves_between_databases_and_goes_on_counting(settings: Settings) -> None:
     """From PostgreSQL to SQLite, and from there to an empty PostgreSQL."""
     name = settings.home.name
+    (settings.home / "storage").mkdir(parents=True)
+    (settings.home / "storage" / "kept").write_text("a backup without its storage is refused")
     registry = ModelRegistry.open(settings)
     registry.set_alias(name, "best", 1, actor="t", reason="r")
     record = EvaluationRecord("sha256:0", "sha256:1", "test", {"mae": 0.5}, "run")
