@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.session import mlflow_server, ray_head
+from cluster.session.processes import RAY as RAY
 from cluster.settings import Settings
 
-RAY = "ray"
 MLFLOW = "mlflow"
 SERVING = "serving"
 

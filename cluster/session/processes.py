@@ -3,7 +3,7 @@
 A started process carries the stack's home directory and its part's name in its environment, and
 all its descendants inherit both. `heliostat env` never prints these variables, so a user's shell is
 not mistaken for a part. Ray's agents overwrite their own environment with a process title; they are
-found as descendants.
+found as descendants, and where they have outlived their parents, by the log that they write.
 
     record = start(["sleep", "60"], stack=home, part="mlflow", environment={}, log_path=log)
     is_alive(record)                 # True
@@ -20,9 +20,12 @@ from pathlib import Path
 import psutil
 
 from cluster.config import StrictModel
+from cluster.session.scratch import scratch_dir
 
 STACK_VARIABLE = "HELIOSTAT_STACK"
 PART_VARIABLE = "HELIOSTAT_PART"
+RAY = "ray"
+_AGENT_PREFIX = "ray::"
 
 # psutil derives the start time from the boot time, which may shift by a clock correction.
 _START_TIME_TOLERANCE_S = 2.0
@@ -135,9 +138,23 @@ def _is_marked(process: psutil.Process, stack: Path, part: str | None) -> bool:
         environment = process.environ()
     except (psutil.Error, OSError):
         return False
-    if environment.get(STACK_VARIABLE) != str(stack):
+    if STACK_VARIABLE not in environment:
+        return part in (None, RAY) and _is_agent(process, stack)
+    if environment[STACK_VARIABLE] != str(stack):
         return False
     return part is None or environment.get(PART_VARIABLE) == part
+
+
+def _is_agent(process: psutil.Process, stack: Path) -> bool:
+    """Whether one of Ray's agents of this stack is it. Without its raylet it holds its ports for a
+    minute, while it tries to tell a head that is gone."""
+    try:
+        if not process.name().startswith(_AGENT_PREFIX):
+            return False
+        scratch = scratch_dir(stack)
+        return any(Path(file.path).is_relative_to(scratch) for file in process.open_files())
+    except (psutil.Error, OSError):
+        return False
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

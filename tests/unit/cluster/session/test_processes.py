@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from cluster.session.processes import ProcessRecord, end_stack, find, is_alive, start
+from cluster.session.scratch import scratch_dir
 
 # A parent with a child; neither ends by itself.
 FAMILY = (
@@ -25,6 +26,12 @@ STUBBORN = (
 BEHEADED = (
     "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); "
     "print('born', flush=True); ctypes.CDLL(None).pthread_exit(None)"
+)
+
+# One of Ray's agents: named by itself, with nothing left of its environment, writing its log.
+AGENT = (
+    "import ctypes, sys, time; ctypes.CDLL(None).prctl(15, b'ray::AnAgent'); "
+    "log = open(sys.argv[1], 'w'); print('born', file=log, flush=True); time.sleep(600)"
 )
 
 
@@ -118,3 +125,20 @@ def test_a_shell_that_only_knows_the_home_is_no_part(stack: Path) -> None:
     finally:
         shell.kill()
         shell.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names itself by prctl")
+def test_an_agent_that_outlived_its_parents_is_found_by_its_log(stack: Path) -> None:
+    log = scratch_dir(stack) / "logs" / "agent.log"
+    log.parent.mkdir(parents=True)
+    agent = subprocess.Popen([sys.executable, "-c", AGENT, str(log)], env={})
+    try:
+        while not log.exists() or "born" not in log.read_text():
+            time.sleep(0.02)
+        assert [process.pid for process in find(stack, "ray")] == [agent.pid]
+        assert find(stack, "mlflow") == []
+        assert find(stack.with_name("another")) == []
+        assert end_stack(stack) == 1
+    finally:
+        agent.kill()
+        agent.wait()
