@@ -51,6 +51,8 @@ Row = Mapping[str, Any]
 class LineError(InputError):
     """What is wrong with a line as such, which fails the whole batch."""
 
+    code = "invalid_batch_line"
+
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message, param=param)
         self.reason = code
