@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -49,6 +50,8 @@ _PEERS = {
 def measure() -> tuple[Row, ...]:
     directory = Path(tempfile.mkdtemp(prefix="hst"))
     stack = new_stack(directory)
+    # Tests have it on; by default it is off.
+    stack = replace(stack, settings=stack.settings.model_copy(update={"access_log": False}))
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
         cleanup.callback(stack.run_cli, "down")
