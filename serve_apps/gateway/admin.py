@@ -19,9 +19,9 @@ from typing_extensions import TypedDict
 
 from cluster.errors import HeliostatError, InputError, NotFoundError
 from cluster.security.api_keys import Identity
-from serve_apps.gateway.authentication import require_any
-from serve_apps.gateway.openapi import describes
-from serve_apps.gateway.requests import parse_object, validate
+from serve_apps.gateway.access.authentication import require_any
+from serve_apps.gateway.http.openapi import describes
+from serve_apps.gateway.http.requests import parse_object, validate
 from serve_apps.options import DeploymentOptions, read_options
 
 

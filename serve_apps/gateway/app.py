@@ -28,13 +28,13 @@ from cluster.settings import Settings, load_settings
 from cluster.storage import Storage
 from cluster.tenant_files import TenantFiles
 from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
-from serve_apps.gateway.batch_driver import BatchParts
-from serve_apps.gateway.batch_runner import RayRunner
+from serve_apps.gateway.batches.driver import BatchParts
+from serve_apps.gateway.batches.runner import RayRunner
 from serve_apps.gateway.catalogue import ServedModel
-from serve_apps.gateway.grpc_server import GrpcAddress
+from serve_apps.gateway.open_inference.grpc_server import GrpcAddress
 from serve_apps.gateway.routing_table import ServedVersion, read_routes
 from serve_apps.gateway.serve_backend import ServeBackend, ServeControl
-from serve_apps.gateway.telemetry import Telemetry
+from serve_apps.gateway.telemetry.telemetry import Telemetry
 from serve_apps.replicas import SYSTEM_OPTIONS
 
 _MAX_ONGOING_REQUESTS = 10_000

@@ -19,35 +19,32 @@ from starlette.routing import Match, Route
 
 from cluster.config import StrictModel
 from cluster.errors import HeliostatError
-from serve_apps.gateway import (
-    admin,
-    embeddings,
-    model_cards,
-    open_inference,
-    openai,
-    openapi,
-    page,
-    tensorflow_serving,
-    usage,
-)
-from serve_apps.gateway.accounts import Accounts, Exchange
-from serve_apps.gateway.authentication import Authentication, KeyCache, Verify
+from serve_apps.gateway import admin, model_cards
+from serve_apps.gateway.access import usage
+from serve_apps.gateway.access.accounts import Accounts, Exchange
+from serve_apps.gateway.access.authentication import Authentication, KeyCache, Verify
+from serve_apps.gateway.access.callers import Callers
 from serve_apps.gateway.backend import ModelBackend
-from serve_apps.gateway.batch_driver import BatchDriver, BatchParts
-from serve_apps.gateway.batch_work import BatchOptions
-from serve_apps.gateway.batches import batch_routes
-from serve_apps.gateway.callers import Callers
+from serve_apps.gateway.batches.driver import BatchDriver, BatchParts
+from serve_apps.gateway.batches.routes import batch_routes
+from serve_apps.gateway.batches.work import BatchOptions
 from serve_apps.gateway.catalogue import Load, ModelCatalogue
-from serve_apps.gateway.compression import Decompression
-from serve_apps.gateway.errors import MethodNotAllowedError, render
-from serve_apps.gateway.grpc_calls import Door
-from serve_apps.gateway.grpc_server import GrpcAddress, GrpcServer
-from serve_apps.gateway.grpc_service import InferenceService
-from serve_apps.gateway.middleware import BodyLimit, RequestContext
+from serve_apps.gateway.http import openapi
+from serve_apps.gateway.http.compression import Decompression
+from serve_apps.gateway.http.errors import MethodNotAllowedError, render
+from serve_apps.gateway.http.middleware import BodyLimit, RequestContext
 from serve_apps.gateway.models import Models
-from serve_apps.gateway.openai_schema import TextLimits
+from serve_apps.gateway.open_inference import routes as open_inference
+from serve_apps.gateway.open_inference.grpc_calls import Door
+from serve_apps.gateway.open_inference.grpc_server import GrpcAddress, GrpcServer
+from serve_apps.gateway.open_inference.grpc_service import InferenceService
+from serve_apps.gateway.openai import embeddings
+from serve_apps.gateway.openai import routes as openai
+from serve_apps.gateway.openai.schema import TextLimits
+from serve_apps.gateway.page import routes as page
 from serve_apps.gateway.routing_table import Routes, RoutingTable
-from serve_apps.gateway.telemetry import Telemetry
+from serve_apps.gateway.telemetry.telemetry import Telemetry
+from serve_apps.gateway.tensorflow_serving import routes as tensorflow_serving
 
 
 class GatewayConfig(StrictModel):

@@ -18,9 +18,9 @@ from cluster.errors import HeliostatError, NotFoundError
 from cluster.model_package.card import model_card
 from cluster.model_package.manifest import Kind, Manifest
 from cluster.processing import Labels, Softmax, TensorSpec, public_inputs, public_outputs
-from serve_apps.gateway.authentication import require_any
+from serve_apps.gateway.access.authentication import require_any
+from serve_apps.gateway.http.openapi import describes
 from serve_apps.gateway.models import Models
-from serve_apps.gateway.openapi import describes
 from serve_apps.gateway.routing_table import Routes, ServedVersion
 
 

@@ -18,13 +18,13 @@ from cluster.errors import InvalidReferenceError, NotFoundError
 from cluster.model_package.manifest import Manifest
 from cluster.model_ref import ModelRef
 from cluster.processing import Array, is_batchable, postprocess, preprocess
+from serve_apps.gateway.access.callers import answered, current_caller, metered
 from serve_apps.gateway.backend import Arrays, ModelBackend
 from serve_apps.gateway.batcher import Batcher, BatchLimits
-from serve_apps.gateway.callers import answered, current_caller, metered
 from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
 from serve_apps.gateway.routing_table import Routes, RoutingTable, ServedVersion
-from serve_apps.gateway.telemetry import Telemetry, note_model
-from serve_apps.gateway.token_streams import StreamPlaces, read_ahead
+from serve_apps.gateway.streams import StreamPlaces, read_ahead
+from serve_apps.gateway.telemetry.telemetry import Telemetry, note_model
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 
 # As long as the release controller leaves an application up that is no longer routed to.

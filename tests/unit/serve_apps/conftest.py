@@ -30,9 +30,9 @@ from cluster.security.leases import LeaseStore
 from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.backend import Arrays, InProcessBackend
 from serve_apps.gateway.catalogue import ServedModel
-from serve_apps.gateway.grpc_server import GrpcAddress
+from serve_apps.gateway.open_inference.grpc_server import GrpcAddress
 from serve_apps.gateway.routing_table import Routes, ServedVersion
-from serve_apps.gateway.telemetry import Telemetry
+from serve_apps.gateway.telemetry.telemetry import Telemetry
 from serve_apps.llm.fake import FakeEngine
 from serve_apps.options import DeploymentOptions
 

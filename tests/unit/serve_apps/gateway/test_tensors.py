@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as npst
 from cluster.errors import InputError, UpstreamFailedError
 from cluster.processing import TensorSpec
 from serve_apps.gateway import tensors
-from serve_apps.gateway.responses import write_json
+from serve_apps.gateway.http.responses import write_json
 from serve_apps.gateway.tensors import declare, from_bytes, from_values, to_bytes, to_values
 
 NUMBERS = sorted(tensors.DATATYPES - {"BYTES"})

@@ -1,0 +1,221 @@
+"""Who a request is from, for whatever answers it: which models, within which limits, on whose bill.
+
+Every door sets the caller once it knows the key; `Models` asks for it, so a protocol needs no line
+of its own, and what reaches a model without a caller is refused.
+
+    callers = Callers(accounts)
+    caller = callers.make(identity)
+    await caller.count_request()                  # raises RateLimitedError
+    with caller.entered():
+        current_caller().answered("inference", served)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from cluster.errors import AuthenticationError, NotFoundError
+from cluster.ledger import COMPLETION, INFERENCE
+from cluster.security.api_keys import Identity
+from cluster.security.limits import Holding
+from serve_apps.gateway.access.accounts import Accounts
+from serve_apps.gateway.access.limits import Account
+from serve_apps.gateway.routing_table import ServedVersion
+from serve_apps.llm.engine import EngineRequest, TokenOutput
+
+_caller: ContextVar[Caller] = ContextVar("caller")
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What one answer may use at most."""
+
+    account: Account
+    max_tokens: int
+    slot: int | None
+    """That its tokens count in, where they are limited by the minute."""
+    holds: dict[Holding, int]
+
+
+class Caller:
+    """The sender of one request."""
+
+    __slots__ = ("_accounts", "_is_counted", "_prompts", "identity", "is_limited")
+
+    def __init__(self, identity: Identity, accounts: Accounts) -> None:
+        self.identity = identity
+        self.is_limited = identity.limits.is_limited
+        self._accounts = accounts
+        self._is_counted = False
+        self._prompts: set[tuple[int, ...]] = set()
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Be the current caller."""
+        token = _caller.set(self)
+        try:
+            yield
+        finally:
+            _caller.reset(token)
+
+    async def count_request(self) -> None:
+        """Spend one request of the tenant's minute. Raises RateLimitedError if there is none."""
+        if self.identity.limits.requests_per_minute is not None:
+            await self._accounts.take_rate(self._account, "requests", 1)
+
+    def limit_headers(self) -> list[tuple[bytes, bytes]]:
+        """`x-ratelimit-…`, where the tenant is limited."""
+        return self._account.headers(self._accounts.clock()) if self.is_limited else []
+
+    def require_model(self, name: str) -> None:
+        """Raises NotFoundError if the key is not for this model, whether it is there or not."""
+        if not self.identity.may_use(name):
+            raise self.no_such_model(name)
+
+    def no_such_model(self, name: str) -> NotFoundError:
+        """What a key for some models is told of all that it cannot reach."""
+        allowed = ", ".join(sorted(self.identity.models or ()))
+        return NotFoundError(
+            f"model '{name}' is not deployed, or not for this key, which is for: {allowed}",
+            hint="ask the operator",
+            param="model",
+        )
+
+    def answered(
+        self,
+        kind: str,
+        served: ServedVersion,
+        *,
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+    ) -> None:
+        """Put an answer on the bill; several to one request are one request."""
+        self._accounts.meter.add(
+            self.identity,
+            kind,
+            served,
+            num_requests=0 if self._is_counted else 1,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+        )
+        self._is_counted = True
+
+    async def reserve(self, num_tokens: int, *, is_stream: bool = True) -> Reservation | None:
+        """Set aside what an answer may use; None for a tenant without limits.
+
+        Raises:
+            RateLimitedError: the tenant has too little left.
+            InputError: it never has so much.
+        """
+        if not self.is_limited:
+            return None
+        account = self._account
+        holds: dict[Holding, int] = {}
+        slot: int | None = None
+        account.num_reserved += 1
+        try:
+            amounts: dict[Holding, int] = {"streams": int(is_stream), "month_tokens": num_tokens}
+            for unit, amount in amounts.items():
+                if amount and account.limits.of(unit) is not None:
+                    await self._accounts.hold(account, unit, amount)
+                    holds[unit] = amount
+            if num_tokens and account.limits.tokens_per_minute is not None:
+                slot = await self._accounts.take_rate(account, "tokens", num_tokens)
+        except BaseException:
+            self.settle(Reservation(account, num_tokens, slot, holds), 0)
+            raise
+        return Reservation(account, num_tokens, slot, holds)
+
+    def settle(self, reservation: Reservation, num_used: int) -> None:
+        """Give back what an answer did not use."""
+        account = reservation.account
+        account.num_reserved -= 1
+        for unit, amount in reservation.holds.items():
+            account.let_go(unit, amount, spent=num_used if unit == "month_tokens" else 0)
+        if reservation.slot is not None:
+            unused = reservation.max_tokens - num_used
+            account.return_rate("tokens", reservation.slot, unused, self._accounts.clock())
+
+    @property
+    def _account(self) -> Account:
+        """Looked up each time: one that is idle is forgotten, and made anew."""
+        return self._accounts.of(self.identity)
+
+    def new_prompt_tokens(self, prompt_ids: tuple[int, ...]) -> int:
+        """Tokens of a prompt, which counts once however many answers to it are asked for."""
+        if prompt_ids in self._prompts:
+            return 0
+        self._prompts.add(prompt_ids)
+        return len(prompt_ids)
+
+
+class Callers:
+    """Makes the caller of each request."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+
+    def make(self, identity: Identity) -> Caller:
+        return Caller(identity, self._accounts)
+
+
+def current_caller() -> Caller:
+    """Raises AuthenticationError where no door has let anybody in."""
+    caller = _caller.get(None)
+    if caller is None:
+        raise AuthenticationError("nobody was let in here", hint="this is a mistake of the gateway")
+    return caller
+
+
+def answered(served: ServedVersion) -> None:
+    """A graph has answered the current caller."""
+    current_caller().answered(INFERENCE, served)
+
+
+@contextlib.asynccontextmanager
+async def reading_tokens(served: ServedVersion, num_tokens: int) -> AsyncGenerator[None, None]:
+    """Around the calls of a graph that reads so many tokens: reserved before, settled after.
+
+    Raises:
+        RateLimitedError: the current caller's tenant has too little left.
+    """
+    caller = current_caller()
+    reservation = await caller.reserve(num_tokens, is_stream=False)
+    num_used = 0
+    try:
+        yield
+        num_used = num_tokens
+        caller.answered(INFERENCE, served, prompt_tokens=num_used)
+    finally:
+        if reservation is not None:
+            caller.settle(reservation, num_used)
+
+
+async def metered(
+    served: ServedVersion, request: EngineRequest, outputs: AsyncGenerator[TokenOutput, None]
+) -> AsyncGenerator[TokenOutput, None]:
+    """The same tokens, reserved before the first and settled after the last, however it ends.
+
+    Raises:
+        RateLimitedError: the current caller's tenant has too little left.
+    """
+    caller = current_caller()
+    prompt_tokens = caller.new_prompt_tokens(request.prompt_ids)
+    reservation = await caller.reserve(prompt_tokens + request.sampling.max_tokens)
+    num_given, has_begun = 0, False
+    try:
+        async for output in outputs:
+            has_begun = True
+            num_given += len(output.token_ids)
+            yield output
+    finally:
+        # Nothing given, nothing charged.
+        used = prompt_tokens if has_begun else 0
+        if reservation is not None:
+            caller.settle(reservation, used + num_given)
+        if has_begun:
+            caller.answered(COMPLETION, served, prompt_tokens=used, completion_tokens=num_given)
+        await outputs.aclose()
