@@ -29,7 +29,7 @@ from cluster.processing.specification import (
     Softmax,
     Standardize,
 )
-from cluster.processing.tensors import Array, Datatype, TensorSpec, datatype_of
+from cluster.processing.tensors import Array, Datatype, TensorSpec, datatype_of, numpy_dtype_of
 
 __all__ = [
     "Array",
@@ -50,6 +50,7 @@ __all__ = [
     "check_processing",
     "datatype_of",
     "is_batchable",
+    "numpy_dtype_of",
     "postprocess",
     "preprocess",
     "public_inputs",

@@ -53,11 +53,16 @@ class TensorSpec(StrictModel):
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """The array type that holds it; BYTES are object arrays of `bytes`."""
-        return _NUMPY[self.datatype]
+        return numpy_dtype_of(self.datatype)
 
     def __str__(self) -> str:
         sizes = ", ".join("any" if size == -1 else str(size) for size in self.shape)
         return f"{self.name}: {self.datatype} [{sizes}]"
+
+
+def numpy_dtype_of(datatype: Datatype) -> np.dtype[Any]:
+    """The array type that holds a datatype; BYTES are object arrays of `bytes`."""
+    return _NUMPY[datatype]
 
 
 def datatype_of(array: Array) -> Datatype | None:

@@ -24,8 +24,13 @@ ODD_REQUEST_ID = (
     "http-request del-header x-request-id "
     "if !{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }"
 )
+# The gateway itself watches whether a client is still there: see serve_apps/gateway's departures.
+NO_WATCHING = "http-request set-header x-request-disconnect-disabled ?1"
 # Between two requests.
 KEEP_ALIVE_TIMEOUT_S = 60
+
+
+_FRONTEND = re.compile(r"(frontend http_frontend\n(\s*)bind [^\n]*\n)")
 
 
 class Doors(NamedTuple):
@@ -48,6 +53,9 @@ def tighten(text: str, doors: Doors) -> str:
         r"(frontend http_frontend\n\s*bind )[^\s:]+:", rf"\g<1>{doors.public_host}:", text, count=1
     )
     text = re.sub(r"\bmode 666\b", "mode 600", text)
+    # After a body that was spliced from socket to socket, HAProxy 2.8 often does not tell the
+    # server that the client has left, `option abortonclose` or not.
+    text = re.sub(r"^\s*option splice-request\n", "", text, flags=re.M)
     if "option http-buffer-request" not in text:
         text = re.sub(
             r"^(\s*)timeout client \S+\n",
@@ -75,13 +83,9 @@ def tighten(text: str, doors: Doors) -> str:
             count=1,
             flags=re.M,
         )
-    if ODD_REQUEST_ID not in text:
-        text = re.sub(
-            r"(frontend http_frontend\n(\s*)bind [^\n]*\n)",
-            lambda found: f"{found[1]}{found[2]}{ODD_REQUEST_ID}\n",
-            text,
-            count=1,
-        )
+    for rule in (ODD_REQUEST_ID, NO_WATCHING):
+        if rule not in text:
+            text = re.sub(_FRONTEND, rf"\g<1>\g<2>{rule}\n", text, count=1)
     return text
 
 

@@ -11,14 +11,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Match, Route
 
 from cluster.config import StrictModel
-from cluster.errors import HeliostatError
 from serve_apps.gateway import admin, model_cards
 from serve_apps.gateway.access import usage
 from serve_apps.gateway.access.accounts import Accounts, Exchange
@@ -30,8 +25,9 @@ from serve_apps.gateway.batches.routes import batch_routes
 from serve_apps.gateway.batches.work import BatchOptions
 from serve_apps.gateway.catalogue import Load, ModelCatalogue
 from serve_apps.gateway.http import openapi
+from serve_apps.gateway.http.application import Application
 from serve_apps.gateway.http.compression import Decompression
-from serve_apps.gateway.http.errors import MethodNotAllowedError, render
+from serve_apps.gateway.http.departures import Departures
 from serve_apps.gateway.http.middleware import BodyLimit, RequestContext
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.open_inference import routes as open_inference
@@ -125,10 +121,10 @@ def build_asgi(parts: GatewayParts) -> Starlette:
         *usage.build_routes(parts.totals),
         *admin.build_routes(parts.control, parts.audit),
     ]
-    app = Starlette(
-        routes=[*routes, openapi.build_route(routes)],
-        # The first is the outermost.
-        middleware=[
+    return Application(
+        [*routes, openapi.build_route(routes)],
+        [
+            Middleware(Departures),
             Middleware(
                 RequestContext,
                 telemetry=parts.telemetry,
@@ -143,11 +139,8 @@ def build_asgi(parts: GatewayParts) -> Starlette:
             ),
             Middleware(Decompression, max_bytes=parts.config.max_body_bytes),
         ],
-        exception_handlers={HeliostatError: _answer_error, HTTPException: _answer_error},
         lifespan=lifespan,
     )
-    app.router.redirect_slashes = False
-    return app
 
 
 def _grpc_server(parts: GatewayParts, models: Models, door: Door) -> GrpcServer | None:
@@ -156,19 +149,3 @@ def _grpc_server(parts: GatewayParts, models: Models, door: Door) -> GrpcServer 
     max_bytes = parts.config.max_body_bytes
     service = InferenceService(models)
     return GrpcServer(service, door, parts.grpc_address, max_message_bytes=max_bytes)
-
-
-async def _answer_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException) and error.status_code == 405:
-        error = MethodNotAllowedError(", ".join(_allowed_methods(request)))
-    return render(error, request.url.path)
-
-
-def _allowed_methods(request: Request) -> list[str]:
-    """Of all routes with this path: Starlette's error knows those of the first."""
-    routes = [
-        route
-        for route in request.app.routes
-        if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE
-    ]
-    return sorted({method for route in routes for method in route.methods or ()})

@@ -39,7 +39,8 @@ class ServedVersion:
     digest: str
     application: str
     state: State = field(default="champion", compare=False)
-    options: DeploymentOptions = field(default_factory=DeploymentOptions)
+    # Not hashed: that would take longer than all the look-ups together.
+    options: DeploymentOptions = field(default_factory=DeploymentOptions, hash=False)
 
     def __str__(self) -> str:
         return f"{self.name}/{self.version}"

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from typing import cast
 
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +22,7 @@ from cluster.errors import AuthenticationError, HeliostatError, PermissionDenied
 from cluster.security.api_keys import Identity
 from serve_apps.gateway.access.callers import Caller, Callers
 from serve_apps.gateway.http.errors import render
+from serve_apps.gateway.http.headers import header_of
 from serve_apps.gateway.page.files import PAGE_PATHS
 
 PUBLIC_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"}) | PAGE_PATHS
@@ -139,7 +139,7 @@ class Authentication:
 
 
 def _sent_key(scope: Scope) -> str:
-    return bearer_key(Headers(scope=scope).get("authorization", ""))
+    return bearer_key(header_of(scope, b"authorization"))
 
 
 def identity_of(request: Request) -> Identity:

@@ -13,8 +13,8 @@ of its own, and what reaches a model without a caller is refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
 from cluster.errors import AuthenticationError, NotFoundError
@@ -52,14 +52,9 @@ class Caller:
         self._is_counted = False
         self._prompts: set[tuple[int, ...]] = set()
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Be the current caller."""
-        token = _caller.set(self)
-        try:
-            yield
-        finally:
-            _caller.reset(token)
+    def entered(self) -> _Entered:
+        """Be the current caller within a block."""
+        return _Entered(self)
 
     async def count_request(self) -> None:
         """Spend one request of the tenant's minute. Raises RateLimitedError if there is none."""
@@ -150,6 +145,21 @@ class Caller:
             return 0
         self._prompts.add(prompt_ids)
         return len(prompt_ids)
+
+
+class _Entered:
+    """As a class, for it is on every request's way: a generator costs three times as much."""
+
+    __slots__ = ("_caller", "_token")
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def __enter__(self) -> None:
+        self._token: Token[Caller] = _caller.set(self._caller)
+
+    def __exit__(self, *_error: object) -> None:
+        _caller.reset(self._token)
 
 
 class Callers:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import zlib
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import InputError, PayloadTooLargeError, UsageError
+from serve_apps.gateway.http.headers import header_of
 
 # zlib's words for the two formats; HTTP's "deflate" is the one with zlib's own header.
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}
@@ -37,7 +37,7 @@ class Decompression:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            encoding = Headers(scope=scope).get("content-encoding", "").strip().lower()
+            encoding = header_of(scope, b"content-encoding").strip().lower()
             if encoding not in ("", "identity"):
                 receive = _Unpacked(receive, encoding, self._max_bytes)
         await self._app(scope, receive, send)

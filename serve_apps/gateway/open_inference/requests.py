@@ -66,15 +66,24 @@ async def answer(models: Models, model: ServedModel, asked: InferenceRequest) ->
         UpstreamTimeoutError: no answer within the request's own time.
     """
     wanted = _wanted(model, asked)
+    if asked.timeout_s is None:
+        found = await models.infer(model, asked.inputs)
+    else:
+        found = await _infer_within(asked.timeout_s, models, model, asked.inputs)
+    return [Output(spec, found[spec.name], is_binary) for spec, is_binary in wanted]
+
+
+async def _infer_within(
+    timeout_s: float, models: Models, model: ServedModel, inputs: Arrays
+) -> Arrays:
     try:
-        async with asyncio.timeout(asked.timeout_s):
-            found = await models.infer(model, asked.inputs)
+        async with asyncio.timeout(timeout_s):
+            return await models.infer(model, inputs)
     except TimeoutError:
         raise UpstreamTimeoutError(
-            f"no answer within the {asked.timeout_s:g} s that the request allows",
+            f"no answer within the {timeout_s:g} s that the request allows",
             hint="allow more in its parameter 'timeout', in microseconds",
         ) from None
-    return [Output(spec, found[spec.name], is_binary) for spec, is_binary in wanted]
 
 
 async def find_model(models: Models, name: str, version: str) -> ServedModel:

@@ -20,6 +20,7 @@ from cluster.errors import NotRunningError
 from cluster.processing import TensorSpec, public_inputs, public_outputs
 from serve_apps.gateway.access.authentication import require_any
 from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.http.headers import header_of
 from serve_apps.gateway.http.openapi import JSON, describes
 from serve_apps.gateway.http.requests import off_loop_if_large
 from serve_apps.gateway.models import Models
@@ -35,6 +36,7 @@ from serve_apps.gateway.open_inference.requests import answer, find_model
 
 SERVER_NAME = "heliostat"
 EXTENSIONS = ("binary_tensor_data",)
+_JSON_LENGTH = JSON_LENGTH_HEADER.encode()
 
 
 def build_routes(models: Models) -> list[Route]:
@@ -89,7 +91,7 @@ def build_routes(models: Models) -> list[Route]:
         model = await _find(models, request)
         model.require_graph()
         body = await request.body()
-        json_length = request.headers.get(JSON_LENGTH_HEADER)
+        json_length = header_of(request.scope, _JSON_LENGTH) or None
         asked = await off_loop_if_large(len(body), lambda: read_body(body, json_length, model))
         outputs = await answer(models, model, asked)
         size_bytes = sum(output.array.nbytes for output in outputs)

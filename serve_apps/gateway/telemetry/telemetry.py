@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import HeliostatError, NotFoundError, OverloadedError
@@ -44,9 +45,10 @@ _MAX_REASON = 300
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("heliostat.access")
+_NOTHING = nullcontext()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class RequestRecord:
     """One request, as far as it has come."""
 
@@ -129,7 +131,6 @@ class Telemetry:
         self.tracing = tracing or Tracing()
         self._logs_access = logs_access
 
-    @contextmanager
     def request(
         self,
         protocol: str,
@@ -138,35 +139,22 @@ class Telemetry:
         request_id: str,
         traceparent: str | None = None,
         is_traced: bool = True,
-    ) -> Iterator[RequestRecord]:
+    ) -> _Watched:
         """The time in which a request is answered.
 
         Args:
             protocol, route: never a text of the client's; the route may still change.
             traceparent: W3C header, if the client sent one.
         """
-        record = RequestRecord(request_id, protocol, route)
-        in_flight = self.instruments.in_flight_of(protocol)
-        in_flight.inc()
-        record_token = _current.set(record)
-        id_token = request_id_of_logs.set(request_id)
-        tracing = self.tracing if is_traced else Tracing()
-        with tracing.span(route, kind="server", traceparent=traceparent) as span:
-            record.span = span
-            try:
-                yield record
-            except Exception as error:
-                known = error if isinstance(error, HeliostatError) else HeliostatError("failed")
-                record.error = record.error or known
-                raise
-            finally:
-                in_flight.dec()
-                self._finish(record)
-                _current.reset(record_token)
-                request_id_of_logs.reset(id_token)
+        span = None
+        if is_traced and self.tracing.is_on:
+            span = self.tracing.span(route, kind="server", traceparent=traceparent)
+        return _Watched(self, RequestRecord(request_id, protocol, route), span)
 
     def model_call(self, served: ServedVersion) -> AbstractContextManager[Any]:
         """A request's way through pre-processing and queue to a graph's answer."""
+        if not self.tracing.is_on:
+            return _NOTHING
         attributes = _model_attributes(served)
         record = _current.get()
         if record is None or not record.path.endswith("/embeddings"):
@@ -222,7 +210,8 @@ class Telemetry:
         """Forget what is no longer served."""
         self.instruments.keep_only(label_of(served) for served in routes.served.values())
 
-    def _finish(self, record: RequestRecord) -> None:
+    def finish(self, record: RequestRecord) -> None:
+        """A request has been answered, or given up."""
         duration_s = time.perf_counter() - record.started_s
         status, instruments = record.outcome(), self.instruments
         instruments.answered(record.protocol, record.route, status, duration_s)
@@ -245,6 +234,50 @@ class Telemetry:
             record.span.set_attributes(_request_attributes(record, status))
             if status >= 500:
                 set_failed(record.span, record.error)
+
+
+class _Watched:
+    """As a class, for it is on every request's way: a generator costs three times as much."""
+
+    __slots__ = ("_in_flight", "_record", "_span", "_telemetry", "_tokens")
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        record: RequestRecord,
+        span: AbstractContextManager[Span | None] | None,
+    ) -> None:
+        self._telemetry = telemetry
+        self._record = record
+        self._span = span
+
+    def __enter__(self) -> RequestRecord:
+        record = self._record
+        self._in_flight = self._telemetry.instruments.in_flight_of(record.protocol)
+        self._in_flight.inc()
+        self._tokens = _current.set(record), request_id_of_logs.set(record.request_id)
+        if self._span is not None:
+            record.span = self._span.__enter__()
+        return record
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        record = self._record
+        if isinstance(error, Exception) and record.error is None:
+            known = error if isinstance(error, HeliostatError) else None
+            record.error = known or HeliostatError("failed")
+        self._in_flight.dec()
+        try:
+            self._telemetry.finish(record)
+        finally:
+            if self._span is not None:
+                self._span.__exit__(kind, error, trace)
+            _current.reset(self._tokens[0])
+            request_id_of_logs.reset(self._tokens[1])
 
 
 class StreamWatch:

@@ -24,6 +24,9 @@ defaults
     timeout connect 5s
     timeout client 3600s
     timeout http-keep-alive 90s
+    option abortonclose
+    option splice-request
+    option splice-response
 frontend prometheus
     bind :9101
 frontend http_frontend
@@ -99,6 +102,13 @@ def test_an_odd_request_id_does_not_pass(
 ) -> None:
     headers = {} if sent is None else {"x-request-id": sent}
     assert httpx.get(echoing_haproxy, headers=headers).json() == passed_on
+
+
+def test_the_gateway_hears_of_clients_that_leave_and_listens_itself() -> None:
+    text = tighten(GENERATED, DOORS)
+    assert "option splice-request" not in text
+    frontend = text[text.index("frontend http_frontend") : text.index("backend http-gateway")]
+    assert "set-header x-request-disconnect-disabled ?1" in frontend
 
 
 def test_a_client_cannot_have_all_connections() -> None:
