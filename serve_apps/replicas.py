@@ -29,7 +29,8 @@ SYSTEM_OPTIONS: dict[str, Any] = {
     # at the first look.
     "graceful_shutdown_timeout_s": 120,
     "graceful_shutdown_wait_loop_s": 0.5,
-    "logging_config": {"enable_access_log": False},
+    # Serve makes a record of every request at level INFO, and drops it where its access log is off.
+    "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
 }
 """Serve options of everything that serves."""
 
