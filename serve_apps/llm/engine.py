@@ -67,6 +67,10 @@ class EngineStats:
     num_waiting: int
     max_context_tokens: int
     vocab_size: int
+    num_preempted: int = 0
+    """How often a sequence gave its cache back for another, since the start."""
+    num_reused_tokens: int = 0
+    """Prompt tokens whose keys and values were in the cache already, since the start."""
 
 
 class Engine(Protocol):

@@ -30,6 +30,18 @@ def continuous_batching_engine() -> Engine:
     )
 
 
+def native_engine() -> Engine:
+    import torch
+
+    from serve_apps.llm.budget import CacheBudget
+    from serve_apps.llm.native.engine import NativeEngine
+    from serve_apps.llm.native.model import NativeModel
+
+    budget = CacheBudget(max_cache_bytes=2**20, max_running=8, max_batch_tokens=64)
+    model = tiny_llama(torch)
+    return NativeEngine(NativeModel(model.config, model.state_dict(), budget), budget)
+
+
 def tiny_llama(torch: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +62,7 @@ def tiny_llama(torch: Any) -> Any:
     return model
 
 
-@pytest.fixture(params=[fake_engine, continuous_batching_engine], scope="module")
+@pytest.fixture(params=[fake_engine, continuous_batching_engine, native_engine], scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     build: Callable[[], Engine] = request.param
     engine = build()
