@@ -71,6 +71,8 @@ class EngineStats:
     """How often a sequence gave its cache back for another, since the start."""
     num_reused_tokens: int = 0
     """Prompt tokens whose keys and values were in the cache already, since the start."""
+    precision: str = "float32"
+    """Number type that the model is computed in."""
 
 
 class Engine(Protocol):

@@ -95,6 +95,7 @@ class NativeEngine:
                 vocab_size=self._model.shape.vocab_size,
                 num_preempted=self._scheduler.num_preempted,
                 num_reused_tokens=self._scheduler.num_reused_tokens,
+                precision=self._model.precision,
             )
 
     def close(self) -> None:

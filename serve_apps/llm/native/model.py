@@ -85,6 +85,11 @@ class NativeModel:
         config = hugging_face_config(model_dir)
         return cls(config, read_tensors(model_dir), budget, dtype=dtype, device=device)
 
+    @property
+    def precision(self) -> str:
+        """The name of its number type, as options say it."""
+        return str(self.dtype).removeprefix("torch.")
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [wanted rows, vocabulary]; the cache holds the batch's tokens afterwards."""
