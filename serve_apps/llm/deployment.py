@@ -14,6 +14,7 @@ from typing import Any
 
 from ray import serve
 
+from cluster.grammars import Grammars
 from cluster.model_package import ModelPackage, golden
 from cluster.model_package.adapter import load_merged
 from cluster.model_package.language_model import hugging_face_config
@@ -109,22 +110,27 @@ def _build_engine(package: ModelPackage, options: DeploymentOptions, device: str
 
     torch.set_num_threads(options.num_threads)
     budget = CacheBudget(max_cache_bytes=options.max_cache_bytes, max_running=options.max_running)
+    grammars = _grammars_of(package)
     if options.engine != "transformers":
-        engine = _build_native(package, options, budget, device)
+        engine = _build_native(package, options, budget, device, grammars)
         if engine is not None:
             return engine
 
     from serve_apps.llm.continuous_batching import ContinuousBatchingEngine
 
     if package.manifest.kind != "adapter":
-        return ContinuousBatchingEngine.load(package.model_dir, budget, device)
+        return ContinuousBatchingEngine.load(package.model_dir, budget, device, grammars)
     # Added to the base's matrices, it costs nothing per token.
     model = load_merged(open_base_of(package).model_dir, package.model_dir)
-    return ContinuousBatchingEngine(model.to(device), budget)
+    return ContinuousBatchingEngine(model.to(device), budget, grammars)
 
 
 def _build_native(
-    package: ModelPackage, options: DeploymentOptions, budget: CacheBudget, device: str
+    package: ModelPackage,
+    options: DeploymentOptions,
+    budget: CacheBudget,
+    device: str,
+    grammars: Grammars,
 ) -> Engine | None:
     """None where it cannot run the model, and another engine may."""
     import torch
@@ -146,4 +152,12 @@ def _build_native(
         model = NativeModel(merged.config, merged.state_dict(), budget, dtype=dtype, device=device)
     else:
         model = NativeModel.load(base_dir, budget, dtype=dtype, device=device)
-    return NativeEngine(model, budget)
+    return NativeEngine(model, budget, grammars)
+
+
+def _grammars_of(package: ModelPackage) -> Grammars:
+    info = package.manifest.language_model
+    assert info is not None, "a verified package of a language model describes it"
+    return Grammars.load(
+        package.model_dir, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids
+    )

@@ -17,8 +17,10 @@ from typing import Literal, Protocol
 from cluster.errors import InputError
 from cluster.generation import Sampling as Sampling
 from cluster.generation import TokenLogprobs as TokenLogprobs
+from cluster.grammars import Grammars, GrammarState
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "refused"]
+"""Refused is what turns out to be impossible only on the way: the caller is at fault."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TokenOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     error: str | None = None
-    """What went wrong, where the finish reason is 'error'."""
+    """What went wrong, where the finish reason is 'error' or 'refused'."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each token, if they were asked for."""
 
@@ -95,6 +97,20 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop for good; safe to call twice."""
+
+
+def begin_grammar(request: EngineRequest, grammars: Grammars | None) -> GrammarState | None:
+    """The state that a request's answer begins with, if it has a grammar.
+
+    Raises:
+        InputError: the engine has no tokenizer for it, or the grammar is wrong.
+    """
+    grammar = request.sampling.grammar
+    if grammar is None:
+        return None
+    if grammars is None:
+        raise InputError("this engine cannot hold an answer to a grammar", param=grammar.kind)
+    return grammars.begin(grammar)
 
 
 def check_request(request: EngineRequest, *, max_context_tokens: int, vocab_size: int) -> None:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cluster.errors import UpstreamFailedError
+from cluster.errors import InputError, UpstreamFailedError
+from cluster.grammars import Grammars, GrammarState
 from cluster.processing import Array
 from serve_apps.llm.engine import (
     EngineRequest,
@@ -28,6 +29,7 @@ from serve_apps.llm.engine import (
     StepOutput,
     TokenLogprobs,
     TokenOutput,
+    begin_grammar,
     check_request,
 )
 
@@ -39,6 +41,7 @@ _FAVOUR = 2.0
 class _Progress:
     request: EngineRequest
     seed: int
+    grammar: GrammarState | None = None
     generated: list[int] = field(default_factory=list)
 
 
@@ -52,11 +55,13 @@ class FakeEngine:
         max_context_tokens: int = 4096,
         max_running: int = 32,
         step_time_s: float = 0.0,
+        grammars: Grammars | None = None,
     ) -> None:
         self._vocab_size = vocab_size
         self._max_context_tokens = max_context_tokens
         self._max_running = max_running
         self._step_time_s = step_time_s
+        self._grammars = grammars
         self._requests: dict[str, _Progress] = {}
         self._changed = threading.Condition()
         self._failure: str | None = None
@@ -66,8 +71,9 @@ class FakeEngine:
             request, max_context_tokens=self._max_context_tokens, vocab_size=self._vocab_size
         )
         seed = request.sampling.seed
+        grammar = begin_grammar(request, self._grammars)
         seed = secrets.randbits(32) if seed is None else seed
-        progress = _Progress(request, seed, [*request.answer_ids])
+        progress = _Progress(request, seed, grammar, [*request.answer_ids])
         with self._changed:
             self._requests[request.request_id] = progress
             self._changed.notify_all()
@@ -107,7 +113,11 @@ class FakeEngine:
 
     def _advance(self, progress: _Progress) -> TokenOutput:
         sampling = progress.request.sampling
-        token, logprobs = self._next_token(progress)
+        try:
+            token, logprobs = self._next_token(progress)
+        except InputError as error:
+            del self._requests[progress.request.request_id]
+            return TokenOutput(progress.request.request_id, (), "refused", error.message)
         progress.generated.append(token)
         reason: FinishReason | None = None
         if token in sampling.eos_token_ids:
@@ -140,6 +150,8 @@ def _adjust(logits: Array, progress: _Progress) -> Array:
     sampling, counts = progress.request.sampling, Counter(progress.generated)
     seen = list({*progress.request.prompt_ids, *counts})
     penalty = sampling.repetition_penalty
+    if progress.grammar is not None:
+        logits[~progress.grammar.allowed_after(progress.generated)] = -np.inf
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     for token, count in counts.items():
         logits[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
