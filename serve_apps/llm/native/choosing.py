@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cluster.errors import InputError
 from cluster.logits import adjust, describe_choice
 from cluster.sampling import perturb
 from serve_apps.llm.engine import TokenLogprobs
@@ -21,7 +22,9 @@ class Choice:
     """A sequence's next token."""
 
     token_id: int
-    logprobs: tuple[TokenLogprobs, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    refusal: str | None = None
+    """Why there is none: its grammar cannot be followed any further."""
 
 
 @torch.inference_mode()
@@ -29,7 +32,7 @@ def choose(logits: torch.Tensor, sequences: Series[Sequence]) -> list[Choice]:
     """The next token of each sequence, from its row of logits [sequences, vocabulary]."""
     best = logits.argmax(dim=-1).tolist()
     return [
-        Choice(token, ()) if _is_plain(sequence) else _choose_one(logits[row], sequence)
+        Choice(token) if _is_plain(sequence) else _choose_one(logits[row], sequence)
         for row, (token, sequence) in enumerate(zip(best, sequences, strict=True))
     ]
 
@@ -44,9 +47,15 @@ def _choose_one(logits: torch.Tensor, sequence: Sequence) -> Choice:
     scores = logits
     if sampling.changes_logits:
         prompt, answer = tokens[: sequence.num_prompt], tokens[sequence.num_prompt :]
-        scores = adjust(scores, sampling, prompt, answer)
+        try:
+            allowed = None
+            if sequence.grammar is not None:
+                allowed = sequence.grammar.allowed_after(answer)
+        except InputError as error:
+            return Choice(-1, refusal=error.message)
+        scores = adjust(scores, sampling, prompt, answer, allowed)
     scores = perturb(scores, sampling, seed=sequence.seed, position=len(tokens))
     token = int(scores.argmax())
     if sampling.num_logprobs is None:
-        return Choice(token, ())
+        return Choice(token)
     return Choice(token, (describe_choice(logits, token, sampling.num_logprobs),))

@@ -11,12 +11,14 @@ import secrets
 import threading
 
 from cluster.errors import UpstreamFailedError
+from cluster.grammars import Grammars
 from serve_apps.llm.budget import CacheBudget
 from serve_apps.llm.engine import (
     EngineRequest,
     EngineStats,
     StepOutput,
     TokenOutput,
+    begin_grammar,
     check_request,
 )
 from serve_apps.llm.native.batch import BlockTables, make_batch
@@ -31,8 +33,11 @@ _IDLE_WAIT_S = 0.1
 class NativeEngine:
     """An Engine: a scheduler's plan, one forward pass and one choice of tokens in each step."""
 
-    def __init__(self, model: NativeModel, budget: CacheBudget) -> None:
+    def __init__(
+        self, model: NativeModel, budget: CacheBudget, grammars: Grammars | None = None
+    ) -> None:
         self._model = model
+        self._grammars = grammars
         self._tables = BlockTables(budget.max_running, model.max_context_tokens)
         self._scheduler = Scheduler(
             BlockPool(model.num_blocks),
@@ -51,7 +56,8 @@ class NativeEngine:
             vocab_size=self._model.shape.vocab_size,
         )
         seed = request.sampling.seed
-        sequence = Sequence(request, secrets.randbits(62) if seed is None else seed)
+        seed = secrets.randbits(62) if seed is None else seed
+        sequence = Sequence(request, seed, begin_grammar(request, self._grammars))
         with self._changed:
             self._check_works()
             self._sequences[request.request_id] = sequence
@@ -111,9 +117,14 @@ class NativeEngine:
             sequence = chunk.sequence
             if sequence.place < 0:
                 continue
+            request_id = sequence.request.request_id
+            if choice.refusal is not None:
+                self._scheduler.remove(sequence)
+                del self._sequences[request_id]
+                outputs.append(TokenOutput(request_id, (), "refused", choice.refusal))
+                continue
             sequence.tokens.append(choice.token_id)
             reason = sequence.finish_reason
-            request_id = sequence.request.request_id
             if reason is not None:
                 self._scheduler.remove(sequence)
                 del self._sequences[request_id]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from cluster.grammars import GrammarState
 from serve_apps.llm.engine import EngineRequest, FinishReason
 from serve_apps.llm.native.blocks import BLOCK_TOKENS, BlockPool, Node
 
@@ -26,6 +27,7 @@ class Sequence:
 
     request: EngineRequest
     seed: int
+    grammar: GrammarState | None = None
     tokens: list[int] = field(init=False)
     """The prompt and the answer so far."""
     blocks: list[int] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -43,7 +44,16 @@ def continuous_batching_engine(model_dir: Path, grammars: Grammars) -> Engine:
     return ContinuousBatchingEngine.load(model_dir, budget, grammars=grammars)
 
 
-@pytest.fixture(params=[fake_engine, continuous_batching_engine], scope="module")
+def native_engine(model_dir: Path, grammars: Grammars) -> Engine:
+    from serve_apps.llm.budget import CacheBudget
+    from serve_apps.llm.native.engine import NativeEngine
+    from serve_apps.llm.native.model import NativeModel
+
+    budget = CacheBudget(max_cache_bytes=2**21, max_running=8, max_batch_tokens=64)
+    return NativeEngine(NativeModel.load(model_dir, budget), budget, grammars)
+
+
+@pytest.fixture(params=[fake_engine, continuous_batching_engine, native_engine], scope="module")
 def engine(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[Engine]:
     build: Callable[[Path, Grammars], Engine] = request.param
     engine = build(model_dir, Grammars.load(model_dir, vocab_size=257, eos_token_ids=(0,)))
@@ -142,6 +152,14 @@ def test_an_answer_matches_its_expression_beside_one_that_is_free(
     assert re.fullmatch(pattern, text), text
     for request in (held, free):
         assert run(engine, request)[request.request_id][0] == together[request.request_id][0]
+
+
+def test_an_answer_that_is_taken_up_elsewhere_goes_on_in_its_grammar(engine: Engine) -> None:
+    held = ask("held", Grammar("json_schema", '{"type": "string", "maxLength": 9}'))
+    whole = run(engine, held)["held"][0]
+    for length in range(len(whole)):
+        begun = dataclasses.replace(held, answer_ids=tuple(whole[:length]))
+        assert run(engine, begun)["held"][0] == whole[length:]
 
 
 def test_a_grammar_that_breaks_down_on_the_way_ends_its_own_answer_alone(engine: Engine) -> None:
