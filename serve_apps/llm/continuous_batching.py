@@ -43,6 +43,7 @@ from serve_apps.llm.engine import (
     TokenLogprobs,
     TokenOutput,
     begin_grammar,
+    check_adapter,
     check_request,
 )
 
@@ -139,6 +140,7 @@ class ContinuousBatchingEngine:
         check_request(
             request, max_context_tokens=self._max_context_tokens, vocab_size=self._vocab_size
         )
+        check_adapter(request)
         seed = request.sampling.seed
         drawn = _Drawn(
             request.sampling,

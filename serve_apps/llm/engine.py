@@ -10,11 +10,12 @@ Knows nothing of text, HTTP or Ray: the gateway tokenises, detokenises and appli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
-from cluster.errors import InputError
+from cluster.errors import InputError, NotFoundError
 from cluster.generation import Sampling as Sampling
 from cluster.generation import TokenLogprobs as TokenLogprobs
 from cluster.grammars import Grammars, GrammarState
@@ -97,6 +98,31 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop for good; safe to call twice."""
+
+
+@runtime_checkable
+class AdapterLoader(Protocol):
+    """An engine that answers for adapters as well; both from any thread."""
+
+    def load_adapter(self, digest: str, model_dir: Path) -> None:
+        """Take an adapter from a *verified* peft directory.
+
+        Raises:
+            PackageError: it cannot be used beside others, or not with this model.
+        """
+
+    def unload_adapter(self, digest: str) -> None:
+        """Forget an adapter that no request in flight asks for."""
+
+
+def check_adapter(request: EngineRequest, loaded: Container[str] = ()) -> None:
+    """Raises NotFoundError for an adapter that the engine does not hold."""
+    if request.adapter is not None and request.adapter not in loaded:
+        raise NotFoundError(
+            f"adapter {request.adapter} is not loaded beside this model",
+            hint="deploy the adapter without shares_base, or its base with engine 'native'",
+            param="model",
+        )
 
 
 def begin_grammar(request: EngineRequest, grammars: Grammars | None) -> GrammarState | None:

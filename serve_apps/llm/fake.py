@@ -2,7 +2,7 @@
 
 A greedy answer repeats the prompt over and over: the token that comes next has a logit of 2, all
 others have 0, which leaves a sampled answer free. An end-of-sequence token in the prompt therefore
-ends a greedy answer there.
+ends a greedy answer there. Any adapter repeats it backwards.
 
     engine = FakeEngine(vocab_size=512)
 """
@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from serve_apps.llm.engine import (
     TokenLogprobs,
     TokenOutput,
     begin_grammar,
+    check_adapter,
     check_request,
 )
 
@@ -62,6 +64,7 @@ class FakeEngine:
         self._max_running = max_running
         self._step_time_s = step_time_s
         self._grammars = grammars
+        self._adapters: set[str] = set()
         self._requests: dict[str, _Progress] = {}
         self._changed = threading.Condition()
         self._failure: str | None = None
@@ -71,12 +74,19 @@ class FakeEngine:
             request, max_context_tokens=self._max_context_tokens, vocab_size=self._vocab_size
         )
         seed = request.sampling.seed
+        check_adapter(request, self._adapters)
         grammar = begin_grammar(request, self._grammars)
         seed = secrets.randbits(32) if seed is None else seed
         progress = _Progress(request, seed, grammar, [*request.answer_ids])
         with self._changed:
             self._requests[request.request_id] = progress
             self._changed.notify_all()
+
+    def load_adapter(self, digest: str, model_dir: Path) -> None:
+        self._adapters.add(digest)
+
+    def unload_adapter(self, digest: str) -> None:
+        self._adapters.discard(digest)
 
     def step(self) -> StepOutput:
         time.sleep(self._step_time_s)
@@ -131,7 +141,8 @@ class FakeEngine:
 
     def _next_token(self, progress: _Progress) -> tuple[int, tuple[TokenLogprobs, ...]]:
         prompt, sampling = progress.request.prompt_ids, progress.request.sampling
-        favourite = prompt[len(progress.generated) % len(prompt)]
+        place = len(progress.generated) % len(prompt)
+        favourite = prompt[place if progress.request.adapter is None else -1 - place]
         is_greedy = sampling.is_greedy or sampling.top_k == 1 or sampling.top_p < 1e-3
         is_greedy = is_greedy or sampling.min_p == 1
         if is_greedy and not sampling.changes_logits and sampling.num_logprobs is None:

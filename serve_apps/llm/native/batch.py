@@ -9,13 +9,16 @@ then each prompt's chunk by itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from serve_apps.llm.native.blocks import BLOCK_TOKENS
+from serve_apps.llm.native.low_rank import AdaptedRows, Adapter
 from serve_apps.llm.native.scheduler import Chunk
 from serve_apps.llm.native.shape import ModelShape
 
@@ -57,6 +60,8 @@ class Batch:
     prompts: tuple[PromptRows, ...]
     output_rows: torch.Tensor
     """Rows whose logits are wanted."""
+    adapted: tuple[AdaptedRows, ...] = ()
+    """Rows of sequences that ask for adapters."""
 
 
 class BlockTables:
@@ -88,6 +93,7 @@ def make_batch(
     *,
     dtype: torch.dtype,
     device: str,
+    adapters: Mapping[str, Adapter] = MappingProxyType({}),
 ) -> Batch:
     """Index tensors for the chunks of one step, those of one token that is the newest first."""
     num_decode = 0
@@ -148,6 +154,23 @@ def make_batch(
         decode=decode,
         prompts=tuple(prompts),
         output_rows=torch.from_numpy(ends[wanted]).to(device),
+        adapted=_adapted_rows(chunks, adapters, device),
+    )
+
+
+def _adapted_rows(
+    chunks: Series[Chunk], adapters: Mapping[str, Adapter], device: str
+) -> tuple[AdaptedRows, ...]:
+    rows: dict[str, list[int]] = {}
+    first = 0
+    for chunk in chunks:
+        digest = chunk.sequence.request.adapter
+        if digest is not None:
+            rows.setdefault(digest, []).extend(range(first, first + chunk.num_tokens))
+        first += chunk.num_tokens
+    return tuple(
+        AdaptedRows(adapters[digest], torch.tensor(found, device=device))
+        for digest, found in rows.items()
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from pathlib import Path
 
 from cluster.errors import UpstreamFailedError
 from cluster.grammars import Grammars
@@ -19,11 +20,13 @@ from serve_apps.llm.engine import (
     StepOutput,
     TokenOutput,
     begin_grammar,
+    check_adapter,
     check_request,
 )
 from serve_apps.llm.native.batch import BlockTables, make_batch
 from serve_apps.llm.native.blocks import BlockPool
 from serve_apps.llm.native.choosing import Choice, choose
+from serve_apps.llm.native.low_rank import Adapter, read_adapter
 from serve_apps.llm.native.model import NativeModel
 from serve_apps.llm.native.scheduler import Chunk, Scheduler, Sequence
 
@@ -38,6 +41,7 @@ class NativeEngine:
     ) -> None:
         self._model = model
         self._grammars = grammars
+        self._adapters: dict[str, Adapter] = {}
         self._tables = BlockTables(budget.max_running, model.max_context_tokens)
         self._scheduler = Scheduler(
             BlockPool(model.num_blocks),
@@ -60,9 +64,20 @@ class NativeEngine:
         sequence = Sequence(request, seed, begin_grammar(request, self._grammars))
         with self._changed:
             self._check_works()
+            check_adapter(request, self._adapters)
             self._sequences[request.request_id] = sequence
             self._scheduler.add(sequence)
             self._changed.notify_all()
+
+    def load_adapter(self, digest: str, model_dir: Path) -> None:
+        model = self._model
+        adapter = read_adapter(model_dir, model.shape, dtype=model.dtype, device=model.device)
+        with self._changed:
+            self._adapters[digest] = adapter
+
+    def unload_adapter(self, digest: str) -> None:
+        with self._changed:
+            self._adapters.pop(digest, None)
 
     def step(self) -> StepOutput:
         with self._changed:
@@ -74,7 +89,12 @@ class NativeEngine:
                 return ()
             model = self._model
             batch = make_batch(
-                chunks, self._tables, model.shape, dtype=model.dtype, device=model.device
+                chunks,
+                self._tables,
+                model.shape,
+                dtype=model.dtype,
+                device=model.device,
+                adapters=self._adapters,
             )
             ended = [chunk for chunk in chunks if chunk.gives_token]
         try:

@@ -18,6 +18,7 @@ from serve_apps.llm.budget import CacheBudget
 from serve_apps.llm.native.batch import Batch, DecodeRows, PromptRows
 from serve_apps.llm.native.blocks import BLOCK_TOKENS
 from serve_apps.llm.native.cache import KeyValueCache, count_blocks
+from serve_apps.llm.native.low_rank import adapted
 from serve_apps.llm.native.rotary import rotary_tables, rotate
 from serve_apps.llm.native.shape import ModelShape, why_unreadable
 from serve_apps.llm.native.weights import (
@@ -95,7 +96,8 @@ class NativeModel:
         """Logits [wanted rows, vocabulary]; the cache holds the batch's tokens afterwards."""
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         x = functional.embedding(batch.token_ids, self._weights.embedding)
-        for number, layer in enumerate(self._weights.layers):
+        for number, plain in enumerate(self._weights.layers):
+            layer = adapted(plain, number, batch.adapted) if batch.adapted else plain
             normed = self._norm(x, layer.attention_norm)
             attended = self._attend(number, layer, normed, cos, sin, batch)
             x = layer.output.plus(attended, x)
