@@ -8,6 +8,16 @@ Data alone, without torch; `cluster.logits` and `cluster.sampling` carry it out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the text of an answer must be; `cluster.grammars` carries it out."""
+
+    kind: Literal["json_schema", "regex"]
+    source: str
+    """The schema as JSON, or the regular expression that the whole text matches."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Sampling:
     seed: int | None = None
     """The same seed gives the same answer; None draws one."""
     eos_token_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
+    """Only tokens that it allows are chosen; the end of sequence where it is complete."""
 
     @property
     def is_greedy(self) -> bool:
@@ -45,7 +57,8 @@ class Sampling:
     def changes_logits(self) -> bool:
         """Whether they are changed before the temperature counts."""
         return bool(
-            self.logit_bias
+            self.grammar
+            or self.logit_bias
             or self.min_p
             or self.frequency_penalty
             or self.presence_penalty

@@ -1,8 +1,8 @@
 """What is done to a model's logits before a token is chosen, and what is said of the choice.
 
-Penalties, biases and min-p change the logits; sampling.py then chooses.
+A grammar, penalties, biases and min-p change the logits; sampling.py then chooses.
 
-    scores = adjust(logits_V, sampling, prompt_ids, answer_ids)
+    scores = adjust(logits_V, sampling, prompt_ids, answer_ids, allowed_V)
     token = int(perturb(scores, sampling, seed=7, position=12).argmax())
     entry = describe_choice(logits_V, token, num_top=5)
 """
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from cluster.generation import Sampling, TokenLogprobs
+from cluster.processing import Array
 
 
 def adjust(
@@ -23,11 +24,20 @@ def adjust(
     sampling: Sampling,
     prompt_ids: Sequence[int],
     answer_ids: Sequence[int],
+    allowed_V: Array | None = None,  # noqa: N803
 ) -> torch.Tensor:
-    """Logits after penalties, biases and min-p; the very same where there are none."""
+    """Logits after grammar, penalties, biases and min-p; the very same where there are none.
+
+    Args:
+        allowed_V: which tokens the request's grammar allows now (`cluster.grammars`).
+    """
     if not sampling.changes_logits:
         return logits_V
     scores_V = logits_V.float().clone()  # noqa: N806
+    if allowed_V is not None:
+        # First, so that min-p, top-k and top-p count among what is allowed.
+        forbidden = torch.from_numpy(~allowed_V).to(scores_V.device)
+        scores_V = scores_V.masked_fill(forbidden, -torch.inf)  # noqa: N806
     counts = Counter(answer_ids)
     if sampling.repetition_penalty != 1:
         seen = _ids({*prompt_ids, *counts}, scores_V)

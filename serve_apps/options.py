@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
@@ -82,6 +82,11 @@ class DeploymentOptions(StrictModel):
     """Memory for a language model's key-value cache, per replica."""
     max_running: int = Field(32, ge=1, le=65_536)
     """Sequences a language model decodes together, per replica."""
+    engine: Literal["auto", "native", "transformers", "vllm"] = "auto"
+    """What generates a language model's tokens; 'auto' is native where it can read the model, and
+    transformers elsewhere."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number type that the native engine computes in; 'auto' is what the weights are stored as."""
 
     @field_validator("num_gpus", "num_cpus")
     @classmethod

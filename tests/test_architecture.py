@@ -34,6 +34,7 @@ DOORS = {
     "ray.tune": ("jobs/",),
     "ray.serve": ("serve_apps/", "cluster/session"),
     "vllm": ("serve_apps/llm/vllm.py",),
+    "llguidance": ("cluster/grammars.py",),
     "onnxruntime": ("cluster/runtimes/",),
     "compressed_tensors": ("jobs/compression/weight_only.py",),
     "model_signing": ("cluster/model_package/",),

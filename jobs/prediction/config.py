@@ -39,6 +39,10 @@ class GenerationConfig(StrictModel):
     """Each row draws with a seed of its own, which this and its number give."""
     stop: tuple[str, ...] = Field((), max_length=16)
     """The text ends before the first of these."""
+    json_schema: str | None = None
+    """The text is JSON that this schema, itself a text, describes."""
+    regex: str | None = None
+    """The text matches this regular expression from beginning to end."""
 
 
 class PredictConfig(StrictModel):

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from cluster.errors import InputError
 from cluster.generation import Sampling
+from cluster.grammars import GrammarState
 from cluster.logits import adjust
+from cluster.processing import Array
 from cluster.processing.text import IncrementalDetokenizer, StopStrings
 from cluster.sampling import perturb
 
@@ -30,6 +33,12 @@ class Prompt:
     sampling: Sampling
     seed: int = 0
     stops: tuple[str, ...] = ()
+    grammar: GrammarState | None = None
+    """The beginning of the sampling's grammar, if it has one."""
+
+    def allowed_after(self, answer_ids: Sequence[int]) -> Array | None:
+        """What its grammar allows next; None where it has none."""
+        return None if self.grammar is None else self.grammar.allowed_after(answer_ids)
 
 
 class Continuation:
@@ -43,7 +52,9 @@ class Continuation:
         self.token_ids: list[int] = []
         """The end token included."""
         self.finish_reason = ""
-        """'stop' or 'length' once it has ended."""
+        """'stop' or 'length' once it has ended, or 'refused'."""
+        self.refusal: InputError | None = None
+        """Why its grammar could not be followed to the end."""
 
     def push(self, token: int) -> bool:
         """Take a token; whether that was the last one."""
@@ -58,6 +69,9 @@ class Continuation:
             self.finish_reason = "stop" if is_end else "length"
             self._finish()
         return bool(self.finish_reason)
+
+    def refuse(self, reason: InputError) -> None:
+        self.finish_reason, self.refusal = "refused", reason
 
     def _finish(self) -> None:
         self.text += self._stops.push(self._detokenizer.flush())
@@ -108,7 +122,14 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
             if found.finish_reason:
                 continue
             position = len(prompt.token_ids) + len(found.token_ids)
-            logits = adjust(scores[row], prompt.sampling, prompt.token_ids, found.token_ids)
+            try:
+                allowed = prompt.allowed_after(found.token_ids)
+            except InputError as error:
+                found.refuse(error)
+                continue
+            logits = adjust(
+                scores[row], prompt.sampling, prompt.token_ids, found.token_ids, allowed
+            )
             scores[row] = perturb(logits, prompt.sampling, seed=prompt.seed, position=position)
         return scores
 

@@ -9,6 +9,7 @@ of tokens are those of serving. It knows nothing of files.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from pydantic import ValidationError
 
 from cluster.config import first_problem
 from cluster.errors import InputError
-from cluster.generation import Sampling
+from cluster.generation import Grammar, Sampling
+from cluster.grammars import Grammars
 from cluster.model_package import ModelPackage
 from cluster.processing.text import TextProcessor
 from cluster.sampling import mix
@@ -36,6 +38,7 @@ class TextPredictor:
         info = package.manifest.language_model
         assert info is not None, "a verified package of a language model describes it"
         self._info = info
+        self._model_dir = package.model_dir
         self._text = TextProcessor.load(package.model_dir)
         self._defaults = config.generation
         self._columns = config.columns
@@ -55,6 +58,13 @@ class TextPredictor:
         found = generate(self._model, good, self._text.detokenizer)
         answers = iter(found)
         return [_answer(p, next(answers)) if isinstance(p, Prompt) else p for p in prompts]
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        info = self._info
+        return Grammars.load(
+            self._model_dir, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids
+        )
 
     def _try_prompt(self, row: Row) -> Prompt | InputError:
         try:
@@ -91,9 +101,11 @@ class TextPredictor:
             repetition_penalty=chosen.repetition_penalty,
             logit_bias=tuple(chosen.logit_bias.items()),
             eos_token_ids=self._info.eos_token_ids,
+            grammar=_grammar_of(chosen),
         )
         self._check_ids(chosen.logit_bias, "logit_bias")
-        return Prompt(tuple(ids), sampling, seed, chosen.stop)
+        held = None if sampling.grammar is None else self._grammars.begin(sampling.grammar)
+        return Prompt(tuple(ids), sampling, seed, chosen.stop, held)
 
     def _token_ids(self, values: Values) -> list[int]:
         prompt, messages = values[_PROMPT], values[_MESSAGES]
@@ -133,7 +145,17 @@ class TextPredictor:
             raise InputError(first_problem(error)) from None
 
 
-def _answer(prompt: Prompt, found: Continuation) -> Answer:
+def _grammar_of(chosen: GenerationConfig) -> Grammar | None:
+    if chosen.json_schema is None:
+        return None if chosen.regex is None else Grammar("regex", chosen.regex)
+    if chosen.regex is not None:
+        raise InputError("the row has both a json_schema and a regex", param="regex")
+    return Grammar("json_schema", chosen.json_schema)
+
+
+def _answer(prompt: Prompt, found: Continuation) -> Answer | InputError:
+    if found.refusal is not None:
+        return found.refusal
     values = {"text": found.text, "finish_reason": found.finish_reason}
     counts = {"prompt_tokens": len(prompt.token_ids), "completion_tokens": len(found.token_ids)}
     return Answer({**values, **counts}, **counts)

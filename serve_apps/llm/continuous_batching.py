@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import secrets
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.logits_process import LogitsProcessorList
 
-from cluster.errors import PackageError, UpstreamFailedError
+from cluster.errors import InputError, PackageError, UpstreamFailedError
+from cluster.grammars import Grammars, GrammarState
 from cluster.logits import adjust, describe_choice
 from cluster.model_package.language_model import hugging_face_config
+from cluster.processing import Array
 from cluster.sampling import perturb
+from serve_apps.llm.budget import CacheBudget as CacheBudget
 from serve_apps.llm.engine import (
     EngineRequest,
     EngineStats,
@@ -38,6 +42,8 @@ from serve_apps.llm.engine import (
     StepOutput,
     TokenLogprobs,
     TokenOutput,
+    begin_grammar,
+    check_adapter,
     check_request,
 )
 
@@ -48,23 +54,18 @@ _STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
-class CacheBudget:
-    """Bounds on what the engine takes; without them transformers takes 60 % of all memory, and
-    the first request waits seconds for it (6.5 s on 24 GiB, against 0.06 s; 2 CPU cores)."""
-
-    max_cache_bytes: int = 512 * 1024**2
-    max_running: int = 32
-    max_batch_tokens: int = 512
-
-
-@dataclass(frozen=True)
 class _Drawn:
     """A request's sampling with its seed settled, and what was said of its tokens."""
 
     sampling: Sampling
     seed: int
+    num_prompt: int
+    """Tokens of the prompt proper: an answer that goes on begins among the initial ones."""
+    grammar: GrammarState | None = None
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """By position among the request's tokens, the prompt's included."""
+    refusals: list[str] = field(default_factory=list)
+    """Why its grammar cannot be followed any further."""
 
     def __deepcopy__(self, _memo: object) -> _Drawn:
         # transformers copies it when it puts a request back: it stays the request's own.
@@ -84,15 +85,18 @@ class _Progress:
         """What was said of the next tokens; nothing where nobody asked."""
         if self.drawn.sampling.num_logprobs is None:
             return ()
-        first = len(self.request.prompt_ids) + self.num_emitted
+        first = self.request.num_given_tokens + self.num_emitted
         return tuple(self.drawn.logprobs.pop(first + i) for i in range(num_tokens))
 
 
 class ContinuousBatchingEngine:
     """An Engine over `model.init_continuous_batching`."""
 
-    def __init__(self, model: Any, budget: CacheBudget | None = None) -> None:
+    def __init__(
+        self, model: Any, budget: CacheBudget | None = None, grammars: Grammars | None = None
+    ) -> None:
         budget = budget or CacheBudget()
+        self._grammars = grammars
         config = model.config.get_text_config()
         self._vocab_size = int(config.vocab_size)
         num_blocks = _num_blocks(config, model.dtype, budget)
@@ -104,7 +108,11 @@ class ContinuousBatchingEngine:
 
     @classmethod
     def load(
-        cls, model_dir: Path, budget: CacheBudget | None = None, device: str = "cpu"
+        cls,
+        model_dir: Path,
+        budget: CacheBudget | None = None,
+        device: str = "cpu",
+        grammars: Grammars | None = None,
     ) -> ContinuousBatchingEngine:
         """Read a *verified* Hugging Face directory, weights (quantised ones too) as 32-bit floats.
 
@@ -126,20 +134,26 @@ class ContinuousBatchingEngine:
                 f"transformers cannot load this model: {first_line}",
                 hint="check that it loads with AutoModelForCausalLM.from_pretrained",
             ) from None
-        return cls(model.to(device).eval(), budget)
+        return cls(model.to(device).eval(), budget, grammars)
 
     def add(self, request: EngineRequest) -> None:
         check_request(
             request, max_context_tokens=self._max_context_tokens, vocab_size=self._vocab_size
         )
+        check_adapter(request)
         seed = request.sampling.seed
-        drawn = _Drawn(request.sampling, secrets.randbits(62) if seed is None else seed)
+        drawn = _Drawn(
+            request.sampling,
+            secrets.randbits(62) if seed is None else seed,
+            len(request.prompt_ids),
+            begin_grammar(request, self._grammars),
+        )
         with self._lock:
             self._progress[request.request_id] = _Progress(request, drawn)
         accepted = self._manager.add_request(
-            list(request.prompt_ids),
+            [*request.prompt_ids, *request.answer_ids],
             request_id=request.request_id,
-            max_new_tokens=request.sampling.max_tokens,
+            max_new_tokens=request.sampling.max_tokens - len(request.answer_ids),
             eos_token_id=list(request.sampling.eos_token_ids),
             streaming=True,
             drawn=drawn,
@@ -185,6 +199,10 @@ class ContinuousBatchingEngine:
         known = self._progress.get(output.request_id)
         if known is None:
             return None
+        if known.drawn.refusals:
+            del self._progress[output.request_id]
+            self._manager.cancel_request(output.request_id)
+            return TokenOutput(output.request_id, (), "refused", known.drawn.refusals[0])
         tokens = tuple(int(token) for token in output.generated_tokens[known.num_emitted :])
         logprobs = known.take_logprobs(len(tokens))
         known.num_emitted += len(tokens)
@@ -252,8 +270,8 @@ def _sample(logits_V: torch.Tensor, drawn: _Drawn, state: Any) -> None:  # noqa:
     if sampling.changes_logits:
         tokens = state.initial_tokens + state.generated_tokens
         # A request that was put back has its answer so far among its initial tokens.
-        num_prompt = state._true_initial_tokens or len(state.initial_tokens)
-        scores_V = adjust(scores_V, sampling, tokens[:num_prompt], tokens[num_prompt:])  # noqa: N806
+        prompt, answer = tokens[: drawn.num_prompt], tokens[drawn.num_prompt :]
+        scores_V = adjust(scores_V, sampling, prompt, answer, _allowed(drawn, answer))  # noqa: N806
     scores_V = perturb(scores_V, sampling, seed=drawn.seed, position=position)  # noqa: N806
     if sampling.num_logprobs is None:
         logits_V.copy_(scores_V)
@@ -262,6 +280,17 @@ def _sample(logits_V: torch.Tensor, drawn: _Drawn, state: Any) -> None:  # noqa:
     drawn.logprobs[position] = describe_choice(logits_V, token, sampling.num_logprobs)
     # Of equals, the loop's argmax might choose another.
     logits_V.fill_(-torch.inf)[token] = 0
+
+
+def _allowed(drawn: _Drawn, answer_ids: Sequence[int]) -> Array | None:
+    """What the request's grammar allows; where it refuses, anything, for nobody will see it."""
+    if drawn.grammar is None or drawn.refusals:
+        return None
+    try:
+        return drawn.grammar.allowed_after(answer_ids)
+    except InputError as error:
+        drawn.refusals.append(error.message)
+        return None
 
 
 def _start_manager(

@@ -8,21 +8,30 @@ nobody.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray import serve
 
+from cluster.grammars import Grammars
 from cluster.model_package import ModelPackage, golden
 from cluster.model_package.adapter import load_merged
+from cluster.model_package.language_model import hugging_face_config
 from cluster.observability.tracing import open_tracing
 from cluster.settings import load_settings
 from serve_apps.description import Description
+from serve_apps.llm.budget import CacheBudget
 from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenOutput
 from serve_apps.llm.runner import EngineRunner
 from serve_apps.llm.traced import traced_steps
 from serve_apps.options import DeploymentOptions
 from serve_apps.replicas import deploy_with, describe_replica, open_base_of, open_package_of
+
+logger = logging.getLogger(__name__)
+
+_ROUNDING = {"float32": 1, "bfloat16": 20}
+"""How much further from the fp32 reference a logit may be."""
 
 
 class LanguageModel:
@@ -35,7 +44,11 @@ class LanguageModel:
         self._description = describe_replica(package, parsed, device)
         engine = _build_engine(package, parsed, device)
         # Also the warm-up: the first request finds memory allocated and kernels loaded.
-        golden.check_language_model(package.manifest, answer_golden_prompts(engine, package))
+        golden.check_language_model(
+            package.manifest,
+            answer_golden_prompts(engine, package),
+            tolerance=package.manifest.golden.tolerance * _ROUNDING[engine.stats().precision],
+        )
         self._tracing = open_tracing(load_settings(), "language-model")
         self._runner = EngineRunner(engine, max_requests=parsed.max_ongoing_requests)
 
@@ -95,12 +108,56 @@ def _device(options: DeploymentOptions) -> str:
 def _build_engine(package: ModelPackage, options: DeploymentOptions, device: str) -> Engine:
     import torch
 
-    from serve_apps.llm.continuous_batching import CacheBudget, ContinuousBatchingEngine
-
     torch.set_num_threads(options.num_threads)
     budget = CacheBudget(max_cache_bytes=options.max_cache_bytes, max_running=options.max_running)
+    grammars = _grammars_of(package)
+    if options.engine != "transformers":
+        engine = _build_native(package, options, budget, device, grammars)
+        if engine is not None:
+            return engine
+
+    from serve_apps.llm.continuous_batching import ContinuousBatchingEngine
+
     if package.manifest.kind != "adapter":
-        return ContinuousBatchingEngine.load(package.model_dir, budget, device)
+        return ContinuousBatchingEngine.load(package.model_dir, budget, device, grammars)
     # Added to the base's matrices, it costs nothing per token.
     model = load_merged(open_base_of(package).model_dir, package.model_dir)
-    return ContinuousBatchingEngine(model.to(device), budget)
+    return ContinuousBatchingEngine(model.to(device), budget, grammars)
+
+
+def _build_native(
+    package: ModelPackage,
+    options: DeploymentOptions,
+    budget: CacheBudget,
+    device: str,
+    grammars: Grammars,
+) -> Engine | None:
+    """None where it cannot run the model, and another engine may."""
+    import torch
+
+    from serve_apps.llm.native.engine import NativeEngine
+    from serve_apps.llm.native.model import NativeModel
+    from serve_apps.llm.native.shape import why_unreadable
+
+    is_adapter = package.manifest.kind == "adapter"
+    base_dir = (open_base_of(package) if is_adapter else package).model_dir
+    reason = why_unreadable(hugging_face_config(base_dir))
+    if reason is not None and options.engine == "auto":
+        logger.info("engine 'transformers' instead of 'native': %s", reason)
+        return None
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    if is_adapter and reason is None:
+        # Added to the base's matrices, it costs nothing per token.
+        merged = load_merged(base_dir, package.model_dir)
+        model = NativeModel(merged.config, merged.state_dict(), budget, dtype=dtype, device=device)
+    else:
+        model = NativeModel.load(base_dir, budget, dtype=dtype, device=device)
+    return NativeEngine(model, budget, grammars)
+
+
+def _grammars_of(package: ModelPackage) -> Grammars:
+    info = package.manifest.language_model
+    assert info is not None, "a verified package of a language model describes it"
+    return Grammars.load(
+        package.model_dir, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids
+    )

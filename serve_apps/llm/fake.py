@@ -2,7 +2,7 @@
 
 A greedy answer repeats the prompt over and over: the token that comes next has a logit of 2, all
 others have 0, which leaves a sampled answer free. An end-of-sequence token in the prompt therefore
-ends a greedy answer there.
+ends a greedy answer there. Any adapter repeats it backwards.
 
     engine = FakeEngine(vocab_size=512)
 """
@@ -15,10 +15,12 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from cluster.errors import UpstreamFailedError
+from cluster.errors import InputError, UpstreamFailedError
+from cluster.grammars import Grammars, GrammarState
 from cluster.processing import Array
 from serve_apps.llm.engine import (
     EngineRequest,
@@ -28,6 +30,8 @@ from serve_apps.llm.engine import (
     StepOutput,
     TokenLogprobs,
     TokenOutput,
+    begin_grammar,
+    check_adapter,
     check_request,
 )
 
@@ -39,6 +43,7 @@ _FAVOUR = 2.0
 class _Progress:
     request: EngineRequest
     seed: int
+    grammar: GrammarState | None = None
     generated: list[int] = field(default_factory=list)
 
 
@@ -52,11 +57,14 @@ class FakeEngine:
         max_context_tokens: int = 4096,
         max_running: int = 32,
         step_time_s: float = 0.0,
+        grammars: Grammars | None = None,
     ) -> None:
         self._vocab_size = vocab_size
         self._max_context_tokens = max_context_tokens
         self._max_running = max_running
         self._step_time_s = step_time_s
+        self._grammars = grammars
+        self._adapters: set[str] = set()
         self._requests: dict[str, _Progress] = {}
         self._changed = threading.Condition()
         self._failure: str | None = None
@@ -66,10 +74,19 @@ class FakeEngine:
             request, max_context_tokens=self._max_context_tokens, vocab_size=self._vocab_size
         )
         seed = request.sampling.seed
-        progress = _Progress(request, secrets.randbits(32) if seed is None else seed)
+        check_adapter(request, self._adapters)
+        grammar = begin_grammar(request, self._grammars)
+        seed = secrets.randbits(32) if seed is None else seed
+        progress = _Progress(request, seed, grammar, [*request.answer_ids])
         with self._changed:
             self._requests[request.request_id] = progress
             self._changed.notify_all()
+
+    def load_adapter(self, digest: str, model_dir: Path) -> None:
+        self._adapters.add(digest)
+
+    def unload_adapter(self, digest: str) -> None:
+        self._adapters.discard(digest)
 
     def step(self) -> StepOutput:
         time.sleep(self._step_time_s)
@@ -106,7 +123,11 @@ class FakeEngine:
 
     def _advance(self, progress: _Progress) -> TokenOutput:
         sampling = progress.request.sampling
-        token, logprobs = self._next_token(progress)
+        try:
+            token, logprobs = self._next_token(progress)
+        except InputError as error:
+            del self._requests[progress.request.request_id]
+            return TokenOutput(progress.request.request_id, (), "refused", error.message)
         progress.generated.append(token)
         reason: FinishReason | None = None
         if token in sampling.eos_token_ids:
@@ -120,7 +141,8 @@ class FakeEngine:
 
     def _next_token(self, progress: _Progress) -> tuple[int, tuple[TokenLogprobs, ...]]:
         prompt, sampling = progress.request.prompt_ids, progress.request.sampling
-        favourite = prompt[len(progress.generated) % len(prompt)]
+        place = len(progress.generated) % len(prompt)
+        favourite = prompt[place if progress.request.adapter is None else -1 - place]
         is_greedy = sampling.is_greedy or sampling.top_k == 1 or sampling.top_p < 1e-3
         is_greedy = is_greedy or sampling.min_p == 1
         if is_greedy and not sampling.changes_logits and sampling.num_logprobs is None:
@@ -139,6 +161,8 @@ def _adjust(logits: Array, progress: _Progress) -> Array:
     sampling, counts = progress.request.sampling, Counter(progress.generated)
     seen = list({*progress.request.prompt_ids, *counts})
     penalty = sampling.repetition_penalty
+    if progress.grammar is not None:
+        logits[~progress.grammar.allowed_after(progress.generated)] = -np.inf
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     for token, count in counts.items():
         logits[token] -= sampling.presence_penalty + sampling.frequency_penalty * count

@@ -16,7 +16,7 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
 
-from cluster.errors import HeliostatError, OverloadedError, UpstreamFailedError
+from cluster.errors import HeliostatError, InputError, OverloadedError, UpstreamFailedError
 from serve_apps.llm.engine import Engine, EngineRequest, EngineStats, StepOutput, TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class EngineRunner:
         """The request's tokens as they come. Leaving early frees its place in the engine.
 
         Raises:
-            InputError: the engine refuses the request.
+            InputError: the engine refuses the request, or its grammar on the way.
             OverloadedError: too many requests are in flight.
             UpstreamFailedError: the engine broke down.
         """
@@ -84,6 +84,8 @@ class EngineRunner:
                 finished = output.finish_reason is not None
                 if output.finish_reason == "error":
                     raise UpstreamFailedError(output.error or "the engine failed")
+                if output.finish_reason == "refused":
+                    raise InputError(output.error or "the request is impossible")
                 yield output
         finally:
             del self._mailboxes[request.request_id]

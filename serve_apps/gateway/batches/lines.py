@@ -23,6 +23,7 @@ from cluster.errors import HeliostatError, InputError
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.http.errors import body_for
 from serve_apps.gateway.http.requests import parse_object, validate
+from serve_apps.gateway.openai.answer_formats import check_formats_now
 from serve_apps.gateway.openai.embedding_graph import EmbeddingGraph
 from serve_apps.gateway.openai.embeddings import EmbeddingRequest
 from serve_apps.gateway.openai.prompts import (
@@ -137,6 +138,7 @@ def _text_rows(
     limits: TextLimits,
 ) -> list[dict[str, Any]]:
     asked.check()
+    check_formats_now(asked.response_format, asked.structured_outputs)
     check_num_choices(asked, len(prompts), limits)
     check_max_tokens(max_tokens, limits)
     for name, harmless in _LIVE_ONLY.items():
@@ -144,6 +146,9 @@ def _text_rows(
             raise InputError(
                 f"parameter '{name}' is not supported in a batch", hint="leave it out", param=name
             )
+    held: dict[str, Any] = (
+        {} if asked.grammar is None else {asked.grammar.kind: asked.grammar.source}
+    )
     return [
         {
             **prompt,
@@ -158,6 +163,7 @@ def _text_rows(
             "logit_bias": asked.logit_bias,
             "seed": seed_of_choice(asked.seed, index),
             "stop": asked.stops or None,
+            **held,
         }
         for prompt in prompts
         for index in range(asked.num_choices)

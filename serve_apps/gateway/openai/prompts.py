@@ -176,6 +176,7 @@ def _sampling(
         num_logprobs=asked.num_logprobs,
         seed=seed_of_choice(asked.seed, index),
         eos_token_ids=eos_token_ids,
+        grammar=asked.grammar,
     )
 
 

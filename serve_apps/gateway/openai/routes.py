@@ -23,6 +23,7 @@ from serve_apps.gateway.http.paths import MODEL
 from serve_apps.gateway.http.requests import off_loop_if_large
 from serve_apps.gateway.http.responses import JsonResponse
 from serve_apps.gateway.models import Models
+from serve_apps.gateway.openai.answer_formats import check_formats
 from serve_apps.gateway.openai.answers import (
     AnswerShape,
     ChatCompletion,
@@ -84,6 +85,7 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         body = await request.body()
         asked = await off_loop_if_large(len(body), lambda: read_completion(body))
         model = await models.find(asked.model)
+        await check_formats(asked.response_format, asked.structured_outputs)
         answers = await off_loop_if_large(
             len(body), lambda: begin_completion(models, model, asked, limits), tokenises=True
         )
@@ -102,6 +104,7 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         body = await request.body()
         asked = await off_loop_if_large(len(body), lambda: read_chat(body))
         model = await models.find(asked.model)
+        await check_formats(asked.response_format, asked.structured_outputs)
         answers = await off_loop_if_large(
             len(body), lambda: begin_chat(models, model, asked, limits), tokenises=True
         )

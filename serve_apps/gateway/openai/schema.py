@@ -13,7 +13,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from cluster.config import StrictModel
 from cluster.errors import InputError
+from cluster.generation import Grammar
 from serve_apps.gateway.http.requests import as_whole_numbers, parse_object, validate
+from serve_apps.gateway.openai.answer_formats import (
+    ResponseFormat,
+    StructuredOutputs,
+    grammar_of,
+)
 
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
@@ -35,7 +41,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
     "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
@@ -120,6 +125,10 @@ class Generation(_Request):
     logit_bias: _Biases | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=_MAX_STOPS)] | None = None
+    response_format: ResponseFormat | None = None
+    """What JSON the answer is; to OpenAI a parameter of chats alone."""
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's name for what else an answer can be held to."""
     user: Tag | None = None
     """A tag for the caller's own use; it changes nothing."""
 
@@ -138,6 +147,11 @@ class Generation(_Request):
     def num_logprobs(self) -> int | None:
         """Most likely tokens to report beside each; None reports nothing."""
         raise NotImplementedError
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answers are held to."""
+        return grammar_of(self.response_format, self.structured_outputs)
 
     @property
     def includes_usage(self) -> bool:

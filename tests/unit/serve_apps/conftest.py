@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.database import open_database
 from cluster.errors import ChangedFileError, NotFoundError
+from cluster.grammars import Grammars
 from cluster.ledger import Ledger
 from cluster.model_package.manifest import Golden, LanguageModelInfo, Manifest
 from cluster.processing import Datatype, ImageInput, Labels, Processing, Softmax, TensorSpec
@@ -263,7 +264,10 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
     database = open_database(database_url)
     keys, audit, control = ApiKeys(database), AuditLog(database), FakeControl()
     engine = FakeEngine(
-        vocab_size=vocab_size, max_context_tokens=CONTEXT_TOKENS, step_time_s=0.0005
+        vocab_size=vocab_size,
+        max_context_tokens=CONTEXT_TOKENS,
+        step_time_s=0.0005,
+        grammars=Grammars.load(models_dir / "talker", vocab_size=vocab_size, eos_token_ids=(0,)),
     )
     backend = InProcessBackend(
         predictors={"classes.v1": classify, "classes.v2": classify, "echo.v1": echo},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import yaml
 
 from cluster.model_package import ModelPackage, open_version
@@ -166,3 +169,26 @@ def test_a_killed_job_goes_on_and_its_output_is_the_same_to_the_byte(
     whole = run("talker/1", source, tmp_path / "whole", **values)
     assert contents(killed) == contents(whole)
     assert [row["row"] for row in read_rows(killed)] == [n for n in range(1, 41) if n != 8]
+
+
+def test_answers_are_held_to_a_schema_or_an_expression(run: Predict, tmp_path: Path) -> None:
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}
+    hard = "(((a{1000}){1000}){1000})"
+    rows: list[Any] = [
+        {"prompt": "Once", "json_schema": json.dumps(schema)},
+        {"prompt": "Once", "regex": "(sun|moon){2}"},
+        {"prompt": "Once", "max_tokens": 4},
+        {"prompt": "Once", "regex": "(a"},
+        {"prompt": "Once", "regex": "a", "json_schema": "{}"},
+        {"prompt": "Once", "regex": hard},
+    ]
+    options = {"generation": {"temperature": 1.5, "max_tokens": 60, "seed": 2}}
+    output = run("talker/1", write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", **options)
+    held, matched, free = read_rows(output)
+    jsonschema.validate(json.loads(held["text"]), schema)
+    assert re.fullmatch("(sun|moon){2}", matched["text"])
+    assert (matched["finish_reason"], free["completion_tokens"]) == ("stop", 4)
+    reasons = [error["reason"] for error in read_errors(output)]
+    wanted = ["unclosed group", "both a json_schema and a regex", "expression is refused"]
+    for reason, part in zip(reasons, wanted, strict=True):
+        assert part in reason

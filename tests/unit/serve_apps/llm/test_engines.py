@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,18 @@ def continuous_batching_engine() -> Engine:
     )
 
 
+def native_engine() -> Engine:
+    import torch
+
+    from serve_apps.llm.budget import CacheBudget
+    from serve_apps.llm.native.engine import NativeEngine
+    from serve_apps.llm.native.model import NativeModel
+
+    budget = CacheBudget(max_cache_bytes=2**20, max_running=8, max_batch_tokens=64)
+    model = tiny_llama(torch)
+    return NativeEngine(NativeModel(model.config, model.state_dict(), budget), budget)
+
+
 def tiny_llama(torch: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +62,7 @@ def tiny_llama(torch: Any) -> Any:
     return model
 
 
-@pytest.fixture(params=[fake_engine, continuous_batching_engine], scope="module")
+@pytest.fixture(params=[fake_engine, continuous_batching_engine, native_engine], scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     build: Callable[[], Engine] = request.param
     engine = build()
@@ -375,3 +388,24 @@ def test_a_broken_engine_says_so_instead_of_hanging() -> None:
     with pytest.raises(UpstreamFailedError, match="the engine stopped"):
         engine.add(ask("later"))
     engine.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.1, "seed": 4}, {"frequency_penalty": 1.5, "repetition_penalty": 1.2}],
+)
+def test_an_answer_goes_on_where_another_replica_left_it(
+    engine: Engine, options: dict[str, Any]
+) -> None:
+    whole = run(engine, ask("w", max_tokens=16, num_logprobs=1, **options))["w"]
+    for given in (1, 9, 15):
+        request = ask("c", max_tokens=16, num_logprobs=1, **options)
+        request = replace(request, answer_ids=tuple(whole[:given]))
+        assert run_with_reasons(engine, request)["c"] == (whole[given:], "length")
+
+
+@pytest.mark.parametrize("answer", [(1, VOCAB_SIZE), (1,) * 12])
+def test_an_answer_that_cannot_go_on_is_refused(engine: Engine, answer: tuple[int, ...]) -> None:
+    with pytest.raises(InputError) as caught:
+        engine.add(replace(ask("x"), answer_ids=answer))
+    assert caught.value.param == "answer_ids"

@@ -286,13 +286,18 @@ async def test_a_completion_batch_takes_text_and_tokens(house: House) -> None:
         line("one", url, prompt=["Once"], temperature=0),
         line("many", url, prompt=["Once", "upon"], n=3, temperature=1, seed=4),
         line("penalised", url, prompt="Once", temperature=0, frequency_penalty=2),
+        line("held", url, prompt="Once", structured_outputs={"regex": "(sun|moon)!"}),
+        line("wrong", url, prompt="Once", structured_outputs={"regex": "("}),
         line("long", url, prompt=["Once", "x" * 200], temperature=0),
         line("none", url, prompt=[]),
     ]
     done = await until(client, (await create(client, lines, url)).id, "completed", "failed")
     found = await read_lines(client, done.output_file_id)
     bodies = [openai.types.Completion.model_validate(each["response"]["body"]) for each in found]
-    assert [each["custom_id"] for each in found] == ["text", "ids", "one", "many", "penalised"]
+    assert [each["custom_id"] for each in found] == [
+        "text", "ids", "one", "many", "penalised", "held",
+    ]  # fmt: skip
+    assert bodies[5].choices[0].text in ("sun!", "moon!")
     assert bodies[0].choices[0].text == bodies[2].choices[0].text != bodies[4].choices[0].text
     choices = bodies[3].choices
     assert [choice.index for choice in choices] == list(range(6))
@@ -304,8 +309,9 @@ async def test_a_completion_batch_takes_text_and_tokens(house: House) -> None:
     )
     assert usage.completion_tokens == 24
     counts = done.request_counts
-    assert (counts.total, counts.completed, counts.failed) == (7, 5, 2)
-    long, none = await read_lines(client, done.error_file_id)
+    assert (counts.total, counts.completed, counts.failed) == (9, 6, 3)
+    wrong, long, none = await read_lines(client, done.error_file_id)
+    assert wrong["response"]["body"]["error"]["param"] == "structured_outputs.regex"
     assert "the model holds 128" in long["response"]["body"]["error"]["message"]
     assert "'prompt' is empty" in none["response"]["body"]["error"]["message"]
 

@@ -168,7 +168,6 @@ async def test_chat_without_a_template_is_refused_with_the_way_out(gateway: Any)
         ({"logit_bias": {"five": 1}}, "logit_bias.five", "pattern"),
         ({"logit_bias": {"999999": 1}}, "logit_bias", "not in the vocabulary"),
         ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias", "at most 1024"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"suffix": "end"}, "suffix", "not supported"),
         ({"temprature": 1}, "temprature", "not known"),

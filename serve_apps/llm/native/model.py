@@ -1,0 +1,178 @@
+"""The decoder's forward pass over one step of many sequences.
+
+model = NativeModel.load(package.model_dir, budget, dtype=None, device="cpu")
+logits = model.forward(batch)                     # [wanted rows, vocabulary]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from cluster.errors import PackageError
+from cluster.model_package.language_model import hugging_face_config
+from serve_apps.llm.budget import CacheBudget
+from serve_apps.llm.native.batch import Batch, DecodeRows, PromptRows
+from serve_apps.llm.native.blocks import BLOCK_TOKENS
+from serve_apps.llm.native.cache import KeyValueCache, count_blocks
+from serve_apps.llm.native.low_rank import adapted
+from serve_apps.llm.native.rotary import rotary_tables, rotate
+from serve_apps.llm.native.shape import ModelShape, why_unreadable
+from serve_apps.llm.native.weights import (
+    LayerWeights,
+    Tensors,
+    prepare_weights,
+    read_tensors,
+    stored_dtype,
+)
+
+
+class NativeModel:
+    """Weights and cache of one model on one device."""
+
+    def __init__(
+        self,
+        config: Any,
+        tensors: Tensors,
+        budget: CacheBudget,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """
+        Args:
+            dtype: of weights, cache and activations; None takes what the weights are stored as.
+
+        Raises:
+            PackageError: the architecture is another one, or a weight is missing.
+        """
+        reason = why_unreadable(config)
+        if reason is not None:
+            raise PackageError(
+                f"the native engine cannot run this model: {reason}",
+                hint="deploy it with engine 'transformers'",
+            )
+        if dtype is None:
+            stored = stored_dtype(tensors)
+            dtype = stored if stored == torch.bfloat16 else torch.float32
+        self.shape = ModelShape.of(config)
+        self.dtype = dtype
+        self.device = device
+        self._weights = prepare_weights(tensors, self.shape, dtype=dtype, device=device)
+        self.num_blocks = count_blocks(self.shape, dtype, budget)
+        self.max_context_tokens = min(self.shape.max_context_tokens, self.num_blocks * BLOCK_TOKENS)
+        self._cache = KeyValueCache(self.shape, self.num_blocks, dtype=dtype, device=device)
+        self._cos, self._sin = rotary_tables(
+            config,
+            num_positions=self.max_context_tokens,
+            head_size=self.shape.head_size,
+            dtype=dtype,
+            device=device,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path,
+        budget: CacheBudget,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+    ) -> NativeModel:
+        """Read a *verified* Hugging Face directory."""
+        config = hugging_face_config(model_dir)
+        return cls(config, read_tensors(model_dir), budget, dtype=dtype, device=device)
+
+    @property
+    def precision(self) -> str:
+        """The name of its number type, as options say it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits [wanted rows, vocabulary]; the cache holds the batch's tokens afterwards."""
+        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        x = functional.embedding(batch.token_ids, self._weights.embedding)
+        for number, plain in enumerate(self._weights.layers):
+            layer = adapted(plain, number, batch.adapted) if batch.adapted else plain
+            normed = self._norm(x, layer.attention_norm)
+            attended = self._attend(number, layer, normed, cos, sin, batch)
+            x = layer.output.plus(attended, x)
+            normed = self._norm(x, layer.mlp_norm)
+            gated = layer.up.times(normed, layer.gate.silu(normed))
+            x = layer.down.plus(gated, x)
+        return self._weights.head(self._norm(x[batch.output_rows], self._weights.norm))
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), weight, self.shape.norm_epsilon)
+
+    def _attend(
+        self,
+        number: int,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        batch: Batch,
+    ) -> torch.Tensor:
+        """[rows, heads · head size]"""
+        shape = self.shape
+        num_rows, num_rotated = x.shape[0], shape.num_heads + shape.num_kv_heads
+        heads = layer.query_key_value(x).view(num_rows, -1, shape.head_size)
+        rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
+        if layer.head_norm is not None:
+            rotated = functional.rms_norm(
+                rotated, (shape.head_size,), None, shape.norm_epsilon
+            ).mul_(layer.head_norm)
+        rotated = rotate(rotated, cos, sin)
+        queries, keys = rotated[:, : shape.num_heads], rotated[:, shape.num_heads :]
+        self._cache.write(
+            number,
+            batch.write_places,
+            keys.reshape(-1, shape.head_size),
+            values.reshape(-1, shape.head_size),
+        )
+        window = shape.windows[number]
+        parts = [self._attend_prompt(number, queries, part, window) for part in batch.prompts]
+        if batch.decode is not None:
+            parts.insert(0, self._attend_decode(number, queries, batch.decode, window))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_decode(
+        self, number: int, queries: torch.Tensor, decode: DecodeRows, window: int | None
+    ) -> torch.Tensor:
+        """Query heads that share keys are the rows of one product for each sequence."""
+        shape, num_rows = self.shape, decode.num_rows
+        keys, values = self._cache.gather(number, decode.cache_rows)
+        grouped = queries[:num_rows].reshape(-1, shape.group_size, shape.head_size)
+        mask = decode.masks[window]
+        if num_rows == 1:  # one kernel is quicker than three; for many sequences it is not
+            found = functional.scaled_dot_product_attention(
+                grouped[None], keys[None], values[None], attn_mask=mask[None]
+            )
+        else:
+            scores = torch.baddbmm(mask, grouped, keys.transpose(1, 2), alpha=shape.head_size**-0.5)
+            found = torch.bmm(torch.softmax(scores, dim=-1), values)
+        return found.view(num_rows, -1)
+
+    def _attend_prompt(
+        self, number: int, queries: torch.Tensor, prompt: PromptRows, window: int | None
+    ) -> torch.Tensor:
+        shape = self.shape
+        keys, values = self._cache.gather(number, prompt.cache_rows)
+        # [group, kv heads, rows, head size]: the group's heads read the same keys.
+        grouped = (
+            queries[prompt.rows]
+            .view(-1, shape.num_kv_heads, shape.group_size, shape.head_size)
+            .permute(2, 1, 0, 3)
+        )
+        found = functional.scaled_dot_product_attention(
+            grouped,
+            keys.expand(shape.group_size, -1, -1, -1),
+            values.expand(shape.group_size, -1, -1, -1),
+            attn_mask=prompt.masks[window],
+        )
+        return found.permute(2, 1, 0, 3).reshape(grouped.shape[2], -1)
