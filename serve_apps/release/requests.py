@@ -56,7 +56,7 @@ class ReleaseRequests:
             check_room(str(version.ref), wanted, nodes, tables.deployments())
             if row is not None and admission.action == "resume":
                 reason = f"deployed again by {actor}"
-                return tables.enter(row, "deploying", reason, starting=True, requested_by=actor)
+                return tables.ask_again(row, "deploying", reason, actor=actor, strategy="direct")
             reason = f"deployed by {actor}"
             return tables.create(
                 version.name, version.version, version.digest, wanted, reason, requested_by=actor
