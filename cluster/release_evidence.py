@@ -21,6 +21,7 @@ from sqlalchemy.engine import Connection
 
 from cluster.database import now, release_evidence
 from cluster.errors import InputError
+from cluster.statistics.sequential import Sample
 
 Arm = Literal["candidate", "champion", "pair"]
 """Who was observed; pair: both, answering the same request."""
@@ -39,19 +40,7 @@ ARMS: tuple[Arm, ...] = get_args(Arm)
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
-@dataclass(frozen=True)
-class Sum:
-    """Observations in [0, 1] of one metric of one arm."""
-
-    num: int = 0
-    total: float = 0.0
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.num if self.num else 0.0
-
-
-Evidence = Mapping[tuple[Arm, Metric], Sum]
+Evidence = Mapping[tuple[Arm, Metric], Sample]
 """What one phase of a release has shown so far."""
 
 
@@ -95,13 +84,15 @@ def add_evidence(connection: Connection, deltas: Iterable[EvidenceDelta]) -> Non
         )
 
 
-def read_evidence(connection: Connection, release_id: str, step: int) -> dict[Any, Sum]:
+def read_evidence(
+    connection: Connection, release_id: str, step: int
+) -> dict[tuple[Arm, Metric], Sample]:
     """The sums of one phase by arm and metric; those that nobody added to are not there."""
     table = release_evidence.c
     query = sa.select(table.arm, table.metric, table.num, table.total).where(
         table.release_id == release_id, table.step == step
     )
-    return {(row.arm, row.metric): Sum(row.num, row.total) for row in connection.execute(query)}
+    return {(row.arm, row.metric): Sample(row.num, row.total) for row in connection.execute(query)}
 
 
 def _key(delta: EvidenceDelta) -> tuple[str, int, str, str]:

@@ -13,8 +13,9 @@ import pytest
 from cluster.aliases import AliasChange, move_alias
 from cluster.database import now, open_database
 from cluster.errors import ConflictError, InputError
-from cluster.release_evidence import EvidenceDelta, Sum
+from cluster.release_evidence import EvidenceDelta
 from cluster.releases import Deployment, ReleaseStore, ReleaseWriter
+from cluster.statistics.sequential import Sample
 
 
 @pytest.fixture
@@ -221,8 +222,8 @@ def test_gateways_add_to_the_same_evidence_at_once(store: ReleaseStore) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(add, range(4)))
     assert store.evidence(row) == {
-        ("candidate", "errors"): Sum(40, 20.0),
-        ("candidate", "slow"): Sum(40, 20.0),
+        ("candidate", "errors"): Sample(40, 20.0),
+        ("candidate", "slow"): Sample(40, 20.0),
     }
 
 
@@ -234,7 +235,7 @@ def test_each_phase_has_evidence_of_its_own(store: ReleaseStore) -> None:
     second = canary(store, 2, 0.25)
     assert store.evidence(second) == {}
     store.add_evidence([observed(first, 1, 0.0), observed(second, 7, 0.0)])
-    assert store.evidence(second) == {("candidate", "errors"): Sum(7, 0.0)}
+    assert store.evidence(second) == {("candidate", "errors"): Sample(7, 0.0)}
     assert ask(store, 2).release_id != first.release_id
 
 
