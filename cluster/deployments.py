@@ -7,7 +7,7 @@ snapshot.weights["digits"]       # {2: 0.95, 3: 0.05}
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 State = Literal[
     "deploying",
@@ -24,6 +24,8 @@ State = Literal[
 ]
 Strategy = Literal["direct", "canary", "shadow"]
 """How it becomes champion: at once; with growing shares of the traffic; mirrored first."""
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 STARTING: tuple[State, ...] = ("deploying", "warming", "parity")
 """On its way to champion: not up yet, building its replicas, answering its golden inputs."""

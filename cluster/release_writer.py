@@ -94,21 +94,29 @@ class ReleaseWriter:
         return self._change(row, CONTROLLER, **values)
 
     def ask_again(
-        self, row: Deployment, state: State, reason: str, *, actor: str, strategy: Strategy
+        self,
+        row: Deployment,
+        state: Literal["deploying", "standby"],
+        options: dict[str, Any],
+        reason: str,
+        *,
+        actor: str,
+        strategy: Strategy,
     ) -> Deployment:
-        """Begin a release of a version whose replicas are up, or still are."""
-        values: dict[str, Any] = {"started_at": now()} if state in STARTING else {}
+        """Begin a release of a version whose replicas are still up."""
         return self._change(
             row,
             actor,
             state=state,
+            options=options,
             reason=reason,
+            started_at=now() if state == "deploying" else row.started_at,
             requested_by=actor,
             release_id=_new_release_id(),
             strategy=strategy,
+            step=0,
             is_paused=False,
             sunset_at=None,
-            **values,
         )
 
     def compare(
@@ -169,7 +177,7 @@ class ReleaseWriter:
                 self._change(other, actor, state="rolled_back", reason=shown, started_at=None)
             elif has_champion and other.sunset_at is None:
                 self._change(other, actor, state="retiring", reason="two releases old")
-        promoted = self._change(row, actor, state="champion", reason=reason, is_paused=False)
+        promoted = self._change(row, actor, state="champion", reason=reason)
         self._move_champion(row.name, row.version, actor, reason)
         return promoted
 
@@ -208,6 +216,8 @@ class ReleaseWriter:
         changed = replace(row, **values, revision=row.revision + 1, updated_at=now())
         if changed.state not in COMPARED:
             changed = replace(changed, share=0.0, mirror_share=0.0)
+        if changed.state not in (*STARTING, *COMPARED):
+            changed = replace(changed, is_paused=False)
         done = self.connection.execute(
             sa.update(deployments).where(_is_still(row)).values(asdict(changed))
         )
