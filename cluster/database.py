@@ -124,6 +124,56 @@ deployments = sa.Table(
     sa.Column("started_at", sa.String(32)),
     # Who asked for it: the one that the alias history names.
     sa.Column("requested_by", sa.String(128), nullable=False, server_default="controller"),
+    # One for each time that the version was asked for; its events and evidence have it too.
+    sa.Column("release_id", sa.String(32), nullable=False, server_default=""),
+    sa.Column("strategy", sa.String(16), nullable=False, server_default="direct"),
+    # Counts the phases in which it is compared with the champion: each has evidence of its own.
+    sa.Column("step", sa.Integer, nullable=False, server_default="0"),
+    # Of the name's traffic, while it is in canary.
+    sa.Column("share", sa.Float, nullable=False, server_default="0"),
+    # Of what the champion answers, while it is compared.
+    sa.Column("mirror_share", sa.Float, nullable=False, server_default="0"),
+    sa.Column("is_paused", sa.Boolean, nullable=False, server_default=sa.false()),
+    # When it ends, for a version that its users were given notice of.
+    sa.Column("sunset_at", sa.String(32)),
+)
+
+# Each state that a release has come to, and why; only ever added to.
+release_events = sa.Table(
+    "release_events",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.String(32), nullable=False),
+    sa.Column("name", sa.String(128), nullable=False, index=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("release_id", sa.String(32), nullable=False),
+    sa.Column("state", sa.String(32), nullable=False),
+    sa.Column("actor", sa.String(128), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+)
+
+# Sums of observations from 0 to 1, by all gateways together.
+release_evidence = sa.Table(
+    "release_evidence",
+    metadata,
+    sa.Column("release_id", sa.String(32), primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("arm", sa.String(16), primary_key=True),
+    sa.Column("metric", sa.String(32), primary_key=True),
+    sa.Column("name", sa.String(128), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("num", sa.BigInteger, nullable=False),
+    sa.Column("total", sa.Float, nullable=False),
+    sa.Column("updated_at", sa.String(32), nullable=False),
+)
+
+# Who acts, and until when nobody else does.
+controller_leases = sa.Table(
+    "controller_leases",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("owner", sa.String(64), nullable=False),
+    sa.Column("expires_at", sa.String(32), nullable=False),
 )
 
 # One row per served model name; `weights` maps version number (text) to its share of traffic.

@@ -97,7 +97,9 @@ def is_referred_to(connection: Connection, digest: str) -> bool:
 def refuse_deployed(connection: Connection, version: ModelVersion) -> None:
     """Raises ConflictError if it is served."""
     query = sa.select(deployments.c.state).where(
-        deployments.c.name == version.name, deployments.c.version == version.version
+        deployments.c.name == version.name,
+        deployments.c.version == version.version,
+        deployments.c.state != "retired",
     )
     if (state := connection.scalar(query)) is not None:
         raise ConflictError(

@@ -50,7 +50,7 @@ from cluster.security.audit import AuditLog
 from cluster.settings import Settings
 from cluster.storage import Storage
 from cluster.tracking import open_client
-from cluster.version_mirror import forget_version, number_version
+from cluster.version_mirror import forget_version, number_version, show_release
 
 _logger = logging.getLogger(__name__)
 
@@ -313,6 +313,16 @@ class ModelRegistry:
             _logger.warning("%s, which is undone: move aliases with `heliostat`", edit)
             detail = {"from": edit.told, "to": edit.shown, "undone": True}
             AuditLog(self._engine).record("mlflow", "alias_edited", f"{name}@{edit.alias}", detail)
+
+    def show_release(self, name: str, version: int, text: str) -> None:
+        """Say on a version's page in MLflow what became of it.
+
+        Raises:
+            NotRunningError: MLflow does not answer, or does not have the version.
+        """
+        client = open_client(self._settings)
+        with _mlflow_errors(self._settings):
+            show_release(client, name, version, text)
 
     def foreign_edits(self, name: str) -> list[AliasEdit]:
         """Aliases that somebody moved in MLflow since we did; they move nothing here.

@@ -17,6 +17,9 @@ from cluster.model_package.writer import PublishedPackage
 from cluster.model_ref import ModelRef
 
 DIGEST_TAG = "heliostat.digest"
+RELEASE_TAG = "heliostat.release"
+_MAX_TAG_CHARACTERS = 4500
+"""MLflow stores 5000."""
 
 
 def number_version(
@@ -65,6 +68,11 @@ def forget_version(client: Any, name: str, version: int) -> None:
     except Exception as error:
         if not _is(error, "RESOURCE_DOES_NOT_EXIST"):
             raise
+
+
+def show_release(client: Any, name: str, version: int, text: str) -> None:
+    """Say on a version's page what became of it, in place of what was said before."""
+    client.set_model_version_tag(name, str(version), RELEASE_TAG, text[:_MAX_TAG_CHARACTERS])
 
 
 def _is(error: Exception, code: str) -> bool:

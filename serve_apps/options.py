@@ -12,9 +12,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from cluster.config import StrictModel
-from cluster.errors import InputError, UsageError
+from cluster.deployments import STRATEGIES, Strategy
+from cluster.errors import InputError
+from serve_apps.release.options import Margins, ReleaseOptions
 
-_PLANNED_STRATEGIES = ("canary", "shadow")
 _DAY_S = 86_400
 _MAX_CALLS = 100_000
 _RESOURCE_STEP = 1e-4
@@ -87,6 +88,8 @@ class DeploymentOptions(StrictModel):
     transformers elsewhere."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number type that the native engine computes in; 'auto' is what the weights are stored as."""
+    release: ReleaseOptions = ReleaseOptions()
+    """How it is compared with the champion, for the strategies canary and shadow."""
 
     @field_validator("num_gpus", "num_cpus")
     @classmethod
@@ -160,6 +163,13 @@ def read_stored_options(values: Mapping[str, Any]) -> DeploymentOptions:
         return DeploymentOptions()
 
 
+_SECTIONS: dict[str, type[StrictModel]] = {
+    "autoscaling": AutoscalingOptions,
+    "release": ReleaseOptions,
+    "release.margins": Margins,
+}
+
+
 def _input_error(error: ValidationError) -> InputError:
     """The first thing wrong, by its name."""
     first = error.errors(include_url=False)[0]
@@ -175,8 +185,8 @@ def _input_error(error: ValidationError) -> InputError:
             found = f"{first['input']!r}"
             shown = found if len(found) <= _MAX_SHOWN else found[:_MAX_SHOWN] + "…"
             what = f"is {shown}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-    is_nested = name.startswith("autoscaling.")
-    known = ", ".join(sorted((AutoscalingOptions if is_nested else DeploymentOptions).model_fields))
+    section = _SECTIONS.get(name.rpartition(".")[0], DeploymentOptions)
+    known = ", ".join(sorted(section.model_fields))
     return InputError(
         f"option '{name}' {what}" if name else f"option {what}",
         hint=f"options are: {known}",
@@ -184,15 +194,13 @@ def _input_error(error: ValidationError) -> InputError:
     )
 
 
-def check_strategy(strategy: str) -> None:
-    """Raises UsageError for a strategy that is planned, InputError for one that is not."""
-    if strategy in _PLANNED_STRATEGIES:
-        raise UsageError(
-            f"strategy '{strategy}' is not there yet",
-            hint="use --strategy direct",
-            param="strategy",
-        )
-    if strategy != "direct":
-        raise InputError(
-            f"strategy '{strategy}' does not exist", hint="use --strategy direct", param="strategy"
-        )
+def read_strategy(text: str) -> Strategy:
+    """Raises InputError for a strategy that there is not."""
+    for strategy in STRATEGIES:
+        if text == strategy:
+            return strategy
+    raise InputError(
+        f"strategy '{text}' does not exist",
+        hint=f"use --strategy {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}",
+        param="strategy",
+    )

@@ -2,6 +2,7 @@
 
 admission = admit(version, options, rows)      # raises ConflictError where it cannot be
 row, reason = rollback_target("digits", rows, history)
+row = release_under_way("digits", rows)
 """
 
 from __future__ import annotations
@@ -13,24 +14,30 @@ from typing import Any, Literal
 from cluster.aliases import AliasChange
 from cluster.errors import ConflictError, NotFoundError
 from cluster.registry import ModelVersion
-from cluster.releases import STARTING, Deployment
+from cluster.releases import COMPARED, OVER, STARTING, Deployment, State, Strategy
+
+_UNDER_WAY = (*STARTING, *COMPARED)
 
 
 @dataclass(frozen=True)
 class Admission:
     """How a version gets deployed.
 
-    keep: it is there already; promote: it stands by; resume: it was about to go and its application
-    is still good; create: from nothing, whatever was recorded of it.
+    keep: it is there already; promote: it stands by; compare: it stands by, and is to show first
+    that it is no worse; resume: it was about to go and its application is still good; create: from
+    nothing, whatever was recorded of it.
     """
 
-    action: Literal["keep", "promote", "resume", "create"]
+    action: Literal["keep", "promote", "compare", "resume", "create"]
     row: Deployment | None = None
     """The version's row; None where there is none."""
 
 
 def admit(
-    version: ModelVersion, options: Mapping[str, Any], rows: Sequence[Deployment]
+    version: ModelVersion,
+    options: Mapping[str, Any],
+    rows: Sequence[Deployment],
+    strategy: Strategy = "direct",
 ) -> Admission:
     """Decide on the request to make a version the champion.
 
@@ -41,15 +48,17 @@ def admit(
         ConflictError: another version is on its way, or this one runs with other options.
     """
     for other in rows:
-        if other.state in STARTING and other.version != version.version:
+        if other.state in _UNDER_WAY and other.version != version.version:
             raise ConflictError(
-                f"version {other.version} of '{other.name}' is being deployed ({other.state})",
-                hint="wait until it is champion or failed",
+                f"version {other.version} of '{other.name}' is being deployed ({other.stage})",
+                hint="wait until it is champion or has failed, or end that: "
+                f"`heliostat releases rollback {other.name}`",
             )
     row = _of_version(rows, version.version)
-    if row is None or row.state == "failed":
+    if row is None or row.state in OVER:
         return Admission("create", row)
-    is_same = row.options == options and row.digest == version.digest
+    # How it is compared is no matter of its replicas.
+    is_same = _of_replicas(row.options) == _of_replicas(options) and row.digest == version.digest
     if row.state == "retiring":
         is_good = is_same and row.started_at is not None
         return Admission("resume" if is_good else "create", row)
@@ -58,7 +67,30 @@ def admit(
             f"{version.ref} is {row.state} with other options",
             hint=f"take it down first: `heliostat undeploy {row.name} --version {row.version}`",
         )
-    return Admission("promote" if row.state == "standby" else "keep", row)
+    if row.state != "standby":
+        return Admission("keep", row)
+    has_champion = any(other.state == "champion" for other in rows)
+    return Admission("compare" if has_champion and strategy != "direct" else "promote", row)
+
+
+def release_under_way(name: str, rows: Sequence[Deployment]) -> Deployment:
+    """The version on its way to champion.
+
+    Raises:
+        ConflictError: there is none.
+    """
+    row = find_under_way(rows)
+    if row is None:
+        raise ConflictError(
+            f"no version of '{name}' is on its way to champion",
+            hint=f"see `heliostat releases status {name}`",
+        )
+    return row
+
+
+def find_under_way(rows: Sequence[Deployment]) -> Deployment | None:
+    """The version on its way to champion, if there is one."""
+    return next((row for row in rows if row.state in _UNDER_WAY), None)
 
 
 def rollback_target(
@@ -97,12 +129,23 @@ def rollback_target(
     )
 
 
-def successor_of(row: Deployment, rows: Sequence[Deployment]) -> Deployment | None:
-    """Who goes on for a version that is taken down by hand: the champion's standby."""
+def heir_of(row: Deployment, rows: Sequence[Deployment], at: str) -> Deployment | None:
+    """Who goes on for a champion that ends: its standby, or else what is compared with it.
+
+    Args:
+        at: when; UTC, ISO 8601. Whose notice is over by then does not go on.
+    """
     if row.state != "champion":
         return None
-    return next((other for other in rows if other.state == "standby"), None)
+    able = [o for o in rows if o.version != row.version and (o.sunset_at or at) >= at]
+    order: tuple[State, ...] = ("standby", "canary", "shadow")
+    found = [other for state in order for other in able if other.state == state]
+    return found[0] if found else None
 
 
 def _of_version(rows: Sequence[Deployment], version: int | None) -> Deployment | None:
     return next((row for row in rows if row.version == version), None)
+
+
+def _of_replicas(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "release"}

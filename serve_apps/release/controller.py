@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from ray import serve
 
+from cluster.controller_lease import ControllerLease
 from cluster.database import open_database
 from cluster.observability.logs import configure_logging
 from cluster.registry import ModelRegistry
@@ -38,11 +39,13 @@ class Controller:
             answer = await handles.call(application, "describe", timeout_s=_CHECK_TIMEOUT_S)
             return cast(Description, answer)
 
+        engine = open_database(settings.database)
         self._controller = ReleaseController(
-            ReleaseStore(open_database(settings.database)),
+            ReleaseStore(engine),
             ModelRegistry.open(settings),
             ServeApplications(),
             describe,
+            ControllerLease(engine, "release"),
         )
         self._task = asyncio.create_task(self._controller.run_forever())
 
@@ -51,11 +54,22 @@ class Controller:
     ) -> dict[str, Any]:
         return await self._controller.deploy(ref, strategy, options, actor)
 
-    async def undeploy(self, name: str, version: int | None, actor: str) -> list[dict[str, Any]]:
-        return await self._controller.undeploy(name, version, actor)
+    async def undeploy(
+        self, name: str, version: int | None, sunset_at: str | None, actor: str
+    ) -> list[dict[str, Any]]:
+        return await self._controller.undeploy(name, version, sunset_at, actor)
 
     async def rollback(self, name: str, actor: str) -> dict[str, Any]:
         return await self._controller.rollback(name, actor)
+
+    async def pause(self, name: str, actor: str) -> dict[str, Any]:
+        return await self._controller.pause(name, actor)
+
+    async def resume(self, name: str, actor: str) -> dict[str, Any]:
+        return await self._controller.resume(name, actor)
+
+    async def promote(self, name: str, actor: str) -> dict[str, Any]:
+        return await self._controller.promote(name, actor)
 
     async def deployments(self, name: str | None) -> list[dict[str, Any]]:
         return await self._controller.deployments(name)

@@ -1,62 +1,16 @@
-"""What to do next with each deployment: pure, from what the table and Serve say.
+"""What to do next with each deployment: pure, from what the tables and Serve say.
 
 decision = ReleasePolicy().decide(Observation(deployment, status, seconds_in_state=3.0))
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
-from cluster.releases import SERVING, STARTING, Deployment, State
+from cluster.deployments import COMPARED, SERVING, STARTING, Deployment
 from serve_apps.release.applications import ApplicationStatus
-
-Action = Literal["wait", "start", "enter", "check", "promote", "fail", "delete", "forget"]
-
-
-@dataclass(frozen=True)
-class StartTries:
-    """Tries to ask Serve for an application that all failed, since the last one that did not."""
-
-    count: int = 0
-    reason: str = ""
-    """Why the last one failed."""
-    may_pass: bool = True
-    """Whether another try can end otherwise."""
-    seconds_since_last: float = 0.0
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One deployment, its application, and what else of its model there is."""
-
-    deployment: Deployment
-    application: ApplicationStatus | None
-    """None where Serve knows no such application."""
-    seconds_in_state: float
-    seconds_since_start: float = 0.0
-    """Since Serve was first asked for the application; 0 where it was not yet."""
-    tries: StartTries = StartTries()
-    has_champion: bool = True
-    """Whether some version of the model is champion."""
-    standby: Deployment | None = None
-    """The champion before, where its application runs."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the controller is to do.
-
-    wait: nothing; start: ask Serve for the application; enter: move to `state`; check: call a
-    replica and promote the version if it answers; promote: make it the champion as it is; fail:
-    give the version up, `successor` takes its traffic and alias; delete: end the application;
-    forget: drop the row.
-    """
-
-    action: Action
-    reason: str = ""
-    state: State | None = None
-    successor: Deployment | None = None
+from serve_apps.release.comparison import ComparisonPolicy
+from serve_apps.release.decisions import Decision, Observation
 
 
 @dataclass(frozen=True)
@@ -72,11 +26,14 @@ class ReleasePolicy:
     first_retry_s: float = 0.5
     """Until the second try; doubled with each one."""
     longest_retry_s: float = 30.0
+    comparison: ComparisonPolicy = field(default_factory=ComparisonPolicy)
 
     def decide(self, seen: Observation) -> Decision:
         state = seen.deployment.state
         if state in STARTING:
             return self._towards_champion(seen)
+        if state in COMPARED:
+            return self._beside_champion(seen)
         if state in SERVING:
             return self._keep_serving(seen)
         return self._towards_nothing(seen)
@@ -99,7 +56,21 @@ class ReleasePolicy:
             return Decision("enter", "a replica is loading and replaying golden inputs", "warming")
         return Decision("wait")
 
+    def _beside_champion(self, seen: Observation) -> Decision:
+        application = seen.application
+        if application is None:
+            return self._start(seen, "the cluster was restarted")
+        if application.phase == "failed":
+            return Decision("fail", application.message)
+        if application.phase != "running":
+            return Decision("wait")
+        if not seen.has_champion:
+            return Decision("promote", "the model had no champion any more")
+        return self.comparison.decide(seen)
+
     def _ask(self, seen: Observation) -> Decision:
+        if seen.deployment.is_paused:
+            return Decision("wait", "paused")
         if seen.seconds_in_state > self.start_timeout_s:
             return Decision("fail", f"no replica answered within {self.start_timeout_s:g} s")
         return Decision("check", "is it the package that was deployed?")
@@ -114,6 +85,8 @@ class ReleasePolicy:
         return Decision("delete", "an earlier application of this version makes way")
 
     def _keep_serving(self, seen: Observation) -> Decision:
+        if seen.is_past_sunset:
+            return Decision("retire", "its notice is over", successor=_heir(seen))
         if seen.application is None:
             return self._start(seen, "the cluster was restarted")
         if seen.application.phase == "failed":
@@ -126,7 +99,8 @@ class ReleasePolicy:
     def _start(self, seen: Observation, reason: str) -> Decision:
         tries = seen.tries
         # What served must come back whenever Serve does; what is new has somebody waiting for it.
-        is_enough = seen.deployment.state in STARTING and tries.count >= self.max_starts
+        is_new = seen.deployment.state in (*STARTING, *COMPARED)
+        is_enough = is_new and tries.count >= self.max_starts
         if tries.count and (is_enough or not tries.may_pass):
             return _give_up(seen, tries.reason)
         if tries.count and tries.seconds_since_last < self._pause_s(tries.count):
@@ -137,16 +111,22 @@ class ReleasePolicy:
         return min(self.first_retry_s * 2.0 ** min(num_tries - 1, 30), self.longest_retry_s)
 
     def _towards_nothing(self, seen: Observation) -> Decision:
-        application = seen.application
-        if application is None:
-            return Decision("forget" if seen.deployment.state == "retiring" else "wait")
-        if application.phase == "deleting":
+        application, row = seen.application, seen.deployment
+        if application is None and row.state == "retiring":
+            if row.sunset_at is None:
+                return Decision("forget")
+            return Decision("enter", row.reason, "retired")
+        if application is None or application.phase == "deleting":
             return Decision("wait")
-        if seen.deployment.state == "retiring" and seen.seconds_in_state < self.drain_s:
+        # What has failed answers nobody; what had traffic keeps it until all gateways know.
+        if row.state != "failed" and seen.seconds_in_state < self.drain_s:
             return Decision("wait", "draining")
         return Decision("delete")
 
 
 def _give_up(seen: Observation, reason: str) -> Decision:
-    successor = seen.standby if seen.deployment.state == "champion" else None
-    return Decision("fail", reason, successor=successor)
+    return Decision("fail", reason, successor=_heir(seen))
+
+
+def _heir(seen: Observation) -> Deployment | None:
+    return seen.successor if seen.deployment.state == "champion" else None

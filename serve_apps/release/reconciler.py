@@ -2,10 +2,10 @@
 
 Level-triggered: every pass looks at the table and at Serve and does the next step for each
 deployment, so it may be killed at any moment and goes on where it was. Each write holds only if the
-row is still the one that was decided on; otherwise the next pass decides anew. Reaches Serve only
-through `Applications`.
+row is still the one that was decided on; otherwise the next pass decides anew. Of several
+controllers only the one with the lease acts. Reaches Serve only through `Applications`.
 
-    controller = ReleaseController(store, registry, applications, describe)
+    controller = ReleaseController(store, registry, applications, describe, lease)
     await controller.deploy("digits/3", "direct", {}, actor="ops/key_1")
     await controller.run_forever()
 """
@@ -18,15 +18,22 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+from cluster.controller_lease import ControllerLease
+from cluster.database import now
+from cluster.deployments import COMPARED, CONTROLLER, STARTING, Deployment
 from cluster.errors import ConflictError, HeliostatError
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
-from cluster.releases import STARTING, Deployment, ReleaseStore, ReleaseWriter
+from cluster.release_evidence import Evidence
+from cluster.releases import ReleaseStore, ReleaseWriter
 from serve_apps.description import Description
+from serve_apps.release.admission import heir_of
 from serve_apps.release.applications import Applications, ApplicationStatus, describe_error
-from serve_apps.release.policy import Decision, Observation, ReleasePolicy, StartTries
+from serve_apps.release.decisions import Decision, Observation, StartTries, go_on
+from serve_apps.release.mirror import ReleaseMirror
+from serve_apps.release.policy import ReleasePolicy
 from serve_apps.release.requests import ReleaseRequests
 
 logger = logging.getLogger(__name__)
@@ -35,9 +42,15 @@ _BUSY_PERIOD_S = 0.2
 _IDLE_PERIOD_S = 2.0
 _CHECK_PATIENCE_S = 1.0
 """Longest that a replica which is asked holds up a pass; then its answer is awaited beside them."""
-_ACTOR = "controller"
 _LASTING_ERRORS = (HeliostatError, ValueError, TypeError, ArithmeticError, LookupError)
 """What Serve raises for options that it does not take; anything else may pass."""
+
+_UNSETTLED = (*STARTING, *COMPARED, "retiring")
+_ENDS: dict[str, Literal["rolled_back", "failed", "retiring"]] = {
+    "roll_back": "rolled_back",
+    "fail": "failed",
+    "retire": "retiring",
+}
 
 ResultType = TypeVar("ResultType")
 Describe = Callable[[str], Awaitable[Description]]
@@ -61,6 +74,7 @@ class ReleaseController:
         registry: ModelRegistry,
         applications: Applications,
         describe: Describe,
+        lease: ControllerLease,
         policy: ReleasePolicy | None = None,
     ) -> None:
         self._store = store
@@ -69,8 +83,9 @@ class ReleaseController:
         self._describe = describe
         self._policy = policy or ReleasePolicy()
         self._requests = ReleaseRequests(store, registry, applications)
+        self._lease = lease
+        self._mirror = ReleaseMirror(store, registry)
         self._wake = asyncio.Event()
-        self._background: set[asyncio.Task[None]] = set()
         self._checks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._failed_tries: dict[tuple[str, str], _FailedTries] = {}
         self._statuses: Mapping[str, ApplicationStatus] = {}
@@ -80,23 +95,38 @@ class ReleaseController:
     ) -> dict[str, Any]:
         """Begin to make a version the champion; returns its row at once."""
         row = await asyncio.to_thread(self._requests.deploy, ref, strategy, options, actor)
-        self._wake.set()
-        if row.state == "champion":
-            self._mirror(row.name)
-        return asdict(row)
+        return self._noticed(row)
 
-    async def undeploy(self, name: str, version: int | None, actor: str) -> list[dict[str, Any]]:
-        """Take one version, or all of a model, out of service; returns the model's rows."""
-        rows = await asyncio.to_thread(self._requests.undeploy, name, version, actor)
+    async def undeploy(
+        self, name: str, version: int | None, sunset_at: str | None, actor: str
+    ) -> list[dict[str, Any]]:
+        """Take one version, or all of a model, out of service, or say when it will be; returns the
+        model's rows."""
+        rows = await asyncio.to_thread(self._requests.undeploy, name, version, sunset_at, actor)
         self._wake.set()
-        self._mirror(name)
+        self._mirror.show(name)
         return [asdict(row) for row in rows]
 
     async def rollback(self, name: str, actor: str) -> dict[str, Any]:
-        """Give the traffic and the champion alias back to the champion before this one."""
-        row = await asyncio.to_thread(self._requests.rollback, name, actor)
+        """End the release under way; without one, give the traffic and the champion alias back to
+        the champion before this one."""
+        return self._noticed(await asyncio.to_thread(self._requests.rollback, name, actor))
+
+    async def pause(self, name: str, actor: str) -> dict[str, Any]:
+        """Take no further step towards champion until somebody says so."""
+        return self._noticed(await asyncio.to_thread(self._requests.pause, name, actor))
+
+    async def resume(self, name: str, actor: str) -> dict[str, Any]:
+        """Let a paused release go on."""
+        return self._noticed(await asyncio.to_thread(self._requests.resume, name, actor))
+
+    async def promote(self, name: str, actor: str) -> dict[str, Any]:
+        """Make the version that is being compared the champion, whatever was shown of it."""
+        return self._noticed(await asyncio.to_thread(self._requests.promote, name, actor))
+
+    def _noticed(self, row: Deployment) -> dict[str, Any]:
         self._wake.set()
-        self._mirror(name)
+        self._mirror.show(row.name)
         return asdict(row)
 
     async def deployments(self, name: str | None) -> list[dict[str, Any]]:
@@ -132,10 +162,15 @@ class ReleaseController:
         """One pass over every deployment; whether anything is still on its way."""
         rows = await asyncio.to_thread(self._store.deployments)
         statuses = self._statuses = await asyncio.to_thread(self._applications.statuses)
+        if not await asyncio.to_thread(self._lease.hold):
+            return False
         is_busy = False
         for row in rows:
-            decision = self._policy.decide(self._observe(row, rows, statuses))
-            is_busy |= decision.action != "wait" or row.state in (*STARTING, "retiring")
+            evidence: Evidence = {}
+            if row.state in COMPARED:
+                evidence = await asyncio.to_thread(self._store.evidence, row)
+            decision = self._policy.decide(self._observe(row, rows, statuses, evidence))
+            is_busy |= decision.action != "wait" or row.state in _UNSETTLED
             try:
                 await self._act(row, decision)
             except ConflictError as error:
@@ -146,6 +181,7 @@ class ReleaseController:
         for application, status in statuses.items():
             if application not in known and status.phase != "deleting":
                 logger.info("deleting application %s, which no row asks for", application)
+                await asyncio.to_thread(self._lease.check)
                 await asyncio.to_thread(self._applications.delete, application)
         if self._checks:
             await asyncio.wait(self._checks.values(), timeout=_CHECK_PATIENCE_S)
@@ -156,10 +192,10 @@ class ReleaseController:
         row: Deployment,
         rows: Sequence[Deployment],
         statuses: Mapping[str, ApplicationStatus],
+        evidence: Evidence,
     ) -> Observation:
         siblings = [other for other in rows if other.name == row.name]
         up = {name for name, status in statuses.items() if status.phase == "running"}
-        ready = (o for o in siblings if o.state == "standby" and o.application in up)
         return Observation(
             row,
             statuses.get(row.application),
@@ -167,7 +203,9 @@ class ReleaseController:
             seconds_since_start=_seconds_since(row.started_at) if row.started_at else 0.0,
             tries=self._tries(row),
             has_champion=any(other.state == "champion" for other in siblings),
-            standby=next(ready, None),
+            successor=heir_of(row, [o for o in siblings if o.application in up], now()),
+            evidence=evidence,
+            is_past_sunset=row.sunset_at is not None and _seconds_since(row.sunset_at) >= 0,
         )
 
     async def _act(self, row: Deployment, decision: Decision) -> None:
@@ -182,12 +220,13 @@ class ReleaseController:
                 state = decision.state
                 assert state is not None
                 await self._write(lambda tables: tables.enter(row, state, reason))
+                self._mirror.show(row.name)
             case "check":
                 self._begin_check(row)
-            case "promote":
-                await self._promote(row, reason)
-            case "fail":
-                await self._fail(row, reason, decision.successor)
+            case "compare" | "promote":
+                await self._go_on(row, decision)
+            case "roll_back" | "fail" | "retire":
+                await self._take_down(row, decision)
             case "delete":
                 await self._delete(row)
             case "forget":
@@ -200,6 +239,7 @@ class ReleaseController:
             row = await self._write(lambda t: t.enter(row, "deploying", reason, starting=is_first))
         elif row.started_at is None:
             row = await self._write(lambda t: t.enter(row, row.state, row.reason, starting=True))
+        await asyncio.to_thread(self._lease.check)
         try:
             version = await asyncio.to_thread(
                 self._registry.resolve, ModelRef(row.name, version=row.version)
@@ -223,6 +263,7 @@ class ReleaseController:
     async def _delete(self, row: Deployment) -> None:
         # An application that is wanted again by now is worth the look.
         if await asyncio.to_thread(self._store.get, row.name, row.version) == row:
+            await asyncio.to_thread(self._lease.check)
             await asyncio.to_thread(self._applications.delete, row.application)
 
     def _begin_check(self, row: Deployment) -> None:
@@ -231,15 +272,14 @@ class ReleaseController:
         task.add_done_callback(lambda _: self._checks.pop(_key(row), None))
 
     async def _check(self, row: Deployment) -> None:
-        """Promote a version whose replica answers for the right package."""
+        """Go on with a version whose replica answers for the right package."""
         try:
             found = await self._describe(row.application)
             if found.digest == row.digest:
-                reason = f"golden outputs reproduced on {found.device}"
-                await self._promote(row, reason, actor=row.requested_by)
+                await self._begin(row, f"golden outputs reproduced on {found.device}")
             else:
                 reason = f"a replica serves {found.digest}, expected {row.digest}"
-                await self._fail(row, reason, None)
+                await self._take_down(row, Decision("fail", reason))
         except ConflictError as error:
             logger.info("%s was checked too late: %s", row.application, error)
         except HeliostatError as error:
@@ -247,28 +287,35 @@ class ReleaseController:
         except Exception:
             logger.exception("%s could not be checked", row.application)
 
-    async def _promote(self, row: Deployment, reason: str, *, actor: str = _ACTOR) -> None:
-        await self._write(lambda tables: tables.promote(row, actor=actor, reason=reason))
-        self._mirror(row.name)
+    async def _begin(self, row: Deployment, reason: str) -> None:
+        def begin(tables: ReleaseWriter) -> None:
+            rows = tables.deployments(row.name)
+            has_champion = any(other.state == "champion" for other in rows)
+            decision = self._policy.comparison.begin(row, has_champion=has_champion, reason=reason)
+            go_on(tables, row, decision)
 
-    async def _fail(self, row: Deployment, reason: str, successor: Deployment | None) -> None:
+        await self._write(begin)
+        self._mirror.show(row.name)
+
+    async def _go_on(self, row: Deployment, decision: Decision) -> None:
+        await self._write(lambda tables: go_on(tables, row, decision))
+        self._mirror.show(row.name)
+
+    async def _take_down(self, row: Deployment, decision: Decision) -> None:
+        reason, successor = decision.reason, decision.successor
+        state = _ENDS[decision.action]
         await self._write(
-            lambda t: t.take_down(row, "failed", reason, actor=_ACTOR, successor=successor)
+            lambda t: t.take_down(row, state, reason, actor=CONTROLLER, successor=successor)
         )
-        self._mirror(row.name)
+        self._mirror.show(row.name)
 
     async def _write(self, change: Callable[[ReleaseWriter], ResultType]) -> ResultType:
         def write() -> ResultType:
             with self._store.writing() as tables:
+                self._lease.require(tables.connection)
                 return change(tables)
 
         return await asyncio.to_thread(write)
-
-    def _mirror(self, name: str) -> None:
-        # MLflow only shows the alias; it may be slow or away.
-        task = asyncio.create_task(asyncio.to_thread(self._registry.mirror_aliases, name))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
     def _tries(self, row: Deployment) -> StartTries:
         found = self._failed_tries.get(_key(row))

@@ -1,4 +1,4 @@
-"""What people ask for, written into the tables: deploy, undeploy, roll back.
+"""What people ask for, written into the tables: deploy, hold, promote, roll back, undeploy.
 
 Each request is one transaction that no other writer runs beside, so two at once never both
 succeed where one of them must not. All of it blocks: call it in a thread.
@@ -13,13 +13,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cluster.errors import NotFoundError
+from cluster.database import now
+from cluster.errors import ConflictError, InputError, NotFoundError
 from cluster.model_ref import CANDIDATE, ModelRef, check_name
 from cluster.registry import ModelRegistry, ModelVersion
-from cluster.releases import Deployment, ReleaseStore
-from serve_apps.options import check_strategy, read_options
-from serve_apps.release.admission import admit, rollback_target, successor_of
+from cluster.releases import COMPARED, Deployment, ReleaseStore
+from serve_apps.options import read_options, read_strategy
+from serve_apps.release.admission import (
+    admit,
+    find_under_way,
+    heir_of,
+    release_under_way,
+    rollback_target,
+)
 from serve_apps.release.applications import Applications
+from serve_apps.release.comparison import ComparisonPolicy
+from serve_apps.release.decisions import go_on
 from serve_apps.release.placement import check_room
 
 
@@ -40,55 +49,89 @@ class ReleaseRequests:
             NotFoundError: no such model or version.
             ConflictError: another version of it is on its way, it runs with other options, or no
                 node has room for its replicas.
-            UsageError: the strategy or an option is not known.
+            InputError: the strategy or an option is not known.
         """
-        check_strategy(strategy)
-        wanted = read_options(options).model_dump()
+        how = read_strategy(strategy)
+        wanted = read_options(options).model_dump(mode="json")
         version = self._version_to_deploy(ref)
         nodes = self._applications.nodes()
         with self._store.writing() as tables:
-            admission = admit(version, wanted, tables.deployments(version.name))
+            admission = admit(version, wanted, tables.deployments(version.name), how)
             row = admission.row
             if row is not None and admission.action == "keep":
-                return row
+                if row.sunset_at is None:
+                    return row
+                return tables.set_sunset(row, None, f"deployed again by {actor}", actor=actor)
             if row is not None and admission.action == "promote":
                 return tables.promote(row, actor=actor, reason=f"deployed again by {actor}")
+            if row is not None and admission.action == "compare":
+                again = f"deployed again by {actor}"
+                row = tables.ask_again(row, "standby", wanted, again, actor=actor, strategy=how)
+                decision = ComparisonPolicy().begin(row, has_champion=True, reason=again)
+                return go_on(tables, row, decision)
             check_room(str(version.ref), wanted, nodes, tables.deployments())
             if row is not None and admission.action == "resume":
-                reason = f"deployed again by {actor}"
-                return tables.enter(row, "deploying", reason, starting=True, requested_by=actor)
-            reason = f"deployed by {actor}"
+                again = f"deployed again by {actor}"
+                return tables.ask_again(row, "deploying", wanted, again, actor=actor, strategy=how)
             return tables.create(
-                version.name, version.version, version.digest, wanted, reason, requested_by=actor
+                version.name,
+                version.version,
+                version.digest,
+                wanted,
+                f"deployed by {actor}",
+                requested_by=actor,
+                strategy=how,
             )
 
-    def undeploy(self, name: str, version: int | None, actor: str) -> Sequence[Deployment]:
+    def undeploy(
+        self, name: str, version: int | None, sunset_at: str | None, actor: str
+    ) -> Sequence[Deployment]:
         """Take one version, or all of a model, out of service; returns what is left of the model.
 
         A champion's traffic goes to the version that stands by, unless all are taken down.
 
+        Args:
+            sunset_at: until when it goes on answering, so that its users can leave; UTC, ISO 8601.
+
         Raises:
             NotFoundError: nothing of it is deployed.
+            InputError: the notice is over already.
         """
         check_name(name)
+        if sunset_at is not None and sunset_at <= now():
+            raise InputError(
+                f"notice until {sunset_at} is over already",
+                hint="write a moment to come",
+                param="sunset_at",
+            )
         with self._store.writing() as tables:
             rows = tables.deployments(name)
-            chosen = [row for row in rows if version in (None, row.version)]
+            chosen = [
+                row
+                for row in rows
+                if row.version == version or (version is None and row.state != "retired")
+            ]
             if not chosen:
                 what = "" if version is None else f"version {version} of "
                 raise NotFoundError(
                     f"{what}model '{name}' is not deployed", hint="see `heliostat releases list`"
                 )
+            reason = f"undeployed by {actor}"
             for row in chosen:
+                if sunset_at is not None and row.state in ("champion", "standby"):
+                    shown = f"{reason}: ends at {sunset_at}"
+                    tables.set_sunset(row, sunset_at, shown, actor=actor)
                 # Asked twice, it goes on draining from the first time.
-                if row.state != "retiring":
-                    successor = successor_of(row, rows) if version is not None else None
-                    reason = f"undeployed by {actor}"
-                    tables.take_down(row, "retiring", reason, actor=actor, successor=successor)
+                elif row.state != "retiring":
+                    heir = heir_of(row, rows, now()) if version is not None else None
+                    # Without notice it is as if it had never been there.
+                    row = tables.set_sunset(row, None, reason, actor=actor)
+                    tables.take_down(row, "retiring", reason, actor=actor, successor=heir)
             return tables.deployments(name)
 
     def rollback(self, name: str, actor: str) -> Deployment:
-        """Give the traffic and the champion alias back to the champion before this one.
+        """End the release under way; without one, give the traffic and the champion alias back to
+        the champion before this one.
 
         Raises:
             NotFoundError: the model was never released.
@@ -96,12 +139,57 @@ class ReleaseRequests:
         """
         check_name(name)
         with self._store.writing() as tables:
-            history = tables.champion_history(name)
-            row, reason = rollback_target(name, tables.deployments(name), history)
+            rows, reason = tables.deployments(name), f"rolled back by {actor}"
+            row = find_under_way(rows)
+            if row is not None:
+                return tables.take_down(row, "rolled_back", reason, actor=actor)
+            row, reason = rollback_target(name, rows, tables.champion_history(name))
             return tables.promote(row, actor=actor, reason=reason)
 
+    def pause(self, name: str, actor: str) -> Deployment:
+        """Let the release under way take no step towards champion; it can still be rolled back.
+
+        Raises:
+            ConflictError: no version is on its way to champion.
+        """
+        return self._set_paused(name, True, f"paused by {actor}", actor)
+
+    def resume(self, name: str, actor: str) -> Deployment:
+        """Let a paused release go on; the time of its phase begins anew.
+
+        Raises:
+            ConflictError: no version is on its way to champion.
+        """
+        return self._set_paused(name, False, f"resumed by {actor}", actor)
+
+    def promote(self, name: str, actor: str) -> Deployment:
+        """Make the version that is being compared the champion.
+
+        Raises:
+            ConflictError: none is, or it has not shown yet that it answers.
+        """
+        check_name(name)
+        with self._store.writing() as tables:
+            row = release_under_way(name, tables.deployments(name))
+            if row.state not in COMPARED:
+                raise ConflictError(
+                    f"version {row.version} of '{name}' is {row.stage}: it does not answer yet",
+                    hint="wait until it is in shadow or canary",
+                )
+            reason = f"promoted by {actor} in {row.stage}"
+            return tables.promote(row, actor=actor, reason=reason)
+
+    def _set_paused(self, name: str, is_paused: bool, reason: str, actor: str) -> Deployment:
+        check_name(name)
+        with self._store.writing() as tables:
+            row = release_under_way(name, tables.deployments(name))
+            if row.is_paused == is_paused:
+                return row
+            return tables.set_paused(row, is_paused, reason, actor=actor)
+
     def describe(self, name: str) -> dict[str, Any]:
-        """All about one model: versions, traffic, and the champion's history.
+        """All about one model: versions, traffic, the champion's history, the releases' timeline,
+        and what the one under way has shown so far.
 
         Raises:
             NotFoundError: the model was never deployed.
@@ -117,7 +205,19 @@ class ReleaseRequests:
             "weights": {str(v): weight for v, weight in self._store.weights(name).items()},
             "deployments": [asdict(row) for row in rows],
             "history": [asdict(change) for change in history],
+            "timeline": [asdict(event) for event in self._store.events(name)],
+            "evidence": [line for row in rows for line in self._shown(row)],
         }
+
+    def _shown(self, row: Deployment) -> list[dict[str, Any]]:
+        """What its phase has shown, if it is in one: a line for each metric of each arm."""
+        if row.state not in COMPARED:
+            return []
+        return [
+            {"version": row.version, "stage": row.stage, "metric": metric, "arm": arm}
+            | {"num": sample.num, "mean": sample.mean}
+            for (arm, metric), sample in sorted(self._store.evidence(row).items())
+        ]
 
     def _version_to_deploy(self, text: str) -> ModelVersion:
         """The version a reference means here: a bare name is its candidate, or else its newest."""

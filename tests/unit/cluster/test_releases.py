@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,10 @@ import pytest
 
 from cluster.aliases import AliasChange, move_alias
 from cluster.database import now, open_database
-from cluster.errors import ConflictError
+from cluster.errors import ConflictError, InputError
+from cluster.release_evidence import EvidenceDelta
 from cluster.releases import Deployment, ReleaseStore, ReleaseWriter
+from cluster.statistics.sequential import Sample
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_an_alias_that_was_moved_by_hand_is_left_where_it_is(store: ReleaseStore
     promote(store, 1)
     with store.writing() as tables:
         change = AliasChange("m", "champion", None, 7, "somebody", "by hand", now())
-        move_alias(tables._connection, change, None)
+        move_alias(tables.connection, change, None)
     take_down(store, 1, "retiring", "undeployed")
     assert store.snapshot().aliases == {("m", "champion"): 7}
 
@@ -193,3 +196,131 @@ def test_writers_wait_for_each_other(store: ReleaseStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(count, range(40)))
     assert (found(store, 1).reason, found(store, 1).revision) == ("40", 40)
+
+
+def observed(row: Deployment, num: int, total: float, **changes: Any) -> EvidenceDelta:
+    delta = EvidenceDelta(
+        row.release_id, row.step, row.name, row.version, "candidate", "errors", num, total
+    )
+    return replace(delta, **changes)
+
+
+def canary(store: ReleaseStore, version: int, share: float) -> Deployment:
+    row = found(store, version)
+    with store.writing() as tables:
+        return tables.compare(row, "canary", "it answers", mirror_share=0.5, share=share)
+
+
+def test_gateways_add_to_the_same_evidence_at_once(store: ReleaseStore) -> None:
+    row = ask(store, 1)
+    deltas = [observed(row, 2, 1.0, metric=metric) for metric in ("errors", "slow")]
+
+    def add(number: int) -> None:
+        for _ in range(5):
+            store.add_evidence(deltas if number % 2 else deltas[::-1])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
+    assert store.evidence(row) == {
+        ("candidate", "errors"): Sample(40, 20.0),
+        ("candidate", "slow"): Sample(40, 20.0),
+    }
+
+
+def test_each_phase_has_evidence_of_its_own(store: ReleaseStore) -> None:
+    promote(store, 1)
+    ask(store, 2)
+    first = canary(store, 2, 0.05)
+    store.add_evidence([observed(first, 10, 3.0)])
+    second = canary(store, 2, 0.25)
+    assert store.evidence(second) == {}
+    store.add_evidence([observed(first, 1, 0.0), observed(second, 7, 0.0)])
+    assert store.evidence(second) == {("candidate", "errors"): Sample(7, 0.0)}
+    assert ask(store, 2).release_id != first.release_id
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"total": 3.0}, {"total": -0.1}, {"total": float("nan")}, {"total": float("inf")},
+        {"arm": "both"}, {"metric": "beauty"},
+    ],
+)  # fmt: skip
+def test_what_is_no_evidence_is_refused_whole(store: ReleaseStore, wrong: dict[str, Any]) -> None:
+    row = ask(store, 1)
+    with pytest.raises(InputError, match="evidence on m/1 is not observations"):
+        store.add_evidence([observed(row, 2, 0.0), replace(observed(row, 2, 0.0), **wrong)])
+    assert store.evidence(row) == {}
+
+
+def test_what_is_compared_is_mirrored_to_and_gets_its_share(store: ReleaseStore) -> None:
+    promote(store, 1)
+    ask(store, 2)
+    with store.writing() as tables:
+        tables.compare(found(store, 2), "shadow", "it answers", mirror_share=0.5)
+    assert store.snapshot().shadows == {"m": (2, 0.5)}
+    assert store.snapshot().weights == {"m": {1: 1.0}}
+    canary(store, 2, 0.05)
+    assert store.snapshot().weights == {"m": {1: 0.95, 2: 0.05}}
+    assert {row.version for row in store.snapshot().serving} == {1, 2}
+    with store.writing() as tables:
+        tables.take_down(found(store, 2), "rolled_back", "10 of 20 failed", actor="controller")
+    assert store.snapshot().weights == {"m": {1: 1.0}}
+    assert store.snapshot().shadows == {}
+    assert states(store) == {1: "champion", 2: "rolled_back"}
+
+
+def test_a_canary_without_a_champion_has_all_traffic(store: ReleaseStore) -> None:
+    promote(store, 1)
+    ask(store, 2)
+    canary(store, 2, 0.05)
+    take_down(store, 1, "failed", "broke down")
+    assert store.weights("m") == {2: 1.0}
+
+
+def test_who_takes_over_ends_what_was_compared_with_the_one_before(store: ReleaseStore) -> None:
+    for version in (1, 2):
+        promote(store, version)
+    ask(store, 3)
+    canary(store, 3, 0.25)
+    with store.writing() as tables:
+        broken, heir = found(store, 2), found(store, 1)
+        tables.take_down(broken, "failed", "broke down", actor="c", successor=heir)
+    assert states(store) == {1: "champion", 2: "failed", 3: "rolled_back"}
+    assert store.weights("m") == {1: 1.0}
+
+
+def test_the_timeline_has_each_state_with_its_reason(store: ReleaseStore) -> None:
+    promote(store, 1)
+    ask(store, 2)
+    row = canary(store, 2, 0.05)
+    with store.writing() as tables:
+        tables.set_paused(row, True, "lunch", actor="ops")
+    with store.writing() as tables:
+        tables.promote(found(store, 2), actor="ops", reason="good enough")
+    told = [(event.version, event.state, event.actor, event.reason) for event in store.events("m")]
+    assert told == [
+        (1, "deploying", "ops", "asked"),
+        (1, "champion", "tester", "release 1"),
+        (2, "deploying", "ops", "asked"),
+        (2, "canary 5%", "controller", "it answers"),
+        (2, "canary 5%, paused", "ops", "lunch"),
+        (1, "standby", "ops", "kept for rollback from version 2"),
+        (2, "champion", "ops", "good enough"),
+    ]
+    assert len({event.release_id for event in store.events("m") if event.version == 2}) == 1
+
+
+def test_a_version_with_notice_serves_on_and_is_remembered_afterwards(store: ReleaseStore) -> None:
+    for version in (1, 2):
+        promote(store, version)
+    with store.writing() as tables:
+        tables.set_sunset(found(store, 1), "2030-01-01", "undeployed by ops", actor="ops")
+    promote(store, 3)
+    assert states(store) == {1: "standby", 2: "standby", 3: "champion"}
+    take_down(store, 1, "retiring", "its notice is over")
+    with store.writing() as tables:
+        tables.enter(found(store, 1), "retired", "its notice is over")
+    snapshot = store.snapshot()
+    assert [(row.version, row.sunset_at) for row in snapshot.retired] == [(1, "2030-01-01")]
+    assert {row.version for row in snapshot.serving} == {2, 3}

@@ -16,7 +16,8 @@ from serve_apps.release.applications import (
     describe_error,
     one_line_reason,
 )
-from serve_apps.release.policy import Decision, Observation, ReleasePolicy, StartTries
+from serve_apps.release.decisions import Decision, Observation, StartTries
+from serve_apps.release.policy import ReleasePolicy
 
 AT = "2026-01-01T00:00:00.000+00:00"
 
@@ -120,12 +121,12 @@ def test_what_cannot_be_asked_for_is_tried_again_within_bounds(
 
 def test_a_champion_that_fails_hands_over_to_the_version_that_stands_by() -> None:
     standby = replace(row("standby"), version=1)
-    assert decide("champion", "failed", standby=standby).successor == standby
+    assert decide("champion", "failed", successor=standby).successor == standby
     assert decide("champion", "failed").successor is None
     refused = StartTries(1, "refused", False, 0.0)
-    assert decide("champion", None, tries=refused, standby=standby).successor == standby
-    assert decide("standby", "failed", standby=standby).successor is None
-    assert decide("warming", "failed", standby=standby).successor is None
+    assert decide("champion", None, tries=refused, successor=standby).successor == standby
+    assert decide("standby", "failed", successor=standby).successor is None
+    assert decide("warming", "failed", successor=standby).successor is None
 
 
 def test_a_standby_without_a_champion_takes_over_once_it_runs() -> None:
