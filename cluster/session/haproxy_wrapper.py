@@ -48,6 +48,9 @@ def tighten(text: str, doors: Doors) -> str:
         r"(frontend http_frontend\n\s*bind )[^\s:]+:", rf"\g<1>{doors.public_host}:", text, count=1
     )
     text = re.sub(r"\bmode 666\b", "mode 600", text)
+    # With it, a client that leaves after a body of more than one buffer may not be noticed: seen
+    # with HAProxy 2.8 where the connection to the replica had been used before.
+    text = re.sub(r"^\s*option splice-request\n", "", text, flags=re.M)
     if "option http-buffer-request" not in text:
         text = re.sub(
             r"^(\s*)timeout client \S+\n",

@@ -188,10 +188,7 @@ def assert_idle_soon(replica_processes: list[psutil.Process]) -> None:
     ("deployment", "number", "path", "body"),
     [
         ("work.v1", 2, INFER, body_of(2500)),
-        pytest.param(
-            *("work.v1", 2, INFER, body_of(6000)),
-            marks=pytest.mark.xfail(reason="not noticed after a body of more than 16 KiB"),
-        ),
+        ("work.v1", 2, INFER, body_of(6000)),
         ("talker.v1", 1, "/v1/completions", {"stream": True}),
         ("talker.v1", 1, "/v1/completions", {"stream": False}),
     ],
