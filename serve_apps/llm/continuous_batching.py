@@ -30,6 +30,7 @@ from cluster.errors import PackageError, UpstreamFailedError
 from cluster.logits import adjust, describe_choice
 from cluster.model_package.language_model import hugging_face_config
 from cluster.sampling import perturb
+from serve_apps.llm.budget import CacheBudget as CacheBudget
 from serve_apps.llm.engine import (
     EngineRequest,
     EngineStats,
@@ -48,21 +49,13 @@ _STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
-class CacheBudget:
-    """Bounds on what the engine takes; without them transformers takes 60 % of all memory, and
-    the first request waits seconds for it (6.5 s on 24 GiB, against 0.06 s; 2 CPU cores)."""
-
-    max_cache_bytes: int = 512 * 1024**2
-    max_running: int = 32
-    max_batch_tokens: int = 512
-
-
-@dataclass(frozen=True)
 class _Drawn:
     """A request's sampling with its seed settled, and what was said of its tokens."""
 
     sampling: Sampling
     seed: int
+    num_prompt: int
+    """Tokens of the prompt proper: an answer that goes on begins among the initial ones."""
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """By position among the request's tokens, the prompt's included."""
 
@@ -84,7 +77,7 @@ class _Progress:
         """What was said of the next tokens; nothing where nobody asked."""
         if self.drawn.sampling.num_logprobs is None:
             return ()
-        first = len(self.request.prompt_ids) + self.num_emitted
+        first = self.request.num_given_tokens + self.num_emitted
         return tuple(self.drawn.logprobs.pop(first + i) for i in range(num_tokens))
 
 
@@ -133,13 +126,14 @@ class ContinuousBatchingEngine:
             request, max_context_tokens=self._max_context_tokens, vocab_size=self._vocab_size
         )
         seed = request.sampling.seed
-        drawn = _Drawn(request.sampling, secrets.randbits(62) if seed is None else seed)
+        seed = secrets.randbits(62) if seed is None else seed
+        drawn = _Drawn(request.sampling, seed, len(request.prompt_ids))
         with self._lock:
             self._progress[request.request_id] = _Progress(request, drawn)
         accepted = self._manager.add_request(
-            list(request.prompt_ids),
+            [*request.prompt_ids, *request.answer_ids],
             request_id=request.request_id,
-            max_new_tokens=request.sampling.max_tokens,
+            max_new_tokens=request.sampling.max_tokens - len(request.answer_ids),
             eos_token_id=list(request.sampling.eos_token_ids),
             streaming=True,
             drawn=drawn,
@@ -252,8 +246,8 @@ def _sample(logits_V: torch.Tensor, drawn: _Drawn, state: Any) -> None:  # noqa:
     if sampling.changes_logits:
         tokens = state.initial_tokens + state.generated_tokens
         # A request that was put back has its answer so far among its initial tokens.
-        num_prompt = state._true_initial_tokens or len(state.initial_tokens)
-        scores_V = adjust(scores_V, sampling, tokens[:num_prompt], tokens[num_prompt:])  # noqa: N806
+        prompt, answer = tokens[: drawn.num_prompt], tokens[drawn.num_prompt :]
+        scores_V = adjust(scores_V, sampling, prompt, answer)  # noqa: N806
     scores_V = perturb(scores_V, sampling, seed=drawn.seed, position=position)  # noqa: N806
     if sampling.num_logprobs is None:
         logits_V.copy_(scores_V)

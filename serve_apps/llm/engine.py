@@ -30,6 +30,17 @@ class EngineRequest:
     sampling: Sampling
     traceparent: str | None = None
     """W3C context of the trace that this is part of."""
+    answer_ids: tuple[int, ...] = ()
+    """Tokens of the answer that were generated elsewhere: the engine goes on after them. They
+    count for max_tokens, penalties and the positions of the noise, and are not emitted again."""
+    adapter: str | None = None
+    """Digest of the adapter package that answers; None is the model itself."""
+    tenant: str = ""
+    """Whose it is: tenants take turns by the tokens that they were served."""
+
+    @property
+    def num_given_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,12 @@ def check_request(request: EngineRequest, *, max_context_tokens: int, vocab_size
         raise InputError(
             f"token id {wrong} is not in the vocabulary of {vocab_size} tokens", param="prompt"
         )
+    for token in request.answer_ids:
+        if not 0 <= token < vocab_size:
+            raise InputError(
+                f"token id {token} is not in the vocabulary of {vocab_size} tokens",
+                param="answer_ids",
+            )
     for token, _ in sampling.logit_bias:
         if not 0 <= token < vocab_size:
             raise InputError(
@@ -103,6 +120,12 @@ def check_request(request: EngineRequest, *, max_context_tokens: int, vocab_size
     if sampling.max_tokens < 1:
         raise InputError(
             f"max_tokens is {sampling.max_tokens}, expected at least 1", param="max_tokens"
+        )
+    if len(request.answer_ids) >= sampling.max_tokens:
+        raise InputError(
+            f"the answer has {len(request.answer_ids)} tokens already, expected fewer than "
+            f"max_tokens {sampling.max_tokens}",
+            param="answer_ids",
         )
     total = len(prompt) + sampling.max_tokens
     if total > max_context_tokens:

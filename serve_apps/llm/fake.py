@@ -66,7 +66,8 @@ class FakeEngine:
             request, max_context_tokens=self._max_context_tokens, vocab_size=self._vocab_size
         )
         seed = request.sampling.seed
-        progress = _Progress(request, secrets.randbits(32) if seed is None else seed)
+        seed = secrets.randbits(32) if seed is None else seed
+        progress = _Progress(request, seed, [*request.answer_ids])
         with self._changed:
             self._requests[request.request_id] = progress
             self._changed.notify_all()

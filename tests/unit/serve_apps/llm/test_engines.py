@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -375,3 +376,24 @@ def test_a_broken_engine_says_so_instead_of_hanging() -> None:
     with pytest.raises(UpstreamFailedError, match="the engine stopped"):
         engine.add(ask("later"))
     engine.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.1, "seed": 4}, {"frequency_penalty": 1.5, "repetition_penalty": 1.2}],
+)
+def test_an_answer_goes_on_where_another_replica_left_it(
+    engine: Engine, options: dict[str, Any]
+) -> None:
+    whole = run(engine, ask("w", max_tokens=16, num_logprobs=1, **options))["w"]
+    for given in (1, 9, 15):
+        request = ask("c", max_tokens=16, num_logprobs=1, **options)
+        request = replace(request, answer_ids=tuple(whole[:given]))
+        assert run_with_reasons(engine, request)["c"] == (whole[given:], "length")
+
+
+@pytest.mark.parametrize("answer", [(1, VOCAB_SIZE), (1,) * 12])
+def test_an_answer_that_cannot_go_on_is_refused(engine: Engine, answer: tuple[int, ...]) -> None:
+    with pytest.raises(InputError) as caught:
+        engine.add(replace(ask("x"), answer_ids=answer))
+    assert caught.value.param == "answer_ids"
