@@ -241,7 +241,8 @@ async def test_a_silent_replica_times_out_and_is_not_asked_again() -> None:
 
 async def test_a_stream_that_ends_without_a_reason_is_a_failure() -> None:
     async def empty(_request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
-        for output in ():
+        nothing: tuple[TokenOutput, ...] = ()
+        for output in nothing:
             yield output
 
     with pytest.raises(UpstreamFailedError, match="ended early"):
