@@ -16,6 +16,7 @@
     ├── OverloadedError              no room now; try again later
     ├── UpstreamTimeoutError         a part did not answer in time
     ├── UpstreamFailedError          a part failed under the request; trying again may help
+    │   └── ReplicaLeavingError      a replica that has to go leaves the rest to another
     ├── PackageError                 a model package cannot be trusted or used
     │   ├── TamperedPackageError     its files do not match its manifest
     │   │   ├── ExtraFileError
@@ -168,6 +169,10 @@ class UpstreamTimeoutError(HeliostatError):
 class UpstreamFailedError(HeliostatError):
     code = "upstream_failed"
     http_status = 502
+
+
+class ReplicaLeavingError(UpstreamFailedError):
+    code = "replica_leaving"
 
 
 class PackageError(HeliostatError):

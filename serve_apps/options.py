@@ -79,6 +79,9 @@ class DeploymentOptions(StrictModel):
     """Most samples a gateway joins into one call (graphs)."""
     request_timeout_s: float = Field(30.0, ge=0.001, le=_DAY_S)
     """Longest wait for a graph's answer, or for the next token of a language model."""
+    drain_s: float = Field(60.0, ge=0, le=_DAY_S)
+    """How long a replica that has to go may end what it is at; streams of tokens that take longer
+    go on at another one."""
     max_cache_bytes: int = Field(512 * 1024**2, ge=1024**2, le=1024**5)
     """Memory for a language model's key-value cache, per replica."""
     max_running: int = Field(32, ge=1, le=65_536)

@@ -33,6 +33,8 @@ SYSTEM_OPTIONS: dict[str, Any] = {
     "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
 }
 """Serve options of everything that serves."""
+_HAND_OVER_S = 60.0
+"""What is still under way after its time to end has so long to go on elsewhere."""
 
 
 def open_package_of(digest: str) -> ModelPackage:
@@ -63,9 +65,13 @@ def describe_replica(package: ModelPackage, options: DeploymentOptions, device: 
 
 
 def deploy_with(
-    replica: type, name: str, digest: str, options: DeploymentOptions
+    replica: type, name: str, digest: str, options: DeploymentOptions, **more: Any
 ) -> serve.Application:
-    """Bind a replica class to a package; Serve calls it with the digest and the options."""
+    """Bind a replica class to a package; Serve calls it with the digest and the options.
+
+    Args:
+        more: Serve options of this kind of model alone.
+    """
     deployment = serve.deployment(
         name=name,
         **_scale(options),
@@ -73,7 +79,11 @@ def deploy_with(
         # A package that fails once fails again: report its reason instead of trying for minutes.
         max_constructor_retry_count=1,
         **SYSTEM_OPTIONS
-        | {"ray_actor_options": {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus}},
+        | {
+            "ray_actor_options": {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+            "graceful_shutdown_timeout_s": options.drain_s + _HAND_OVER_S,
+        }
+        | more,
     )
     return deployment(replica).bind(digest, options.model_dump())
 

@@ -123,7 +123,7 @@ class Models:
             RateLimitedError: the caller's tenant has too little left.
             OverloadedError: too many streams are open.
             UpstreamTimeoutError: no token came in time.
-            UpstreamFailedError: a replica failed after its first token, or two did before it.
+            UpstreamFailedError: replicas failed, and none could go on.
         """
         return metered(model.served, request, self._generate(model, request))
 
@@ -137,6 +137,7 @@ class Models:
                 lambda asked: watch.outputs(self._backend.generate(application, asked)),
                 watch.request,
                 self._places_of(model.served),
+                watch.continued,
             )
             try:
                 async for output in outputs:

@@ -10,11 +10,12 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
-from cluster.errors import HeliostatError
+from cluster.errors import HeliostatError, ReplicaLeavingError, UpstreamFailedError
 from cluster.observability.tracing import Tracing
 from serve_apps.gateway.backend import Arrays
 from serve_apps.handles import Handles
 from serve_apps.llm.engine import EngineRequest, TokenOutput
+from serve_apps.llm.placements import PLACEMENTS
 
 CONTROLLER_APPLICATION = "controller"
 _CONTROL_TIMEOUT_S = 60.0
@@ -35,7 +36,27 @@ class ServeBackend:
     def generate(
         self, application: str, request: EngineRequest
     ) -> AsyncGenerator[TokenOutput, None]:
-        return self._handles.stream(application, "generate", request)
+        return self._generate(application, request)
+
+    async def _generate(
+        self, application: str, request: EngineRequest
+    ) -> AsyncGenerator[TokenOutput, None]:
+        outputs = self._handles.stream(application, "generate", request)
+        with PLACEMENTS.follow(request.request_id) as placement:
+            try:
+                async for output in outputs:
+                    yield output
+                    if placement.is_due and output.finish_reason is None:
+                        raise ReplicaLeavingError(
+                            f"replica {placement.replica} of '{application}' has to go"
+                        )
+            except ReplicaLeavingError:
+                raise
+            except UpstreamFailedError:
+                PLACEMENTS.failed(placement)
+                raise
+            finally:
+                await outputs.aclose()
 
     async def prepare(self, application: str) -> None:
         # Serve's controller is asked at the first call, and it may be away by then.

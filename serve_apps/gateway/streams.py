@@ -1,7 +1,8 @@
 """Streams of tokens between a language model's replicas and their readers.
 
-A stream that breaks before its first token is begun once more, on whichever replica is there. It is
-read as fast as it comes, so that a slow reader holds memory here and no place at the model.
+A stream that breaks goes on at another replica, from the tokens that were given already: its reader
+sees one answer, the same as if nothing had happened. It is read as fast as it comes, so that a slow
+reader holds memory here and no place at the model.
 
     places = StreamPlaces(options)
     outputs = read_ahead(lambda request: backend.generate("talker.v1", request), request, places)
@@ -15,10 +16,17 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 
-from cluster.errors import OverloadedError, UpstreamFailedError, UpstreamTimeoutError
+from cluster.errors import (
+    HeliostatError,
+    OverloadedError,
+    ReplicaLeavingError,
+    UpstreamFailedError,
+    UpstreamTimeoutError,
+)
 from serve_apps.gateway.admission import Admission
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 from serve_apps.options import DeploymentOptions
@@ -26,6 +34,14 @@ from serve_apps.options import DeploymentOptions
 logger = logging.getLogger(__name__)
 
 Generate = Callable[[EngineRequest], AsyncGenerator[TokenOutput, None]]
+OnContinuation = Callable[[str], None]
+"""Told why, 'failed' or 'moved', each time that an answer goes on elsewhere."""
+
+PAUSES_S = (0.05, 1.0, 5.0)
+"""Before each continuation in a row that brought no token; then the answer is given up. A replica
+whose engine broke is replaced within seconds, and one that is asked too soon is asked in vain."""
+MAX_FAILURES = 10
+"""Of one answer, however much each replica generated: it may be what kills them."""
 
 
 class StreamPlaces:
@@ -77,25 +93,28 @@ class StreamPlaces:
 
 
 async def read_ahead(
-    generate: Generate, request: EngineRequest, places: StreamPlaces
+    generate: Generate,
+    request: EngineRequest,
+    places: StreamPlaces,
+    on_continuation: OnContinuation = lambda reason: None,
 ) -> AsyncGenerator[TokenOutput, None]:
     """The tokens of one request; closing the generator ends the work.
 
     Raises:
         OverloadedError: there is no place for it.
         UpstreamTimeoutError: no token came in time.
-        UpstreamFailedError: a replica failed after the first token, or two did before it.
+        UpstreamFailedError: replicas failed, and none could go on.
     """
     # Holds what one answer has at most.
     arrived: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
 
     async def fetch() -> None:
+        answer = _Answer(generate, request, places.options, on_continuation)
         try:
             with places.take() as note:
-                async for output in _from_replica(generate, request, places.options):
+                async for output in answer.outputs():
                     note()
                     arrived.put_nowait(output)
-            arrived.put_nowait(UpstreamFailedError("the model's stream ended early"))
         except Exception as error:
             arrived.put_nowait(error)
 
@@ -113,24 +132,79 @@ async def read_ahead(
         await asyncio.wait({task})
 
 
-async def _from_replica(
-    generate: Generate, request: EngineRequest, options: DeploymentOptions
-) -> AsyncGenerator[TokenOutput, None]:
-    """The tokens of a replica, or of a second one where the first fails before it gave any."""
-    has_begun = False
-    try:
-        async for output in _with_timeouts(generate(request), options):
-            has_begun = True
-            yield output
-        return
-    except UpstreamFailedError as error:
-        if has_begun:
-            raise
-        logger.info("stream %s failed before its first token: %s", request.request_id, error)
-    # The first replica may still know the old id.
-    again = dataclasses.replace(request, request_id=f"{request.request_id}-again")
-    async for output in _with_timeouts(generate(again), options):
-        yield output
+class _Answer:
+    """One answer, whichever replicas generate it."""
+
+    def __init__(
+        self,
+        generate: Generate,
+        request: EngineRequest,
+        options: DeploymentOptions,
+        on_continuation: OnContinuation,
+    ) -> None:
+        self._generate = generate
+        self._request = _with_settled_seed(request)
+        self._options = options
+        self._on_continuation = on_continuation
+        self._token_ids: list[int] = []
+        self._num_tries = self._num_failures = self._num_in_vain = 0
+
+    async def outputs(self) -> AsyncGenerator[TokenOutput, None]:
+        while True:
+            try:
+                async for output in _with_timeouts(self._generate(self._next()), self._options):
+                    if output.token_ids:
+                        self._token_ids.extend(output.token_ids)
+                        self._num_in_vain = 0
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+                raise UpstreamFailedError("the model's stream ended early")
+            except (UpstreamFailedError, OverloadedError) as error:
+                await self._pause_after(error)
+
+    def _next(self) -> EngineRequest:
+        """The request for what is still to be generated, under an id of its own: a replica may
+        still know the old one."""
+        self._num_tries += 1
+        if self._num_tries == 1:
+            return self._request
+        return dataclasses.replace(
+            self._request,
+            request_id=f"{self._request.request_id}-{self._num_tries}",
+            answer_ids=(*self._request.answer_ids, *self._token_ids),
+        )
+
+    async def _pause_after(self, error: HeliostatError) -> None:
+        """Raises the error where the answer is not to go on."""
+        has_moved = isinstance(error, ReplicaLeavingError)
+        self._num_failures += not has_moved
+        self._num_in_vain += 1
+        # Without a token it is a new request, which is tried once more; a replica without room
+        # refuses it at once.
+        is_begun = bool(self._token_ids)
+        allowed = len(PAUSES_S) if is_begun else int(not isinstance(error, OverloadedError))
+        if self._num_in_vain > allowed or self._num_failures > MAX_FAILURES:
+            raise error
+        reason = "moved" if has_moved else "failed"
+        logger.info(
+            "stream %s goes on elsewhere after %d tokens: %s",
+            self._request.request_id,
+            len(self._token_ids),
+            error,
+        )
+        self._on_continuation(reason)
+        if not has_moved:
+            await asyncio.sleep(PAUSES_S[self._num_in_vain - 1])
+
+
+def _with_settled_seed(request: EngineRequest) -> EngineRequest:
+    """Every replica that generates a part of the answer draws the same noise."""
+    sampling = request.sampling
+    if sampling.is_greedy or sampling.seed is not None:
+        return request
+    drawn = dataclasses.replace(sampling, seed=secrets.randbits(62))
+    return dataclasses.replace(request, sampling=drawn)
 
 
 async def _with_timeouts(

@@ -23,6 +23,7 @@ from cluster.settings import load_settings
 from serve_apps.description import Description
 from serve_apps.llm.budget import CacheBudget
 from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenOutput
+from serve_apps.llm.request_router import prefix_routing
 from serve_apps.llm.runner import EngineRunner
 from serve_apps.llm.traced import traced_steps
 from serve_apps.options import DeploymentOptions
@@ -75,7 +76,13 @@ class LanguageModel:
 
 def build_language_model(digest: str, options: DeploymentOptions) -> serve.Application:
     """A Serve application for one package."""
-    return deploy_with(LanguageModel, "language_model", digest, options)
+    return deploy_with(
+        LanguageModel,
+        "language_model",
+        digest,
+        options,
+        request_router_config=prefix_routing(options),
+    )
 
 
 def answer_golden_prompts(engine: Engine, package: ModelPackage) -> list[list[int]]:

@@ -109,9 +109,12 @@ class Instruments:
                 _TOKEN_S,
             ),
         }
+        self.continuations = counter(
+            "stream_continuations", "Answers that went on at another replica", *_VERSION, "reason"
+        )
         self._per_version = (
             self.model_requests, self.shed, self.tokens, self.queue_depth,
-            self.open_streams, *self.of_version.values(),
+            self.open_streams, self.continuations, *self.of_version.values(),
         )  # fmt: skip
         self._tenants: frozenset[str] = frozenset()
         self._in_flight: dict[str, Gauge] = {}

@@ -291,6 +291,7 @@ class StreamWatch:
     def __init__(self, telemetry: Telemetry, served: ServedVersion, request: EngineRequest) -> None:
         instruments, label = telemetry.instruments, label_of(served)
         self._served = served
+        self._continuations = instruments.continuations
         self._record = _current.get()
         self._cells = instruments.version(label)
         identity = self._record.identity if self._record else None
@@ -324,6 +325,12 @@ class StreamWatch:
                 yield output
         finally:
             await outputs.aclose()
+
+    def continued(self, reason: str) -> None:
+        """The answer goes on at another replica; `reason` is 'failed' or 'moved'."""
+        self._continuations.labels(*label_of(self._served), reason).inc()
+        if self._span is not None:
+            self._span.add_event("continued elsewhere", {"heliostat.reason": reason})
 
     def _take(self, output: TokenOutput) -> None:
         num_tokens = len(output.token_ids)

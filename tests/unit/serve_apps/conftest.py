@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.database import open_database
-from cluster.errors import ChangedFileError, NotFoundError
+from cluster.errors import ChangedFileError, NotFoundError, UpstreamFailedError
 from cluster.grammars import Grammars
 from cluster.ledger import Ledger
 from cluster.model_package.manifest import Golden, LanguageModelInfo, Manifest
@@ -34,6 +34,7 @@ from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.open_inference.grpc_server import GrpcAddress
 from serve_apps.gateway.routing_table import Routes, ServedVersion
 from serve_apps.gateway.telemetry.telemetry import Telemetry
+from serve_apps.llm.engine import EngineRequest, TokenOutput
 from serve_apps.llm.fake import FakeEngine
 from serve_apps.options import DeploymentOptions
 
@@ -191,6 +192,27 @@ class Gateway:
         self.graphs[name] = ServedModel(served, manifest, text)
         self.backend._predictors[served.application] = predict
         self.served[name, 1] = served
+
+    def break_next_stream(self, num_tokens: int) -> None:
+        """The replica of the next stream dies once it gave so many tokens."""
+        generate = self.backend.generate
+
+        async def breaking(
+            application: str, request: EngineRequest
+        ) -> AsyncGenerator[TokenOutput, None]:
+            self.backend.generate = generate  # type: ignore[method-assign]
+            num_given = 0
+            outputs = generate(application, request)
+            try:
+                async for output in outputs:
+                    num_given += len(output.token_ids)
+                    if num_given > num_tokens:
+                        raise UpstreamFailedError("the replica died")
+                    yield output
+            finally:
+                await outputs.aclose()
+
+        self.backend.generate = breaking  # type: ignore[method-assign]
 
     def headers(self, *scopes: str) -> dict[str, str]:
         key = self.keys.create("acme", scopes or ["infer", "models:read", "admin"]).key

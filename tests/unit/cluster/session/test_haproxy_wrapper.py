@@ -1,10 +1,14 @@
 import http.server
 import json
+import queue
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -33,6 +37,7 @@ frontend http_frontend
     bind 127.0.0.1:8000
     use_backend http-gateway if TRUE
 backend http-gateway
+    http-reuse always
     server replica 127.0.0.1:30000 check
 listen stats
   bind *:8404
@@ -41,12 +46,27 @@ listen stats
 
 
 class EchoRequestId(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    left: ClassVar[queue.SimpleQueue[bool]] = queue.SimpleQueue()
+
     def do_GET(self) -> None:
         body = json.dumps(self.headers.get("x-request-id")).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        """Answers whether the client left meanwhile: to nobody, and in `left`."""
+        self.rfile.read(int(self.headers["content-length"]))
+        self.connection.settimeout(1)
+        try:
+            self.left.put(self.connection.recv(1) == b"")
+        except ConnectionResetError:
+            self.left.put(True)
+        except TimeoutError:
+            self.left.put(False)
+        self.close_connection = True
 
     def log_message(self, *_: object) -> None:
         pass
@@ -104,9 +124,19 @@ def test_an_odd_request_id_does_not_pass(
     assert httpx.get(echoing_haproxy, headers=headers).json() == passed_on
 
 
-def test_the_gateway_hears_of_clients_that_leave_and_listens_itself() -> None:
+def test_a_client_that_leaves_after_a_large_body_is_noticed(echoing_haproxy: str) -> None:
+    port = int(echoing_haproxy.rstrip("/").rpartition(":")[2])
+    for _ in range(20):
+        httpx.get(echoing_haproxy)  # leaves a used connection to the server behind
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            head = "POST / HTTP/1.1\r\nhost: gateway\r\ncontent-length: 20000\r\n\r\n"
+            client.sendall(head.encode() + bytes(20_000))
+            time.sleep(0.02)
+        assert EchoRequestId.left.get(timeout=5)
+
+
+def test_the_gateway_listens_itself_for_clients_that_leave() -> None:
     text = tighten(GENERATED, DOORS)
-    assert "option splice-request" not in text
     frontend = text[text.index("frontend http_frontend") : text.index("backend http-gateway")]
     assert "set-header x-request-disconnect-disabled ?1" in frontend
 

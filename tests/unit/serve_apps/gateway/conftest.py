@@ -9,6 +9,14 @@ from typing import Any
 import pytest
 import uvicorn
 
+from serve_apps.gateway import streams
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that no replica goes on with is given up sooner."""
+    monkeypatch.setattr(streams, "PAUSES_S", (0.0, 0.01, 0.05))
+
 
 @pytest.fixture
 async def http_address(gateway: Any) -> AsyncIterator[str]:

@@ -67,6 +67,7 @@ async def traffic(gateway: Any) -> None:
     headers = gateway.headers("infer")
     pixels = {"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]}
     prompt = {"model": "talker", "prompt": "the sun", "max_tokens": 6}
+    gateway.break_next_stream(2)
     mute = prompt | {"model": "mute", "max_tokens": 1}
     bodies = [
         ("/v2/models/classes/infer", {"inputs": [pixels]}),

@@ -1,0 +1,91 @@
+"""Where the streams that one process reads are generated, and which of their replicas have to go.
+
+The router of requests tells; who reads a stream asks. Thread-safe without locks: each field is
+written by one side alone. Knows nothing of Ray.
+
+    with PLACEMENTS.follow(request.request_id) as placement:
+        async for output in outputs:
+            yield output
+            if placement.is_due:
+                raise ReplicaLeavingError("…")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+_SUSPECT_S = 5.0
+"""In this time a replica whose engine broke is replaced."""
+
+
+@dataclass(eq=False)
+class Placement:
+    """Where one request runs."""
+
+    application: str | None = None
+    replica: str | None = None
+    due_s: float = math.inf
+    clock: Callable[[], float] = time.monotonic
+
+    @property
+    def is_due(self) -> bool:
+        """Whether another replica is to go on now."""
+        return self.due_s < math.inf and self.clock() >= self.due_s
+
+
+class Placements:
+    """The requests that are being followed."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._followed: dict[str, Placement] = {}
+        self._suspects: dict[tuple[str, str], float] = {}
+
+    @contextlib.contextmanager
+    def follow(self, request_id: str) -> Iterator[Placement]:
+        """Follow a request until its stream ends."""
+        placement = self._followed[request_id] = Placement(clock=self._clock)
+        try:
+            yield placement
+        finally:
+            del self._followed[request_id]
+
+    def placed(self, request_id: str, application: str, replica: str) -> None:
+        """A replica took the request."""
+        placement = self._followed.get(request_id)
+        if placement is not None:
+            placement.application, placement.replica = application, replica
+
+    def replicas_are(self, application: str, replicas: Collection[str], drain_s: float) -> None:
+        """These take requests from now on. What runs at another one of the application is to go on
+        at one of them, but may end where it is for `drain_s`."""
+        if not replicas:
+            return  # nobody could go on
+        due_s = self._clock() + drain_s
+        for placement in list(self._followed.values()):
+            if placement.application == application and placement.replica not in replicas:
+                placement.due_s = min(placement.due_s, due_s)
+
+    def failed(self, placement: Placement) -> None:
+        """The replica failed under a stream: for a while others are preferred."""
+        if placement.application is not None and placement.replica is not None:
+            until_s = self._clock() + _SUSPECT_S
+            self._suspects[placement.application, placement.replica] = until_s
+
+    def is_suspect(self, application: str, replica: str) -> bool:
+        """Whether it failed a moment ago."""
+        until_s = self._suspects.get((application, replica))
+        if until_s is None:
+            return False
+        if self._clock() < until_s:
+            return True
+        self._suspects.pop((application, replica), None)
+        return False
+
+
+PLACEMENTS = Placements()
+"""Those of this process: Serve makes its routers itself."""

@@ -1,0 +1,91 @@
+"""Ray Serve's side of routing by prefix: it runs wherever a language model is called from.
+
+Serve sends this class there by value: a global of this module would be a copy, so what is shared is
+a global of another. Decisions are prefix_routing.py's. Also tells placements.py which replica took
+which stream, and which replicas take requests at all.
+
+    serve.deployment(…, request_router_config=prefix_routing(options))
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from serve_apps.llm import placements
+from serve_apps.llm.engine import EngineRequest
+from serve_apps.llm.prefix_routing import PrefixIndex, PrefixRoutingPolicy, block_hashes
+from serve_apps.options import DeploymentOptions
+
+logger = logging.getLogger(__name__)
+
+
+def prefix_routing(options: DeploymentOptions) -> RequestRouterConfig:
+    """How requests for a language model find a replica."""
+    return RequestRouterConfig(
+        request_router_class=PrefixRouter, request_router_kwargs={"drain_s": options.drain_s}
+    )
+
+
+class PrefixRouter(RequestRouter):  # type: ignore[misc]
+    """Sends a prompt where its beginning is in the cache."""
+
+    def initialize_state(self, **options: Any) -> None:
+        """Called by Serve with `request_router_kwargs`."""
+        self._drain_s = float(options["drain_s"])
+        self._index = PrefixIndex()
+        self._policy = PrefixRoutingPolicy()
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called by Serve with all that take requests, whenever they change."""
+        super().update_replicas(replicas)
+        names = {replica.replica_id.unique_id for replica in replicas}
+        self._index.keep_only(names)
+        placements.PLACEMENTS.replicas_are(self.app_name, names, self._drain_s)
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Replicas in the order in which to try them, each in a rank of its own."""
+        if pending_request is not None:
+            # All are tried at once, so before the next time Serve is to wait.
+            pending_request.routing_context.should_backoff = True
+        request = _engine_request(pending_request)
+        if request is None:
+            return [candidate_replicas]
+        blocks = block_hashes((*request.prompt_ids, *request.answer_ids), request.adapter)
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        decision = self._policy.decide(
+            [
+                self._index.candidate(
+                    name,
+                    blocks,
+                    self.replica_queue_len_cache.get(replica.replica_id) or 0,
+                    is_suspect=placements.PLACEMENTS.is_suspect(self.app_name, name),
+                )
+                for name, replica in by_name.items()
+            ]
+        )
+        logger.debug("request %s: %s", request.request_id, decision.reason)
+        # Before it arrives there: the next request may have the same beginning.
+        self._index.note(decision.order[0], blocks)
+        return [[by_name[name]] for name in decision.order]
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, _result: Any
+    ) -> None:
+        """Called by Serve once a replica took the request."""
+        request = _engine_request(pending_request)
+        if request is not None:
+            placements.PLACEMENTS.placed(request.request_id, self.app_name, replica_id.unique_id)
+
+
+def _engine_request(pending: PendingRequest | None) -> EngineRequest | None:
+    """What is to be generated; None for any other call."""
+    first = pending.args[0] if pending is not None and pending.args else None
+    return first if isinstance(first, EngineRequest) else None
