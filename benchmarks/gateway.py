@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 import torch
 
+from benchmarks.gateway_cost import cost_pairs
 from benchmarks.gateway_peers.mlp import NUM_FEATURES, make_mlp
 from benchmarks.http_load import Figures, HttpLoad
 from benchmarks.measure import Row, row_of
@@ -83,6 +84,13 @@ def _compare(loads: dict[str, HttpLoad], stack: Stack) -> Iterator[Row]:
         pairs=_pairs(one, "ray_serve", "p50_ms"),
         peer_name=_PEERS["ray_serve"],
         at_most=0.3,
+    )
+    yield row_of(
+        "µs of the gateway's own CPU per request, with keys, limits, metering and metrics",
+        pairs=cost_pairs(rounds=ROUNDS),
+        peer_name="the same without them",
+        at_most=1.15,
+        note="in one process without sockets, Serve and model, where they weigh the most",
     )
     clients = [(_triton("grpc", stack), _triton("http", stack)) for _ in range(ROUNDS)]
     yield row_of(

@@ -1,8 +1,7 @@
 """Ends the work for a client that went away before its answer.
 
 Ray Serve would do this with two tasks for every request, and keeps whole bodies in memory for it;
-HAProxy is told to ask it not to (cluster/session/haproxy_wrapper.py). Most requests are answered
-long before the first look here, and cost one timer.
+HAProxy is told to ask it not to (cluster/session/haproxy_wrapper.py).
 
     app = Departures(inner)
 """
@@ -13,7 +12,10 @@ import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_FIRST_LOOK_S = 0.2
+from serve_apps.gateway.http.sweep import Sweep
+
+_FIRST_LOOK_S = 0.15
+"""Most requests are answered by then."""
 
 
 class Departures:
@@ -21,6 +23,7 @@ class Departures:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._sweep = Sweep()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
@@ -28,12 +31,14 @@ class Departures:
             await self._app(scope, receive, send)
             return
         watch = _Watch(receive, task)
+        self._sweep.add(watch)
         try:
             await self._app(scope, watch.receive, send)
         except asyncio.CancelledError:
             if not watch.has_left or task.uncancel():
                 raise
         finally:
+            self._sweep.discard(watch)
             watch.end()
 
 
@@ -45,8 +50,8 @@ class _Watch:
         self._request = task
         self._is_body_complete = False
         self._task: asyncio.Task[None] | None = None
+        self._since_s = asyncio.get_running_loop().time()
         self.has_left = False
-        self._look_later()
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -55,19 +60,14 @@ class _Watch:
         return message
 
     def end(self) -> None:
-        self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
 
-    def _look_later(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(_FIRST_LOOK_S, self._look)
-
-    def _look(self) -> None:
-        if self._is_body_complete:
+    def look(self, now_s: float) -> None:
+        """Listen for its leaving once nobody else does: whoever reads the body hears of it."""
+        is_due = self._is_body_complete and now_s - self._since_s >= _FIRST_LOOK_S
+        if is_due and self._task is None:
             self._task = asyncio.create_task(self._wait())
-        else:
-            # Parts of the body are the reader's; one that waits for them sees the client leave.
-            self._look_later()
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,6 +18,7 @@ from cluster.errors import PayloadTooLargeError, UsageError
 from serve_apps.gateway.access.authentication import PUBLIC_PATHS
 from serve_apps.gateway.http.errors import as_heliostat_error, render
 from serve_apps.gateway.http.headers import header_of
+from serve_apps.gateway.http.sweep import Sweep
 from serve_apps.gateway.telemetry.telemetry import RequestRecord, Telemetry, note_error
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -111,6 +113,7 @@ class BodyLimit:
         self._max_bytes = max_bytes
         self._max_upload_bytes = max(max_bytes, max_upload_bytes + _FORM_BYTES)
         self._max_s = max_s
+        self._sweep = Sweep()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,39 +125,57 @@ class BodyLimit:
         max_s = self._max_s * max_bytes / self._max_bytes
         announced = header_of(scope, b"content-length")
         if announced.isdigit() and int(announced) > max_bytes:
-            raise self._too_large(max_bytes)
-        received = 0
-        # None once the body is complete: what is received then is the client's leaving.
-        deadline_s: float | None = asyncio.get_running_loop().time() + max_s
+            raise _too_large(max_bytes)
+        await self._app(scope, _Body(receive, self._sweep, max_bytes, max_s).receive, send)
 
-        async def counting_receive() -> Message:
-            nonlocal received, deadline_s
-            if deadline_s is None:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    message = await receive()
-            except TimeoutError:
-                raise self._too_slow(max_s) from None
-            if not message.get("more_body", False):
-                deadline_s = None
-            received += len(message.get("body", b""))
-            if received > max_bytes:
-                raise self._too_large(max_bytes)
-            return message
 
-        await self._app(scope, counting_receive, send)
+class _Body:
+    """One request's body as it comes."""
 
-    def _too_slow(self, max_s: float) -> SlowBodyError:
-        return SlowBodyError(
-            f"the request body did not arrive within {max_s:g} s", hint="send it faster"
-        )
+    def __init__(self, receive: Receive, sweep: Sweep, max_bytes: int, max_s: float) -> None:
+        self._receive, self._sweep = receive, sweep
+        self._max_bytes, self._max_s = max_bytes, max_s
+        self._deadline_s = asyncio.get_running_loop().time() + max_s
+        self._num_bytes = 0
+        self._is_complete = False
+        self._is_late = False
+        self._reader: asyncio.Task[Any] | None = None
 
-    def _too_large(self, max_bytes: int) -> PayloadTooLargeError:
-        return PayloadTooLargeError(
-            f"the request body has more than {max_bytes} bytes, the most allowed",
-            hint="send fewer samples or a shorter text in each request",
-        )
+    async def receive(self) -> Message:
+        """Raises SlowBodyError, PayloadTooLargeError."""
+        # What is received after the body is the client's leaving, for which there is time.
+        message = await (self._receive() if self._is_complete else self._receive_in_time())
+        self._is_complete = not message.get("more_body", False)
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        return message
+
+    def look(self, now_s: float) -> None:
+        if now_s >= self._deadline_s and not self._is_late and self._reader is not None:
+            self._is_late = True
+            self._reader.cancel()
+
+    async def _receive_in_time(self) -> Message:
+        self._reader = asyncio.current_task()
+        self._sweep.add(self)
+        try:
+            return await self._receive()
+        except asyncio.CancelledError:
+            if not self._is_late or self._reader is None or self._reader.uncancel():
+                raise
+            raise SlowBodyError(
+                f"the request body did not arrive within {self._max_s:g} s", hint="send it faster"
+            ) from None
+        finally:
+            self._sweep.discard(self)
+
+
+def _too_large(max_bytes: int) -> PayloadTooLargeError:
+    return PayloadTooLargeError(
+        f"the request body has more than {max_bytes} bytes, the most allowed",
+        hint="send fewer samples or a shorter text in each request",
+    )
 
 
 def protocol_of(path: str) -> str:
