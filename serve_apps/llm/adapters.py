@@ -49,6 +49,8 @@ class AdapterShelf:
             yield
         finally:
             self._num_holders[digest] -= 1
+            if not self._num_holders[digest]:
+                del self._num_holders[digest]
 
     async def _loaded(self, digest: str) -> None:
         task = self._loading.get(digest)

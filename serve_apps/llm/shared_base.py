@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -73,13 +74,17 @@ def base_application(adapter: ModelPackage, serving: Iterable[Deployment]) -> st
 async def _load_on(application: str, digest: str) -> str:
     """The device that the base computes on, once one of its replicas holds the adapter."""
     handles = Handles()
-    async with asyncio.timeout(_BASE_TIMEOUT_S):
-        while True:
-            try:
-                found = await handles.call(
-                    application, "load_adapter", digest, timeout_s=_LOAD_TIMEOUT_S
-                )
-                return cast(Description, found).device
-            except (UpstreamFailedError, UpstreamTimeoutError) as error:
-                logger.info("%s does not take adapter %s yet: %s", application, digest, error)
-            await asyncio.sleep(_RETRY_S)
+    until_s = time.monotonic() + _BASE_TIMEOUT_S
+    while True:
+        try:
+            found = await handles.call(
+                application, "load_adapter", digest, timeout_s=_LOAD_TIMEOUT_S
+            )
+            return cast(Description, found).device
+        except (UpstreamFailedError, UpstreamTimeoutError) as error:
+            if time.monotonic() > until_s:
+                raise
+            logger.info("%s does not take adapter %s yet: %s", application, digest, error)
+        # Anew each time: an application of this name may have been deleted in between.
+        handles.forget(application)
+        await asyncio.sleep(_RETRY_S)
