@@ -133,6 +133,7 @@ class Models:
     ) -> AsyncGenerator[TokenOutput, None]:
         if model.served.options.shares_base:
             request = dataclasses.replace(request, adapter=model.served.digest)
+        self._application_of(model)  # where there is none, trying again would be in vain
         with self._telemetry.stream(model.served, request) as watch:
             # Timed where tokens come from the replica, whenever a client reads them.
             outputs = read_ahead(
