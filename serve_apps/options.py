@@ -84,6 +84,12 @@ class DeploymentOptions(StrictModel):
     go on at another one."""
     max_cache_bytes: int = Field(512 * 1024**2, ge=1024**2, le=1024**5)
     """Memory for a language model's key-value cache, per replica."""
+    shares_base: bool = False
+    """An adapter is answered for by the replicas that serve its base, beside others, instead of by
+    replicas of its own that it is merged into."""
+    max_adapters: int = Field(8, ge=0, le=1024)
+    """Adapters that a replica of a language model holds beside it; the one asked for longest ago
+    makes room."""
     max_running: int = Field(32, ge=1, le=65_536)
     """Sequences a language model decodes together, per replica."""
     engine: Literal["auto", "native", "transformers", "vllm"] = "auto"

@@ -69,7 +69,7 @@ def save_llama(
     return directory
 
 
-def save_adapter(directory: Path, base_dir: Path) -> Path:
+def save_adapter(directory: Path, base_dir: Path, *, seed: int = 1) -> Path:
     """Write a peft directory: a LoRA adapter with random matrices, and its base's tokenizer."""
     import shutil
 
@@ -77,7 +77,7 @@ def save_adapter(directory: Path, base_dir: Path) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="float32")
     options = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options)).save_pretrained(directory)

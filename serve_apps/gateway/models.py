@@ -11,10 +11,11 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from typing import Any
 
-from cluster.errors import InvalidReferenceError, NotFoundError
+from cluster.errors import InvalidReferenceError, NotFoundError, UpstreamFailedError
 from cluster.model_package.manifest import Manifest
 from cluster.model_ref import ModelRef
 from cluster.processing import Array, is_batchable, postprocess, preprocess
@@ -130,11 +131,15 @@ class Models:
     async def _generate(
         self, model: ServedModel, request: EngineRequest
     ) -> AsyncGenerator[TokenOutput, None]:
-        application = model.served.application
+        if model.served.options.shares_base:
+            request = dataclasses.replace(request, adapter=model.served.digest)
+        self._application_of(model)  # where there is none, trying again would be in vain
         with self._telemetry.stream(model.served, request) as watch:
             # Timed where tokens come from the replica, whenever a client reads them.
             outputs = read_ahead(
-                lambda asked: watch.outputs(self._backend.generate(application, asked)),
+                lambda asked: watch.outputs(
+                    self._backend.generate(self._application_of(model), asked)
+                ),
                 watch.request,
                 self._places_of(model.served),
                 watch.continued,
@@ -155,6 +160,18 @@ class Models:
             if caller.identity.models is None:
                 raise
             raise caller.no_such_model(ref.name) from None
+
+    def _application_of(self, model: ServedModel) -> str:
+        """Whose replicas answer: an adapter's base, where it is said to share it."""
+        if not model.served.options.shares_base:
+            return model.served.application
+        info = model.manifest.adapter
+        for served in self.routes.served.values():
+            if info is not None and served.digest == info.base_digest:
+                return served.application
+        raise UpstreamFailedError(
+            f"the base of adapter {model.served} is not served", hint="deploy the base again"
+        )
 
     def _places_of(self, served: ServedVersion) -> StreamPlaces:
         places = self._places.get(served)

@@ -10,29 +10,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 from ray import serve
 
 from cluster.grammars import Grammars
-from cluster.model_package import ModelPackage, golden
+from cluster.model_package import ModelPackage
 from cluster.model_package.adapter import load_merged
 from cluster.model_package.language_model import hugging_face_config
 from cluster.observability.tracing import open_tracing
 from cluster.settings import load_settings
 from serve_apps.description import Description
+from serve_apps.llm.adapter_loading import open_shelf
 from serve_apps.llm.budget import CacheBudget
-from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenOutput
+from serve_apps.llm.engine import Engine, EngineRequest, TokenOutput, adapter_not_loaded
+from serve_apps.llm.golden_prompts import check_answers, golden_requests
 from serve_apps.llm.request_router import prefix_routing
 from serve_apps.llm.runner import EngineRunner
+from serve_apps.llm.shared_base import AdapterOnBase
 from serve_apps.llm.traced import traced_steps
 from serve_apps.options import DeploymentOptions
 from serve_apps.replicas import deploy_with, describe_replica, open_base_of, open_package_of
 
 logger = logging.getLogger(__name__)
-
-_ROUNDING = {"float32": 1, "bfloat16": 20}
-"""How much further from the fp32 reference a logit may be."""
 
 
 class LanguageModel:
@@ -45,28 +46,40 @@ class LanguageModel:
         self._description = describe_replica(package, parsed, device)
         engine = _build_engine(package, parsed, device)
         # Also the warm-up: the first request finds memory allocated and kernels loaded.
-        golden.check_language_model(
-            package.manifest,
-            answer_golden_prompts(engine, package),
-            tolerance=package.manifest.golden.tolerance * _ROUNDING[engine.stats().precision],
-        )
+        precision = engine.stats().precision
+        check_answers(package, answer_golden_prompts(engine, package), precision=precision)
         self._tracing = open_tracing(load_settings(), "language-model")
         self._runner = EngineRunner(engine, max_requests=parsed.max_ongoing_requests)
+        self._adapters = open_shelf(engine, self._runner, package, max_adapters=parsed.max_adapters)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """Stream a request's tokens, one message per engine step or less."""
-        outputs = self._runner.generate(request)
-        if request.traceparent is not None:
-            outputs = traced_steps(self._tracing, request, outputs)
-        try:
-            async for output in outputs:
-                yield output
-        finally:
-            await outputs.aclose()
+        async with self._holding(request.adapter):
+            outputs = self._runner.generate(request)
+            if request.traceparent is not None:
+                outputs = traced_steps(self._tracing, request, outputs)
+            try:
+                async for output in outputs:
+                    yield output
+            finally:
+                await outputs.aclose()
+
+    async def load_adapter(self, digest: str) -> Description:
+        """Have an adapter ready, its golden prompts answered; what the replica itself serves."""
+        if self._adapters is None:
+            raise adapter_not_loaded(digest)
+        async with self._adapters.hold(digest):
+            return self._description
 
     async def describe(self) -> Description:
         """What this replica serves; answered only once it is ready."""
         return self._description
+
+    def _holding(self, adapter: str | None) -> AbstractAsyncContextManager[None]:
+        """The engine itself refuses an adapter where there is no shelf."""
+        if adapter is None or self._adapters is None:
+            return nullcontext()
+        return self._adapters.hold(adapter)
 
     def check_health(self) -> None:
         """Asked by Serve, which replaces a replica that raises here."""
@@ -76,6 +89,8 @@ class LanguageModel:
 
 def build_language_model(digest: str, options: DeploymentOptions) -> serve.Application:
     """A Serve application for one package."""
+    if options.shares_base:
+        return deploy_with(AdapterOnBase, "adapter", digest, options)
     return deploy_with(
         LanguageModel,
         "language_model",
@@ -87,17 +102,11 @@ def build_language_model(digest: str, options: DeploymentOptions) -> serve.Appli
 
 def answer_golden_prompts(engine: Engine, package: ModelPackage) -> list[list[int]]:
     """The engine's greedy continuations of the package's golden prompts."""
-    inputs: Any = package.manifest.golden.inputs
-    sampling = Sampling(
-        max_tokens=int(inputs["max_new_tokens"]),
-        temperature=0,
-        eos_token_ids=golden.end_tokens(package.manifest),
-    )
-    prompts = [tuple(int(token) for token in prompt) for prompt in inputs["prompts"]]
-    for number, prompt in enumerate(prompts):
-        engine.add(EngineRequest(str(number), prompt, sampling))
-    completions: list[list[int]] = [[] for _ in prompts]
-    num_open = len(prompts)
+    requests = golden_requests(package)
+    for request in requests:
+        engine.add(request)
+    completions: list[list[int]] = [[] for _ in requests]
+    num_open = len(requests)
     while num_open:
         for output in engine.step():
             completions[int(output.request_id)].extend(output.token_ids)

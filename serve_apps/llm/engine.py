@@ -118,11 +118,15 @@ class AdapterLoader(Protocol):
 def check_adapter(request: EngineRequest, loaded: Container[str] = ()) -> None:
     """Raises NotFoundError for an adapter that the engine does not hold."""
     if request.adapter is not None and request.adapter not in loaded:
-        raise NotFoundError(
-            f"adapter {request.adapter} is not loaded beside this model",
-            hint="deploy the adapter without shares_base, or its base with engine 'native'",
-            param="model",
-        )
+        raise adapter_not_loaded(request.adapter)
+
+
+def adapter_not_loaded(digest: str) -> NotFoundError:
+    return NotFoundError(
+        f"adapter {digest} is not loaded beside this model",
+        hint="deploy the adapter without shares_base, or its base with engine 'native'",
+        param="model",
+    )
 
 
 def begin_grammar(request: EngineRequest, grammars: Grammars | None) -> GrammarState | None:

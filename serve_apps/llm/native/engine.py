@@ -72,6 +72,7 @@ class NativeEngine:
     def load_adapter(self, digest: str, model_dir: Path) -> None:
         model = self._model
         adapter = read_adapter(model_dir, model.shape, dtype=model.dtype, device=model.device)
+        model.check_fits(adapter)
         with self._changed:
             self._adapters[digest] = adapter
 

@@ -18,7 +18,7 @@ from serve_apps.llm.budget import CacheBudget
 from serve_apps.llm.native.batch import Batch, DecodeRows, PromptRows
 from serve_apps.llm.native.blocks import BLOCK_TOKENS
 from serve_apps.llm.native.cache import KeyValueCache, count_blocks
-from serve_apps.llm.native.low_rank import adapted
+from serve_apps.llm.native.low_rank import AdaptedRows, Adapter, adapted
 from serve_apps.llm.native.rotary import rotary_tables, rotate
 from serve_apps.llm.native.shape import ModelShape, why_unreadable
 from serve_apps.llm.native.weights import (
@@ -105,6 +105,25 @@ class NativeModel:
             gated = layer.up.times(normed, layer.gate.silu(normed))
             x = layer.down.plus(gated, x)
         return self._weights.head(self._norm(x[batch.output_rows], self._weights.norm))
+
+    @torch.inference_mode()
+    def check_fits(self, adapter: Adapter) -> None:
+        """Raises PackageError unless an adapter's matrices have the sizes of the model's."""
+        shape, device, dtype = self.shape, self.device, self.dtype
+        x = torch.zeros(1, shape.hidden_size, device=device, dtype=dtype)
+        attended = torch.zeros(1, shape.num_heads * shape.head_size, device=device, dtype=dtype)
+        part = AdaptedRows(adapter, torch.zeros(1, device=device, dtype=torch.long))
+        try:
+            for number, plain in enumerate(self._weights.layers):
+                layer = adapted(plain, number, [part])
+                layer.query_key_value(x)
+                layer.output(attended)
+                layer.down(layer.up.times(x, layer.gate.silu(x)))
+        except (RuntimeError, IndexError) as error:
+            raise PackageError(
+                f"the adapter does not fit its base: {str(error).splitlines()[0]}",
+                hint="use the base that it was trained on",
+            ) from None
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, (x.shape[-1],), weight, self.shape.norm_epsilon)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.errors import NotFoundError, PackageError
+from cluster.errors import InputError, NotFoundError, PackageError, ParityError
 from cluster.model_package import LocalSigner, ensure_local_key, open_digest, write_package
 from cluster.settings import Settings
 from cluster.storage import Storage
 from serve_apps.llm.continuous_batching import ContinuousBatchingEngine
 from serve_apps.llm.deployment import LanguageModel
+from serve_apps.llm.engine import EngineRequest, Sampling
 from serve_apps.llm.native.engine import NativeEngine
 from tests.tiny_models import save_adapter, save_llama
 
@@ -94,3 +96,101 @@ def test_an_adapter_is_served_merged_into_its_base(
         entry.rename(tmp_path / "gone")
     with pytest.raises(NotFoundError, match=f"the base of adapter {adapter.digest} is not there"):
         LanguageModel(adapter.digest, {})
+
+
+@dataclass
+class Family:
+    """A base with adapters, and one of another base."""
+
+    base: str
+    adapters: tuple[str, str]
+    others: tuple[str, str]
+    """One more adapter, and one of another base."""
+    settings: Settings
+
+
+@pytest.fixture
+def family(tmp_path: Path, settings: Settings) -> Family:
+    storage, signer = Storage.open(settings.storage_root), LocalSigner(settings.keys_dir)
+    base, other = (
+        publish(save_llama(tmp_path / name, f"{name} text", tie_word_embeddings=False), settings)
+        for name in ("base", "other")
+    )
+
+    def adapter(name: str, base: str, base_dir: Path, seed: int) -> str:
+        directory = save_adapter(tmp_path / name, base_dir, seed=seed)
+        return write_package(
+            directory,
+            name=name,
+            kind="adapter",
+            storage=storage,
+            signer=signer,
+            base=open_digest(base, settings),
+        ).digest
+
+    first, second, third = (adapter(f"a{n}", base, tmp_path / "base", n) for n in (1, 2, 3))
+    stranger = adapter("stranger", other, tmp_path / "other", 3)
+    return Family(base, (first, second), (third, stranger), settings)
+
+
+async def answer(replica: LanguageModel, adapter: str | None, request_id: str = "r") -> list[int]:
+    sampling = Sampling(max_tokens=12, temperature=0)
+    request = EngineRequest(request_id, (5, 6, 7), sampling, adapter=adapter)
+    outputs = [output async for output in replica.generate(request)]
+    return [token for output in outputs for token in output.token_ids]
+
+
+async def test_a_base_answers_for_adapters_that_it_loads_when_asked(family: Family) -> None:
+    merged = [LanguageModel(digest, {}) for digest in family.adapters]
+    base = LanguageModel(family.base, {"max_adapters": 1})
+    try:
+        assert (await base.load_adapter(family.adapters[0])).digest == family.base
+        plain = await answer(base, None)
+        found = [await answer(base, digest) for digest in family.adapters]
+        assert found == [await answer(replica, None) for replica in merged]
+        # The first had to make room for the second, and is loaded again.
+        assert await answer(base, family.adapters[0]) == found[0]
+        assert len({tuple(each) for each in (plain, *found)}) == 3
+        assert await answer(base, None) == plain
+    finally:
+        for replica in (base, *merged):
+            replica._runner.close()
+
+
+async def test_adapters_are_verified_before_they_answer(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = LanguageModel(family.base, {})
+    no_shelf = LanguageModel(family.base, {"engine": "transformers"})
+    first, second = family.adapters
+    try:
+        with pytest.raises(InputError, match="is no adapter of"):
+            await answer(base, family.others[1])
+        with pytest.raises(InputError, match="is no adapter of"):
+            await answer(base, family.base)
+        with pytest.raises(NotFoundError):
+            await answer(base, "sha256:" + "0" * 64)
+        key = first.removeprefix("sha256:")
+        for root in (family.settings.package_cache_dir, Path(family.settings.storage_root)):
+            for path in root.rglob(f"{key}/model/adapter_model.safetensors"):
+                path.chmod(0o644)
+                path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+        with pytest.raises(PackageError, match="adapter_model"):
+            await answer(base, first)
+        # A parser or kernel that is wrong here must not answer: it gives another adapter's outputs.
+        load = base._runner._engine.load_adapter  # type: ignore[attr-defined]
+        with monkeypatch.context() as patch:
+            wrong_dir = open_digest(family.others[0], family.settings).model_dir
+            patch.setattr(
+                base._runner._engine, "load_adapter", lambda digest, _: load(digest, wrong_dir)
+            )
+            with pytest.raises(ParityError):
+                await answer(base, second)
+        assert len(await answer(base, second)) == 12
+        for ask in (answer(no_shelf, second), no_shelf.load_adapter(second)):
+            with pytest.raises(NotFoundError, match="is not loaded beside this model"):
+                await ask
+        assert len(await answer(base, None)) == 12
+    finally:
+        for replica in (base, no_shelf):
+            replica._runner.close()

@@ -147,11 +147,30 @@ def test_what_it_cannot_do_beside_others_is_refused(
     assert "without shares_base" in str(caught.value)
 
 
-def test_an_adapter_of_another_base_is_refused(engine: NativeEngine, tmp_path: Path) -> None:
-    other = save_llama(tmp_path / "other", "some text", num_hidden_layers=3, hidden_size=48)
-    directory = save_adapter(tmp_path / "adapter", other, 1, target_modules=["q_proj"])
+@pytest.mark.parametrize(
+    ("shape", "target"),
+    [
+        ({"num_hidden_layers": 3}, "q_proj"),
+        ({"hidden_size": 48}, "v_proj"),
+        ({"num_attention_heads": 2}, "q_proj"),
+        ({"intermediate_size": 96}, "down_proj"),
+        ({"intermediate_size": 96}, "up_proj"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused(
+    engine: NativeEngine, tmp_path: Path, shape: dict[str, int], target: str
+) -> None:
+    shape = {"num_attention_heads": 4} | shape
+    other = save_llama(tmp_path / "other", "some text", architecture="Qwen3", **shape)
+    directory = save_adapter(tmp_path / "adapter", other, 1, target_modules=[target])
     with pytest.raises(PackageError, match="does not fit its base"):
         engine.load_adapter("x", directory)
+
+
+def test_an_adapter_of_another_kind_is_refused(
+    engine: NativeEngine, base_dir: Path, tmp_path: Path
+) -> None:
+    directory = save_adapter(tmp_path / "adapter", base_dir, 1, target_modules=["q_proj"])
     config = json.loads((directory / "adapter_config.json").read_bytes())
     config["peft_type"] = "IA3"
     (directory / "adapter_config.json").write_text(json.dumps(config))
