@@ -67,13 +67,17 @@ class AdminClient:
     def deployments(self) -> list[dict[str, Any]]:
         return cast(list[dict[str, Any]], self._call("GET", "/admin/deployments")["deployments"])
 
-    def undeploy(self, name: str, version: int | None) -> list[dict[str, Any]]:
-        params = {} if version is None else {"version": str(version)}
+    def undeploy(
+        self, name: str, version: int | None, notice_s: int | None = None
+    ) -> list[dict[str, Any]]:
+        asked = {"version": version, "notice_s": notice_s}
+        params = {field: str(value) for field, value in asked.items() if value is not None}
         answer = self._call("DELETE", f"/admin/deployments/{name}", params=params)
         return cast(list[dict[str, Any]], answer["deployments"])
 
-    def rollback(self, name: str) -> dict[str, Any]:
-        return self._call("POST", f"/admin/releases/{name}/rollback")
+    def steer(self, name: str, verb: str) -> dict[str, Any]:
+        """`pause`, `resume`, `promote` or `rollback`."""
+        return self._call("POST", f"/admin/releases/{name}/{verb}")
 
     def release(self, name: str) -> dict[str, Any]:
         return self._call("GET", f"/admin/releases/{name}")

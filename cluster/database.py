@@ -13,7 +13,7 @@ import contextlib
 import functools
 import sqlite3
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +274,13 @@ batches = sa.Table(
 
 def now() -> str:
     """The current time as the tables hold it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return later(0)
+
+
+def later(seconds: float) -> str:
+    """The time so many seconds from now."""
+    moment = datetime.now(UTC) + timedelta(seconds=seconds)
+    return moment.isoformat(timespec="milliseconds")
 
 
 @functools.cache

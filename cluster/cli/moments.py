@@ -30,6 +30,16 @@ def parse_age(text: str) -> float:
     return (datetime.now(UTC) - _parse(text, "age", "older_than", sign=-1)).total_seconds()
 
 
+def parse_notice(text: str | None) -> int | None:
+    """Seconds until a moment to come, likewise; at least 1."""
+    if text is None:
+        return None
+    seconds = (_parse(text, "notice", "notice", sign=1) - datetime.now(UTC)).total_seconds()
+    if seconds <= 0:
+        raise InputError(f"notice {text!r} is over already", hint="write 7d", param="notice")
+    return max(round(seconds), 1)
+
+
 def _parse(text: str, what: str, param: str, *, sign: int) -> datetime:
     if match := _DURATION.fullmatch(text):
         return datetime.now(UTC) + sign * timedelta(**{_UNITS[match[2]]: int(match[1])})

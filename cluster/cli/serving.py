@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+NameArgument = Annotated[str, typer.Argument(help="A model's name.")]
+
 releases_app = typer.Typer(
-    help="Released versions: states, history, roll back.", no_args_is_help=True
+    help="Releases: states, evidence, timeline; pause, resume, promote, roll back.",
+    no_args_is_help=True,
 )
 
 _POLL_PERIOD_S = 0.2
 _UNDEPLOY_TIMEOUT_S = 90.0
+_GIVEN_UP = {"failed": "failed", "rolled_back": "was rolled back"}
 _COLUMNS = ("name", "version", "state", "replicas", "reason", "updated_at")
 
 
@@ -48,19 +52,31 @@ def deploy(
             help="NAME (its candidate, or else its newest version), NAME@ALIAS or NAME/VERSION."
         ),
     ],
-    strategy: Annotated[str, typer.Option(help="direct: all traffic once it is ready.")] = "direct",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="direct: all traffic once it is ready; canary: growing shares, by its evidence; "
+            "shadow: mirrored requests first."
+        ),
+    ] = "direct",
     config: Annotated[
         Path | None, typer.Option(help="YAML file of options, e.g. in configs/serve.")
     ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it is champion or has failed.")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Serve a model version and make it the champion; the one before stays up for rollback."""
+    """Serve a model version and make it the champion; the one before stays up for rollback.
+
+    With canary and shadow it is compared with the champion first, and rolled back where it is
+    worse; docs/releases.md says how that is decided.
+    """
     from cluster.config import read_mapping
 
     ModelRef.parse(ref)
     if not strategy.isascii():
-        raise UsageError(f"strategy {strategy!r} does not exist", hint="use --strategy direct")
+        raise UsageError(
+            f"strategy {strategy!r} does not exist", hint="use direct, canary or shadow"
+        )
     options = read_mapping(config) if config else {}
     admin = _connect()
     started = time.monotonic()
@@ -83,19 +99,33 @@ def deploy(
 def undeploy(
     name: Annotated[str, typer.Argument(help="A model's name.")],
     version: Annotated[int | None, typer.Option(min=1, help="Only this version.")] = None,
+    notice: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer until then, telling users: 7d, 12h or a moment. Afterwards they get 410."
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until its replicas are gone.")] = True,
 ) -> None:
     """Take a model out of service; its versions stay in the registry.
 
     Without its champion, the version that stands by goes on; without a version, all end.
     """
+    from cluster.cli.moments import parse_notice
+
     check_name(name)
+    notice_s = parse_notice(notice)
     admin = _connect()
     before = _champion(admin.deployments(), name)
-    after = _champion(admin.undeploy(name, version), name)
+    rows = admin.undeploy(name, version, notice_s)
+    what, after = name if version is None else f"{name}/{version}", _champion(rows, name)
+    sunset = min((row["sunset_at"] for row in rows if _ends_later(row, version)), default=None)
+    if sunset is not None:
+        print(f"{what} is served until {sunset}")
+        return
     if wait:
         _wait_until_gone(admin, name, version)
-    print(f"{name if version is None else f'{name}/{version}'} is no longer served")
+    print(f"{what} is no longer served")
     if after is not None and after != before:
         print(f"{name}/{after} is champion again")
 
@@ -113,7 +143,7 @@ def list_releases(as_json: JsonOption = False) -> None:
 def status(
     name: Annotated[str, typer.Argument(help="A model's name.")], as_json: JsonOption = False
 ) -> None:
-    """One model's versions, its traffic, and who was champion when and why."""
+    """One model's versions and traffic, what the release under way has shown, and its timeline."""
     from cluster.cli.output import print_table
 
     check_name(name)
@@ -124,17 +154,45 @@ def status(
     shares = (f"version {v}: {weight:.0%}" for v, weight in release["weights"].items())
     print(f"traffic   {', '.join(shares) or 'none'}\n")
     print_table(release["deployments"], _COLUMNS[1:], as_json=False, empty="nothing is deployed")
+    if release["evidence"]:
+        print()
+        columns = ("stage", "metric", "arm", "num", "mean")
+        rows = [{**line, "mean": f"{line['mean']:.4f}"} for line in release["evidence"]]
+        print_table(rows, columns, as_json=False, empty="")
     print()
-    columns = ("at", "from_version", "to_version", "actor", "reason")
-    print_table(release["history"], columns, as_json=False, empty="never had a champion")
+    columns = ("at", "version", "state", "actor", "reason")
+    print_table(release["timeline"], columns, as_json=False, empty="nothing was ever released")
+
+
+@releases_app.command("pause")
+def pause(name: NameArgument) -> None:
+    """Let the release under way take no further step; what is worse is still rolled back."""
+    _steer(name, "pause")
+
+
+@releases_app.command("resume")
+def resume(name: NameArgument) -> None:
+    """Let a paused release go on."""
+    _steer(name, "resume")
+
+
+@releases_app.command("promote")
+def promote(name: NameArgument) -> None:
+    """Make the version that is compared with the champion the champion, at once."""
+    _steer(name, "promote")
 
 
 @releases_app.command("rollback")
-def rollback(name: Annotated[str, typer.Argument(help="A model's name.")]) -> None:
-    """Give the traffic back to the champion before this one, at once."""
+def rollback(name: NameArgument) -> None:
+    """End the release under way; without one, give the traffic back to the champion before."""
+    _steer(name, "rollback")
+
+
+def _steer(name: str, verb: str) -> None:
     check_name(name)
-    row = _connect().rollback(name)
-    print(f"{_ref(row)} is champion again ({row['reason']})")
+    row = _connect().steer(name, verb)
+    again = " again" if verb == "rollback" and row["state"] == "champion" else ""
+    print(f"{_ref(row)} is {_shown(row)}{again} ({row['reason']})")
 
 
 def _connect() -> AdminClient:
@@ -151,14 +209,14 @@ def _follow(admin: AdminClient, row: dict[str, Any], *, quiet: bool) -> dict[str
     """
     shown = ""
     while True:
-        line = f"{_ref(row)}  {row['state']:<10} {row['reason']}"
-        if line != shown and row["state"] != "failed" and not quiet:
+        line = f"{_ref(row)}  {_shown(row):<10} {row['reason']}"
+        if line != shown and row["state"] not in _GIVEN_UP and not quiet:
             print(line, flush=True)
             shown = line
         if row["state"] in ("champion", "standby"):
             return row
-        if row["state"] == "failed":
-            raise HeliostatError(f"{_ref(row)} failed: {row['reason']}")
+        if row["state"] in _GIVEN_UP:
+            raise HeliostatError(f"{_ref(row)} {_GIVEN_UP[row['state']]}: {row['reason']}")
         time.sleep(_POLL_PERIOD_S)
         try:
             row = admin.deployment(row["name"], row["version"])
@@ -174,7 +232,8 @@ def _champion(rows: Sequence[Mapping[str, Any]], name: str) -> int | None:
 def _wait_until_gone(admin: AdminClient, name: str, version: int | None) -> None:
     deadline = time.monotonic() + _UNDEPLOY_TIMEOUT_S
     while any(
-        row["name"] == name and version in (None, row["version"]) for row in admin.deployments()
+        row["name"] == name and version in (None, row["version"]) and row["state"] != "retired"
+        for row in admin.deployments()
     ):
         if time.monotonic() > deadline:
             raise UpstreamTimeoutError(
@@ -182,6 +241,17 @@ def _wait_until_gone(admin: AdminClient, name: str, version: int | None) -> None
                 hint="see `heliostat releases list`",
             )
         time.sleep(_POLL_PERIOD_S)
+
+
+def _ends_later(row: Mapping[str, Any], version: int | None) -> bool:
+    is_up = row["state"] not in ("retiring", "retired")
+    return is_up and version in (None, row["version"]) and bool(row.get("sunset_at"))
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """Its state; a canary's with its share of the traffic."""
+    share = f" {row['share']:.0%}" if row["state"] == "canary" and "share" in row else ""
+    return f"{row['state'].replace('_', ' ')}{share}{' (paused)' if row.get('is_paused') else ''}"
 
 
 def _ref(row: Mapping[str, Any]) -> str:

@@ -30,8 +30,8 @@ _CASH = 0.5
 _STEPS = np.power(0.75, np.arange(32))
 """Alternatives bet on, as shares of the way from the null's bound to 1: dense near the bound."""
 _EDGE = 1e-9
-_GRID = 65
-_REFINEMENTS = 3
+_GRID = 33
+_REFINEMENTS = 4
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Administration: deploy, undeploy, roll back. Scope `admin`, and every act leaves an audit row.
+"""Administration: deploy, steer releases, undeploy. Scope `admin`; every act leaves an audit row.
 
 The work is the release controller's; here are the routes and the record of who asked.
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
@@ -17,12 +17,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from typing_extensions import TypedDict
 
+from cluster.deployments import Strategy
 from cluster.errors import HeliostatError, InputError, NotFoundError
 from cluster.security.api_keys import Identity
 from serve_apps.gateway.access.authentication import require_any
 from serve_apps.gateway.http.openapi import describes
 from serve_apps.gateway.http.requests import parse_object, validate
-from serve_apps.options import DeploymentOptions, read_options
+from serve_apps.options import DeploymentOptions, read_options, read_strategy
+
+Steering = Literal["pause", "resume", "promote", "rollback"]
+"""What may be done to a release by hand."""
+
+_STEERING: dict[Steering, str] = {
+    "pause": "Let the release under way take no further step",
+    "resume": "Let a paused release go on",
+    "promote": "Make the version that is compared with the champion the champion",
+    "rollback": "End the release under way, or else go back to the champion before",
+}
 
 
 class ReleaseControl(Protocol):
@@ -33,10 +44,10 @@ class ReleaseControl(Protocol):
     ) -> dict[str, Any]: ...
 
     async def undeploy(
-        self, name: str, version: int | None, actor: str
+        self, name: str, version: int | None, notice_s: int | None, actor: str
     ) -> list[dict[str, Any]]: ...
 
-    async def rollback(self, name: str, actor: str) -> dict[str, Any]: ...
+    async def steer(self, name: str, verb: Steering, actor: str) -> dict[str, Any]: ...
 
     async def deployments(self, name: str | None) -> list[dict[str, Any]]: ...
 
@@ -52,6 +63,7 @@ class Deployments(TypedDict):
 
 
 VersionNumber = Annotated[int, Field(ge=0, lt=10**9)]
+NoticeSeconds = Annotated[int, Field(ge=0, lt=10**9)]
 
 
 class DeployRequest(BaseModel):
@@ -68,7 +80,7 @@ class DeployDescription(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     ref: str = Field(max_length=300)
-    strategy: str = Field("direct", max_length=64)
+    strategy: Strategy = "direct"
     options: DeploymentOptions = DeploymentOptions()
 
 
@@ -79,7 +91,8 @@ def build_routes(control: ReleaseControl, audit: Audit) -> list[Route]:
     async def deploy(request: Request) -> Response:
         actor = _actor(require_any(request, "admin"))
         asked = validate(DeployRequest, parse_object(await request.body()))
-        read_options(asked.options)  # before they are written down
+        read_strategy(asked.strategy)  # before they are written down
+        read_options(asked.options)
         async with _Audited(audit, actor, "deploy", asked.ref, asked.model_dump()):
             row = await control.deploy(asked.ref, asked.strategy, asked.options, actor)
         return JSONResponse(row, 202)
@@ -100,26 +113,18 @@ def build_routes(control: ReleaseControl, audit: Audit) -> list[Route]:
         scopes=("admin",),
         answer=Deployments,
         status=202,
-        query={"version": VersionNumber},
+        query={"version": VersionNumber, "notice_s": NoticeSeconds},
     )
     async def undeploy(request: Request) -> Response:
         actor = _actor(require_any(request, "admin"))
         name = request.path_params["name"]
-        text = request.query_params.get("version")
-        version = None if text is None else _number(text)
-        async with _Audited(audit, actor, "undeploy", name, {"version": version}):
-            rows = await control.undeploy(name, version, actor)
+        version, notice_s = (_number_asked(request, field) for field in ("version", "notice_s"))
+        detail = {"version": version, "notice_s": notice_s}
+        async with _Audited(audit, actor, "undeploy", name, detail):
+            rows = await control.undeploy(name, version, notice_s, actor)
         return JSONResponse({"deployments": rows}, 202)
 
-    @describes("Go back to the version before", scopes=("admin",))
-    async def rollback(request: Request) -> Response:
-        actor = _actor(require_any(request, "admin"))
-        name = request.path_params["name"]
-        async with _Audited(audit, actor, "rollback", name, {}):
-            row = await control.rollback(name, actor)
-        return JSONResponse(row)
-
-    @describes("Weights, deployments and history of a model", scopes=("admin",))
+    @describes("Weights, deployments, evidence and history of a model", scopes=("admin",))
     async def release(request: Request) -> Response:
         require_any(request, "admin")
         return JSONResponse(await control.release(request.path_params["name"]))
@@ -130,8 +135,20 @@ def build_routes(control: ReleaseControl, audit: Audit) -> list[Route]:
         Route("/admin/deployments/{name}", undeploy, methods=["DELETE"]),
         Route("/admin/deployments/{name}/{version}", show_deployment),
         Route("/admin/releases/{name}", release),
-        Route("/admin/releases/{name}/rollback", rollback, methods=["POST"]),
+        *(_steering_route(control, audit, verb) for verb in _STEERING),
     ]
+
+
+def _steering_route(control: ReleaseControl, audit: Audit, verb: Steering) -> Route:
+    @describes(_STEERING[verb], scopes=("admin",))
+    async def steer(request: Request) -> Response:
+        actor = _actor(require_any(request, "admin"))
+        name = request.path_params["name"]
+        async with _Audited(audit, actor, verb, name, {}):
+            row = await control.steer(name, verb, actor)
+        return JSONResponse(row)
+
+    return Route(f"/admin/releases/{{name}}/{verb}", steer, methods=["POST"])
 
 
 class _Audited:
@@ -163,9 +180,14 @@ def _actor(identity: Identity) -> str:
     return f"{identity.tenant[: 127 - len(identity.key_id)]}/{identity.key_id}"
 
 
-def _number(text: str) -> int:
+def _number_asked(request: Request, field: str) -> int | None:
+    text = request.query_params.get(field)
+    return None if text is None else _number(text, field)
+
+
+def _number(text: str, field: str = "version") -> int:
     if not (text.isascii() and text.isdigit() and 0 < len(text) < 10):
-        raise InputError(f"version '{text}' is not a positive number", param="version")
+        raise InputError(f"{field} '{text}' is not a positive number", param=field)
     return int(text)
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from cluster.errors import HeliostatError, ReplicaLeavingError, UpstreamFailedError
 from cluster.observability.tracing import Tracing
+from serve_apps.gateway.admin import Steering
 from serve_apps.gateway.backend import Arrays
 from serve_apps.handles import Handles
 from serve_apps.llm.engine import EngineRequest, TokenOutput
@@ -78,11 +79,14 @@ class ServeControl:
     ) -> dict[str, Any]:
         return cast(dict[str, Any], await self._call("deploy", ref, strategy, options, actor))
 
-    async def undeploy(self, name: str, version: int | None, actor: str) -> list[dict[str, Any]]:
-        return cast(list[dict[str, Any]], await self._call("undeploy", name, version, actor))
+    async def undeploy(
+        self, name: str, version: int | None, notice_s: int | None, actor: str
+    ) -> list[dict[str, Any]]:
+        rows = await self._call("undeploy", name, version, notice_s, actor)
+        return cast(list[dict[str, Any]], rows)
 
-    async def rollback(self, name: str, actor: str) -> dict[str, Any]:
-        return cast(dict[str, Any], await self._call("rollback", name, actor))
+    async def steer(self, name: str, verb: Steering, actor: str) -> dict[str, Any]:
+        return cast(dict[str, Any], await self._call(verb, name, actor))
 
     async def deployments(self, name: str | None) -> list[dict[str, Any]]:
         return cast(list[dict[str, Any]], await self._call("deployments", name))

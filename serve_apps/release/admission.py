@@ -17,6 +17,7 @@ from cluster.registry import ModelVersion
 from cluster.releases import COMPARED, OVER, STARTING, Deployment, State, Strategy
 
 _UNDER_WAY = (*STARTING, *COMPARED)
+_NOT_OF_REPLICAS = ("release", "retrain")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def admit(
     row = _of_version(rows, version.version)
     if row is None or row.state in OVER:
         return Admission("create", row)
-    # How it is compared is no matter of its replicas.
+    # How it is compared and watched is no matter of its replicas.
     is_same = _of_replicas(row.options) == _of_replicas(options) and row.digest == version.digest
     if row.state == "retiring":
         is_good = is_same and row.started_at is not None
@@ -148,4 +149,4 @@ def _of_version(rows: Sequence[Deployment], version: int | None) -> Deployment |
 
 
 def _of_replicas(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "release"}
+    return {name: value for name, value in options.items() if name not in _NOT_OF_REPLICAS}

@@ -55,9 +55,9 @@ class Controller:
         return await self._controller.deploy(ref, strategy, options, actor)
 
     async def undeploy(
-        self, name: str, version: int | None, sunset_at: str | None, actor: str
+        self, name: str, version: int | None, notice_s: int | None, actor: str
     ) -> list[dict[str, Any]]:
-        return await self._controller.undeploy(name, version, sunset_at, actor)
+        return await self._controller.undeploy(name, version, notice_s, actor)
 
     async def rollback(self, name: str, actor: str) -> dict[str, Any]:
         return await self._controller.rollback(name, actor)

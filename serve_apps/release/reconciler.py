@@ -98,11 +98,11 @@ class ReleaseController:
         return self._noticed(row)
 
     async def undeploy(
-        self, name: str, version: int | None, sunset_at: str | None, actor: str
+        self, name: str, version: int | None, notice_s: int | None, actor: str
     ) -> list[dict[str, Any]]:
         """Take one version, or all of a model, out of service, or say when it will be; returns the
         model's rows."""
-        rows = await asyncio.to_thread(self._requests.undeploy, name, version, sunset_at, actor)
+        rows = await asyncio.to_thread(self._requests.undeploy, name, version, notice_s, actor)
         self._wake.set()
         self._mirror.show(name)
         return [asdict(row) for row in rows]

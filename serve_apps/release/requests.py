@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cluster.database import now
-from cluster.errors import ConflictError, InputError, NotFoundError
+from cluster.database import later, now
+from cluster.errors import ConflictError, NotFoundError
 from cluster.model_ref import CANDIDATE, ModelRef, check_name
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.releases import COMPARED, Deployment, ReleaseStore
@@ -84,26 +84,21 @@ class ReleaseRequests:
             )
 
     def undeploy(
-        self, name: str, version: int | None, sunset_at: str | None, actor: str
+        self, name: str, version: int | None, notice_s: int | None, actor: str
     ) -> Sequence[Deployment]:
         """Take one version, or all of a model, out of service; returns what is left of the model.
 
         A champion's traffic goes to the version that stands by, unless all are taken down.
 
         Args:
-            sunset_at: until when it goes on answering, so that its users can leave; UTC, ISO 8601.
+            notice_s: for how long it goes on answering, so that its users can leave; afterwards
+                they are told that it is gone. None is no notice.
 
         Raises:
             NotFoundError: nothing of it is deployed.
-            InputError: the notice is over already.
         """
         check_name(name)
-        if sunset_at is not None and sunset_at <= now():
-            raise InputError(
-                f"notice until {sunset_at} is over already",
-                hint="write a moment to come",
-                param="sunset_at",
-            )
+        sunset_at = None if notice_s is None else later(notice_s)
         with self._store.writing() as tables:
             rows = tables.deployments(name)
             chosen = [

@@ -21,10 +21,12 @@ from alembic.runtime.migration import MigrationContext
 
 from cluster import database
 from cluster.backup import write_backup
+from cluster.controller_lease import ControllerLease
 from cluster.errors import AuthenticationError, ConflictError, NotRunningError
 from cluster.evaluations import EvaluationRecord
 from cluster.ledger import Entry, Ledger
 from cluster.registry import ModelRegistry
+from cluster.release_evidence import EvidenceDelta, Metric
 from cluster.releases import ReleaseStore
 from cluster.restore import restore_backup
 from cluster.security.api_keys import ApiKeys
@@ -32,6 +34,7 @@ from cluster.security.audit import AuditLog
 from cluster.security.leases import LeaseStore
 from cluster.security.limits import Ask
 from cluster.settings import Settings
+from cluster.statistics.sequential import Sample
 from tests.servers import free_port
 
 
@@ -181,6 +184,32 @@ def test_writers_of_releases_wait_for_each_other(postgresql_url: str) -> None:
     with pytest.raises(ConflictError, match="changed meanwhile"), store.writing() as tables:
         tables.promote(row, actor="tester", reason="seen before")
     assert store.weights("m") == {row.version: 1.0}
+
+
+def test_gateways_add_evidence_at_once_and_one_controller_acts(postgresql_url: str) -> None:
+    engine = database.open_database(postgresql_url)
+    store = ReleaseStore(engine)
+    with store.writing() as tables:
+        row = tables.create("evident", 1, "sha256:0", {}, "asked", requested_by="ops")
+    metrics: tuple[Metric, ...] = ("errors", "slow", "slow_token")
+
+    def add(number: int) -> None:
+        for metric in metrics if number % 2 else metrics[::-1]:
+            delta = EvidenceDelta(
+                row.release_id, row.step, "evident", 1, "candidate", metric, 2, 0.5
+            )
+            store.add_evidence([delta, delta])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(32)))
+    assert store.evidence(row) == {("candidate", metric): Sample(128, 32.0) for metric in metrics}
+    leases = [ControllerLease(engine, "evident") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ControllerLease.hold, leases)) == 1
+    for lease in leases:
+        if not lease.hold():
+            with pytest.raises(ConflictError, match="taken over"), store.writing() as tables:
+                lease.require(tables.connection)
 
 
 @pytest.fixture

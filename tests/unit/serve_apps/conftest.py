@@ -147,13 +147,16 @@ class FakeControl:
             raise self.error
         return {"name": ref, "version": 1, "state": "deploying", "reason": "asked"}
 
-    async def undeploy(self, name: str, version: int | None, actor: str) -> list[dict[str, Any]]:
-        self.calls.append(("undeploy", name, version, actor))
+    async def undeploy(
+        self, name: str, version: int | None, notice_s: int | None, actor: str
+    ) -> list[dict[str, Any]]:
+        self.calls.append(("undeploy", name, version, notice_s, actor))
         return [{"name": name, "version": version or 1, "state": "retiring"}]
 
-    async def rollback(self, name: str, actor: str) -> dict[str, Any]:
-        self.calls.append(("rollback", name, actor))
-        return {"name": name, "version": 1, "state": "champion", "reason": "rolled back"}
+    async def steer(self, name: str, verb: str, actor: str) -> dict[str, Any]:
+        self.calls.append((verb, name, actor))
+        state = {"promote": "champion", "rollback": "champion"}.get(verb, "canary")
+        return {"name": name, "version": 1, "state": state, "reason": f"asked to {verb}"}
 
     async def deployments(self, name: str | None) -> list[dict[str, Any]]:
         rows = [{"name": "classes", "version": 1, "state": "champion"}]
@@ -162,7 +165,16 @@ class FakeControl:
     async def release(self, name: str) -> dict[str, Any]:
         if name != "classes":
             raise NotFoundError(f"model '{name}' is not deployed")
-        return {"name": name, "weights": {"1": 1.0}, "deployments": [], "history": []}
+        line = {"stage": "canary 5%", "metric": "label_disagreement", "arm": "pair"}
+        event = {"at": "2030", "version": 1, "state": "canary 5%", "actor": "controller"}
+        return {
+            "name": name,
+            "weights": {"1": 1.0},
+            "deployments": [],
+            "history": [],
+            "evidence": [{**line, "num": 412, "mean": 0.01}],
+            "timeline": [{**event, "reason": "no worse in 412 requests"}],
+        }
 
 
 @dataclass

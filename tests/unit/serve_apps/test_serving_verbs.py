@@ -95,8 +95,35 @@ async def test_undeploy_waits_until_it_is_gone(gateway: Any, verbs: Verbs) -> No
     assert gateway.control.calls[-1][:3] == ("undeploy", "classes", 1)
 
 
+async def test_undeploying_with_notice_says_until_when_and_does_not_wait(
+    gateway: Any, verbs: Verbs
+) -> None:
+    async def undeploy(*asked: Any) -> list[dict[str, Any]]:
+        gateway.control.calls.append(asked)
+        sunset_at = "2030-01-08T00:00:00.000+00:00"
+        return [{"name": "classes", "version": 1, "state": "champion", "sunset_at": sunset_at}]
+
+    gateway.control.undeploy = undeploy
+    result = await verbs.run("undeploy", "classes", "--notice", "7d")
+    assert result.stdout == "classes is served until 2030-01-08T00:00:00.000+00:00\n"
+    assert gateway.control.calls[-1][:3] == ("classes", None, 7 * 86_400)
+    late = await verbs.run("undeploy", "classes", "--notice", "2020-01-01")
+    assert "is over already" in str(late.exception)
+
+
+async def test_a_version_that_is_rolled_back_is_one_line_with_the_numbers(
+    gateway: Any, verbs: Verbs
+) -> None:
+    script(gateway, "canary", "rolled_back", reason="errors 30.0% of 40: worse")
+    result = await verbs.run("deploy", "classes", "--strategy", "canary")
+    assert str(result.exception) == "classes/1 was rolled back: errors 30.0% of 40: worse"
+    assert gateway.control.calls[-1][2] == "canary"
+
+
 async def test_undeploying_a_champion_says_who_goes_on(gateway: Any, verbs: Verbs) -> None:
-    async def undeploy(name: str, version: int | None, actor: str) -> list[dict[str, Any]]:
+    async def undeploy(
+        name: str, version: int | None, notice_s: int | None, actor: str
+    ) -> list[dict[str, Any]]:
         states = {1: "champion", 2: "retiring"}
         return [{"name": name, "version": v, "state": state} for v, state in states.items()]
 
@@ -160,9 +187,18 @@ async def test_releases_are_listed_shown_and_rolled_back(gateway: Any, verbs: Ve
     assert json.loads(listed.stdout)[0]["name"] == "classes"
     shown = await verbs.run("releases", "status", "classes")
     assert "version 1: 100%" in shown.stdout
-    rolled = await verbs.run("releases", "rollback", "classes")
-    assert rolled.exit_code == 0, rolled.output
-    assert gateway.control.calls[-1][:2] == ("rollback", "classes")
+    assert "label_disagreement" in shown.stdout
+    assert "no worse in 412 requests" in shown.stdout
+    for verb, says in [
+        ("pause", "is canary (asked to pause)"),
+        ("resume", "is canary (asked to resume)"),
+        ("promote", "is champion (asked to promote)"),
+        ("rollback", "is champion again (asked to rollback)"),
+    ]:
+        done = await verbs.run("releases", verb, "classes")
+        assert done.exit_code == 0, done.output
+        assert done.stdout.strip() == f"classes/1 {says}"
+        assert gateway.control.calls[-1][:2] == (verb, "classes")
 
 
 async def test_the_gateways_errors_are_the_command_lines(gateway: Any, verbs: Verbs) -> None:

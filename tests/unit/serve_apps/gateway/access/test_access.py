@@ -276,12 +276,15 @@ async def test_administration_reaches_the_controller_and_leaves_a_trace(gateway:
         headers=headers,
     )
     assert answer.status_code == 202
-    assert (await client.delete("/admin/deployments/classes?version=1", headers=headers)).is_success
-    assert (await client.post("/admin/releases/classes/rollback", headers=headers)).is_success
+    undeploy = "/admin/deployments/classes?version=1&notice_s=60"
+    assert (await client.delete(undeploy, headers=headers)).is_success
+    assert gateway.control.calls[-1][:4] == ("undeploy", "classes", 1, 60)
+    for verb in ("pause", "resume", "promote", "rollback"):
+        assert (await client.post(f"/admin/releases/classes/{verb}", headers=headers)).is_success
     gateway.control.error = AuthenticationError("no")
     await client.post("/admin/deployments", json={"ref": "classes"}, headers=headers)
     verbs = [call[0] for call in gateway.control.calls]
-    assert verbs == ["deploy", "undeploy", "rollback", "deploy"]
+    assert verbs == ["deploy", "undeploy", "pause", "resume", "promote", "rollback", "deploy"]
     assert gateway.control.calls[0][1:4] == ("classes/1", "direct", {"num_replicas": 2})
     with open_database(gateway.database_url).connect() as connection:
         rows = connection.execute(
@@ -289,9 +292,8 @@ async def test_administration_reaches_the_controller_and_leaves_a_trace(gateway:
         ).all()
     assert [row.action for row in rows] == verbs
     assert all(row.actor.startswith("acme/key_") for row in rows)
-    assert [row.detail["outcome"] for row in rows] == [
-        "accepted", "accepted", "accepted", "refused: invalid_api_key",
-    ]  # fmt: skip
+    outcomes = [row.detail["outcome"] for row in rows]
+    assert outcomes == ["accepted"] * 6 + ["refused: invalid_api_key"]
 
 
 async def test_what_is_written_down_fits_the_table(gateway: Any) -> None:
@@ -313,9 +315,12 @@ async def test_what_is_written_down_fits_the_table(gateway: Any) -> None:
         ("POST", "/admin/deployments", {"ref": "x", "strateggy": "direct"}, 400),
         ("POST", "/admin/deployments", {}, 400),
         ("POST", "/admin/deployments", {"ref": "x" * 400}, 400),
+        ("POST", "/admin/deployments", {"ref": "x", "strategy": "blue"}, 400),
         ("POST", "/admin/deployments", {"ref": "x", "options": {"num_cpus": 1e-9}}, 400),
         ("POST", "/admin/deployments", {"ref": "x", "options": {"nope": "x" * 10_000}}, 400),
         ("DELETE", "/admin/deployments/classes?version=one", None, 400),
+        ("DELETE", "/admin/deployments/classes?notice_s=-1", None, 400),
+        ("POST", "/admin/releases/classes/stop", None, 404),
         ("GET", "/admin/deployments/classes/9", None, 404),
         ("GET", "/admin/deployments/classes/x", None, 400),
         ("GET", "/admin/releases/unknown", None, 404),

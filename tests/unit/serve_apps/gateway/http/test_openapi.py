@@ -25,7 +25,7 @@ _CHECKS = {
     "negative_data_rejection": {"expected-statuses": ["400", "404", "405", "413"]},
 }
 _OPERATIONS = [
-    # Options depend on each other and strategies are planned, which no schema says.
+    # Options depend on each other, which no schema says.
     {
         "include-name": "POST /admin/deployments",
         "checks": {"positive_data_acceptance": {"enabled": False}},

@@ -1,0 +1,231 @@
+"""Whole releases simulated: bad versions are rolled back within a number of requests, good ones are
+not, and what decides it is in the reason."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.deployments import Deployment, Strategy
+from cluster.release_evidence import Arm, Evidence, Metric
+from cluster.statistics.sequential import Sample
+from serve_apps.options import DeploymentOptions
+from serve_apps.release.applications import ApplicationStatus
+from serve_apps.release.comparison import ComparisonPolicy
+from serve_apps.release.decisions import Decision, Observation
+from serve_apps.release.options import ReleaseOptions
+
+AT = "2026-01-01T00:00:00.000+00:00"
+POLICY = ComparisonPolicy()
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a version's answers are like: shares from 0 to 1."""
+
+    errors: float = 0.002
+    slow: float = 0.04
+    differs: float = 0.0
+    """Of its labels, from the champion's."""
+
+
+CHAMPION = Model()
+
+
+def row(strategy: Strategy, release: dict[str, Any] | None = None, **changes: Any) -> Deployment:
+    options = DeploymentOptions(release=ReleaseOptions.model_validate(release or {}))
+    stored = options.model_dump(mode="json")
+    found = Deployment("m", 2, "sha256:0", "m.v2", "parity", "", stored, AT, AT)
+    return replace(found, strategy=strategy, release_id="rel_1", **changes)
+
+
+def observe(found: Deployment, evidence: Evidence, seconds_in_state: float = 0.0) -> Observation:
+    return Observation(found, ApplicationStatus("running"), seconds_in_state, evidence=evidence)
+
+
+class Release:
+    """One release under a stream of requests, looked at after each `look` of them."""
+
+    def __init__(self, strategy: Strategy, candidate: Model, seed: int, look: int) -> None:
+        self._random = np.random.default_rng(seed)
+        self._candidate, self._look = candidate, look
+        self.num_served = 0
+        """Requests of customers that the candidate answered."""
+        self.num_requests = 0
+        self.row = row(strategy)
+        self.decision = POLICY.begin(self.row, has_champion=True, reason="it answers")
+        self._begin_phase()
+
+    def run(self) -> Decision:
+        """Until it is decided."""
+        while self.decision.action not in ("promote", "roll_back"):
+            assert self.num_requests < 200_000, self.decision.reason
+            self._serve()
+            self.decision = POLICY.decide(observe(self.row, self._evidence))
+            if self.decision.action == "compare":
+                self._begin_phase()
+        return self.decision
+
+    def _begin_phase(self) -> None:
+        decision, step = self.decision, self.row.step + 1
+        assert decision.state is not None
+        self.row = replace(
+            self.row,
+            state=decision.state,
+            step=step,
+            share=decision.share,
+            mirror_share=decision.mirror_share,
+        )
+        self._evidence: dict[tuple[Arm, Metric], Sample] = {}
+
+    def _serve(self) -> None:
+        of_candidate = self._draw(self._look, self.row.share)
+        of_champion = self._look - of_candidate
+        mirrored = self._draw(of_champion, self.row.mirror_share)
+        self.num_requests += self._look
+        self.num_served += of_candidate
+        models = {"champion": (CHAMPION, of_champion)}
+        models["candidate"] = (self._candidate, of_candidate + mirrored)
+        for arm, (model, num) in models.items():
+            self._add(arm, "errors", num, model.errors)
+            self._add(arm, "slow", num, model.slow)
+        self._add("pair", "label_disagreement", mirrored, self._candidate.differs)
+        self._add("pair", "score_distance", mirrored, self._candidate.differs)
+
+    def _add(self, arm: Any, metric: Any, num: int, share: float) -> None:
+        before = self._evidence.get((arm, metric), Sample())
+        total = before.total + self._draw(num, share)
+        self._evidence[arm, metric] = Sample(before.num + num, total)
+
+    def _draw(self, num: int, share: float) -> int:
+        return int(self._random.binomial(num, share))
+
+
+@pytest.mark.parametrize(
+    ("what", "candidate", "most_served", "most_requests"),
+    [
+        ("wrong answers", Model(differs=0.2), 150, 3000),
+        ("wrong answers", Model(differs=0.5), 30, 600),
+        ("errors", Model(errors=0.2), 30, 600),
+        ("crashing", Model(errors=1.0), 10, 200),
+        ("NaN in half of the answers", Model(errors=0.5), 15, 300),
+        ("three times as slow", Model(slow=0.9), 10, 200),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["shadow", "canary"])
+def test_a_bad_version_is_rolled_back_within_a_number_of_requests(
+    strategy: Strategy, what: str, candidate: Model, most_served: int, most_requests: int
+) -> None:
+    """Served: customers' requests that a bad version answers. In shadow there are none."""
+    for seed in range(10):
+        release = Release(strategy, candidate, seed, look=20)
+        decision = release.run()
+        assert decision.action == "roll_back", what
+        assert release.num_requests <= most_requests, (what, seed, decision.reason)
+        assert release.num_served <= (0 if strategy == "shadow" else most_served), (what, seed)
+
+
+def test_of_200_releases_of_the_same_model_no_more_than_alpha_are_rolled_back() -> None:
+    rolled_back = 0
+    for seed in range(200):
+        strategy: Strategy = "shadow" if seed % 2 else "canary"
+        release = Release(strategy, Model(differs=0.02), seed, look=1500)
+        rolled_back += release.run().action == "roll_back"
+    assert rolled_back <= ReleaseOptions().alpha * 200
+
+
+@pytest.mark.parametrize("strategy", ["shadow", "canary"])
+def test_a_better_version_becomes_champion(strategy: Strategy) -> None:
+    for seed in range(5):
+        release = Release(strategy, Model(errors=0.0, slow=0.01, differs=0.03), seed, look=500)
+        decision = release.run()
+        assert decision.action == "promote", decision.reason
+        assert release.row.step == (4 if strategy == "shadow" else 3)
+        assert release.num_requests <= 30_000
+        assert "no worse in" in decision.reason
+
+
+def test_without_a_champion_there_is_nothing_to_compare_with() -> None:
+    decision = POLICY.begin(row("shadow"), has_champion=False, reason="it answers")
+    assert decision == Decision("promote", "it answers; there is no champion to compare it with")
+    assert POLICY.begin(row("direct"), has_champion=True, reason="ok") == Decision("promote", "ok")
+
+
+def test_phases_follow_each_other_with_the_shares_that_are_asked_for() -> None:
+    asked = {"steps": [0.1, 0.6], "mirror_share": 0.5, "min_observations": 1}
+    good: Evidence = {
+        ("candidate", "errors"): Sample(2000, 0.0),
+        ("champion", "errors"): Sample(2000, 0.0),
+    }
+    seen = []
+    found = row("shadow", asked)
+    decision = POLICY.begin(found, has_champion=True, reason="it answers")
+    while decision.action == "compare":
+        seen.append((decision.state, decision.share, decision.mirror_share))
+        assert decision.state is not None
+        found = replace(found, state=decision.state, step=found.step + 1, share=decision.share)
+        decision = POLICY.decide(observe(found, good))
+    assert seen == [("shadow", 0.0, 0.5), ("canary", 0.1, 0.5), ("canary", 0.6, 0.5)]
+    assert (decision.action, decision.reason) == (
+        "promote",
+        "canary 60%: no worse in 2000 requests: errors 0.0% of 2000, the champion's 0.0% of 2000, "
+        "margin 2%",
+    )
+
+
+GOOD: Evidence = {("candidate", "errors"): Sample(3000, 0), ("champion", "errors"): Sample(3000, 0)}
+BAD: Evidence = {("candidate", "errors"): Sample(60, 30), ("champion", "errors"): Sample(3000, 0)}
+FEW: Evidence = {("candidate", "errors"): Sample(20, 0), ("champion", "errors"): Sample(300, 0)}
+SOME: Evidence = {("candidate", "errors"): Sample(120, 1), ("champion", "errors"): Sample(300, 0)}
+
+
+@pytest.mark.parametrize(
+    ("evidence", "release", "seconds", "action", "words"),
+    [
+        ({}, {}, 0, "wait", "no requests"),
+        (GOOD, {}, 0, "compare", "no worse in 3000 requests"),
+        (GOOD, {"min_observations": 5000}, 0, "wait", "3000 requests so far|no worse"),
+        (BAD, {}, 0, "roll_back", "errors 50.0% of 60, the champion's 0.0% of 3000"),
+        (BAD, {}, 9999, "roll_back", "worse"),
+        (FEW, {}, 0, "wait", "20 requests so far"),
+        (FEW, {}, 9999, "wait", "nothing decided within 3600 s.*at least 100 are needed"),
+        (FEW, {"without_traffic": "promote"}, 9999, "compare", "nothing decided within"),
+        (FEW, {"without_traffic": "roll_back"}, 9999, "roll_back", "nothing decided within"),
+        (SOME, {}, 3599, "wait", "120 requests so far"),
+        (SOME, {"max_duration_s": 60}, 61, "compare", "nothing decided within 60 s"),
+    ],
+)
+def test_a_phase_ends_by_its_evidence_or_its_time(
+    evidence: Evidence, release: dict[str, Any], seconds: float, action: str, words: str
+) -> None:
+    found = row("canary", release, state="canary", step=1, share=0.05)
+    decision = POLICY.decide(observe(found, evidence, seconds))
+    assert decision.action == action
+    assert re.search(words, decision.reason), decision.reason
+
+
+@pytest.mark.parametrize(
+    ("evidence", "action"), [(GOOD, "wait"), (FEW, "wait"), (BAD, "roll_back")]
+)
+def test_a_paused_release_only_goes_back(evidence: Evidence, action: str) -> None:
+    found = row("canary", state="canary", step=1, is_paused=True)
+    assert POLICY.decide(observe(found, evidence, 9999)).action == action
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"steps": [0.5, 0.25]}, "that grow"),
+        ({"steps": [0.5, 1.0]}, "between 0 and 1"),
+        ({"steps": []}, "at least 1"),
+        ({"alpha": 0}, "greater than 0"),
+        ({"margins": {"beauty": 0.1}}, "Extra inputs"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ReleaseOptions.model_validate(values)
