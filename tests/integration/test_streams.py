@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from cluster.session.record import read_record
 from tests.replica_processes import cpu_seconds, replicas
 from tests.stack import Stack
 from tests.tiny_models import save_llama
@@ -23,7 +24,6 @@ TEXT = "The heliostat follows the sun and keeps its rays on one target. "
 NUM_TOKENS = 500
 GREEDY: dict[str, Any] = {"temperature": 0}
 SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 5}
-TWO_REPLICAS = "num_replicas: 2\n"
 ONE_OR_TWO = """
 autoscaling:
   min_replicas: 1
@@ -49,7 +49,7 @@ def talker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> str:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
     )
     done = stack.run_cli("models", "import", path, "--name", "slow-talker")
     assert done.returncode == 0, done.stderr
@@ -132,43 +132,80 @@ def start(stack: Stack, model: str, *several: dict[str, Any]) -> list[Reader]:
     return readers
 
 
-def unbroken(stack: Stack, model: str, *several: dict[str, Any]) -> list[Any]:
-    return [reader.result() for reader in start(stack, model, *several)]
+def results(readers: list[Reader]) -> list[tuple[str, list[str], list[str], int]]:
+    return [reader.result() for reader in readers]
 
 
-def continuations(stack: Stack, words: str = "goes on elsewhere") -> list[str]:
-    """What the gateway logged of them."""
-    found = []
-    for path in (stack.settings.home / "logs").rglob("*"):
-        if path.is_file():
-            lines = path.read_text(errors="replace").splitlines()
-            found += [line for line in lines if words in line]
-    return found
+def continuations(stack: Stack, why: str) -> int:
+    """How many the gateway logged."""
+    scratch_dir = read_record(stack.settings.home).scratch_dir
+    assert scratch_dir is not None
+    logs = (scratch_dir / "ray" / "session_latest" / "logs").glob("worker-*.err")
+    lines = [line for path in logs for line in path.read_text(errors="replace").splitlines()]
+    return sum("goes on elsewhere" in line and why in line for line in lines)
 
 
-def charged(stack: Stack, model: str) -> int:
-    """Completion tokens of a model in the ledger."""
-    answer = httpx.get(
-        f"{stack.settings.gateway_url}/v1/usage", headers={"authorization": f"Bearer {stack.key}"}
-    )
-    assert answer.status_code == 200, answer.text
-    print(json.dumps(answer.json())[:2000])
-    return 0
+def charged(stack: Stack, model: str) -> tuple[int, int]:
+    """Requests and completion tokens of a model in the ledger."""
+    headers = {"authorization": f"Bearer {stack.key}"}
+    answer = httpx.get(f"{stack.settings.gateway_url}/v1/usage", headers=headers)
+    rows = [row for row in answer.json()["data"] if row["model"] == model]
+    return sum(r["requests"] for r in rows), sum(r["completion_tokens"] for r in rows)
 
 
-@pytest.mark.parametrize("deployed", [TWO_REPLICAS], indirect=True)
+def assert_charged(stack: Stack, model: str, expected: tuple[int, int]) -> None:
+    """Soon: the gateway hands in its counts about once a second."""
+    deadline_s = time.monotonic() + 10
+    while (found := charged(stack, model)) != expected:
+        assert time.monotonic() < deadline_s, found
+        time.sleep(0.2)
+    time.sleep(1.5)
+    assert charged(stack, model) == expected
+
+
+@pytest.mark.parametrize("deployed", ["num_replicas: 2\n"], indirect=True)
 def test_a_replica_killed_under_streams_is_not_noticed(stack: Stack, deployed: str) -> None:
-    expected = unbroken(stack, deployed, GREEDY, SEEDED)
+    expected = results(start(stack, deployed, GREEDY, SEEDED))
     assert [reasons for _, _, reasons, _ in expected] == [["length"]] * 2
-    application = f"{deployed}.v1"
-    working = replicas(stack, application, 2)
+    working = replicas(stack, f"{deployed}.v1", 2)
     readers = start(stack, deployed, GREEDY, SEEDED)
     for reader in readers:
         reader.wait_for(40)
     begun = {process: cpu_seconds(process) for process in working}
-    time.sleep(0.3)
+    time.sleep(0.2)
     busiest = max(working, key=lambda process: cpu_seconds(process) - begun[process])
     busiest.kill()
-    assert [reader.result() for reader in readers] == expected
-    print(continuations(stack))
-    charged(stack, deployed)
+    assert results(readers) == expected
+    assert continuations(stack, "went away under the request") >= 1
+    assert_charged(stack, deployed, (4, 4 * NUM_TOKENS))
+
+
+@pytest.mark.parametrize("deployed", [ONE_OR_TWO], indirect=True)
+def test_streams_of_a_replica_that_scales_down_go_on(stack: Stack, deployed: str) -> None:
+    long = GREEDY | {"max_tokens": 3900}
+    stays, *others = start(stack, deployed, *[long] * 4)
+    wait_until(lambda: num_replicas(stack, deployed) == 2)
+    # The new replica is the less busy one, whatever the other has in its cache.
+    goes, *more = start(stack, deployed, *[long] * 2)
+    goes.wait_for(20)
+    for reader in (*others, *more):
+        reader.leave()
+    # Of the two that are left, each has a replica of its own, and one of these has to go.
+    wait_until(lambda: continuations(stack, "has to go") > 0)
+    for reader in (stays, goes):
+        reader.wait_for(len(reader.tokens) + 50)
+        reader.leave()
+    num_both = min(len(stays.tokens), len(goes.tokens))
+    assert stays.tokens[:num_both] == goes.tokens[:num_both]
+
+
+def num_replicas(stack: Stack, model: str) -> int:
+    rows = json.loads(stack.run_cli("releases", "list", "--json").stdout)
+    return sum(row["replicas"] for row in rows if row["name"] == model)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
