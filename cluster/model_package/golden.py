@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import InputError, PackageError, ParityError
+from cluster.model_package.golden_text import check_text_of
 from cluster.model_package.manifest import Golden, Manifest
 from cluster.processing import (
     Array,
@@ -61,6 +62,7 @@ def replay(package: ModelPackage, base: ModelPackage | None = None) -> None:
 
         check_graph(manifest, OnnxRuntime(package.graph_path).run)
         return
+    check_text_of(package)
     prompts: Any = manifest.golden.inputs["prompts"]
     found = continue_prompts(_load_language_model(package, base), prompts, end_tokens(manifest))
     check_language_model(manifest, found.completions, found.first_logits)

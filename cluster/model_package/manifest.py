@@ -39,7 +39,8 @@ class Golden(StrictModel):
 
     For a graph: what a client sends and gets, as nested lists by name. For a language model:
     `prompts` (token ids) and `max_new_tokens` in; `completions` (greedy token ids), their `margins`
-    (largest logit minus the next) and `first_logits` (the largest after each prompt) out.
+    (largest logit minus the next) and `first_logits` (the largest after each prompt) out; and what
+    golden_text.py adds.
     """
 
     inputs: dict[str, JsonValue]

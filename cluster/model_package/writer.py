@@ -22,12 +22,13 @@ from typing import Any
 from pydantic import JsonValue
 
 from cluster.errors import HeliostatError, MachineError, MissingFileError, PackageError
-from cluster.model_package import golden
+from cluster.model_package import golden, golden_text
 from cluster.model_package.encryption import Keyset
 from cluster.model_package.files import (
     GRAPH,
     MANIFEST,
     MODEL_DIR,
+    TOKENIZER,
     copy_files,
     list_files,
     refuse_code_references,
@@ -272,10 +273,19 @@ def _describe_text(
     model_dir: Path, model: Any, texts: Sequence[str], given: LanguageModelInfo | None
 ) -> dict[str, Any]:
     from cluster.model_package import language_model as reference
+    from cluster.processing.text import TextProcessor
 
     info = given or reference.describe_language_model(model_dir, model)
     prompts = reference.encode_prompts(model_dir, texts, info.max_context_tokens)
     computed: Golden = golden.compute_language_model(model, prompts, info.eos_token_ids)
+    if (model_dir / TOKENIZER).is_file():  # without it there is nothing that serving could read
+        inputs, outputs = golden_text.compute_text(TextProcessor.load(model_dir))
+        computed = computed.model_copy(
+            update={
+                "inputs": {**computed.inputs, **inputs},
+                "outputs": {**computed.outputs, **outputs},
+            }
+        )
     return {"language_model": info, "golden": computed}
 
 

@@ -16,6 +16,7 @@ from cluster.database import open_database
 from cluster.ledger import Ledger
 from cluster.model_package import open_version
 from cluster.model_package.files import MODEL_DIR, TOKENIZER
+from cluster.model_package.golden_text import check_text
 from cluster.observability.logs import configure_logging
 from cluster.observability.metrics import MetricsExport, flush_for_ever
 from cluster.observability.tracing import open_tracing
@@ -67,7 +68,10 @@ def load_model(served: ServedVersion, settings: Settings) -> ServedModel:
     is_graph = package.manifest.kind == "graph"
     if is_graph and f"{MODEL_DIR}/{TOKENIZER}" not in package.manifest.files:
         return ServedModel(served, package.manifest)
-    return ServedModel(served, package.manifest, TextProcessor.load(package.model_dir))
+    text = TextProcessor.load(package.model_dir)
+    # Its replicas have done so too, but here may be another version of what reads it.
+    check_text(package.manifest, text)
+    return ServedModel(served, package.manifest, text)
 
 
 def _real_parts(settings: Settings, config: GatewayConfig) -> GatewayParts:

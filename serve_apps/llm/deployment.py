@@ -18,6 +18,7 @@ from ray import serve
 from cluster.grammars import Grammars
 from cluster.model_package import ModelPackage
 from cluster.model_package.adapter import load_merged
+from cluster.model_package.golden_text import check_text_of
 from cluster.model_package.language_model import hugging_face_config
 from cluster.observability.tracing import open_tracing
 from cluster.settings import load_settings
@@ -44,6 +45,7 @@ class LanguageModel:
         parsed = DeploymentOptions.model_validate(options)
         device = _device(parsed)
         self._description = describe_replica(package, parsed, device)
+        check_text_of(package)
         engine = _build_engine(package, parsed, device)
         # Also the warm-up: the first request finds memory allocated and kernels loaded.
         precision = engine.stats().precision

@@ -1,8 +1,7 @@
 """Ray Serve's side of routing by prefix: it runs wherever a language model is called from.
 
-Serve sends this class there by value: a global of this module would be a copy, so what is shared is
-a global of another. Decisions are prefix_routing.py's. Also tells placements.py which replica took
-which stream, and which replicas take requests at all.
+Decisions are prefix_routing.py's. Also tells placements.py which replica took which stream, and
+which replicas take requests at all.
 
     serve.deployment(…, request_router_config=prefix_routing(options))
 """
@@ -12,6 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from ray import cloudpickle
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -24,9 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 def prefix_routing(options: DeploymentOptions) -> RequestRouterConfig:
-    """How requests for a language model find a replica."""
-    return RequestRouterConfig(
-        request_router_class=PrefixRouter, request_router_kwargs={"drain_s": options.drain_s}
+    """How requests for a language model find a replica.
+
+    Serve refuses to be told the class of an application's outermost deployment, because HAProxy
+    would not ask it; ours is called through handles alone, which do.
+    """
+    return RequestRouterConfig.from_serialized_request_router_cls(
+        {"request_router_kwargs": {"drain_s": options.drain_s}}, cloudpickle.dumps(PrefixRouter)
     )
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import re
 import shutil
 import socket
 import tempfile
@@ -22,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.session.processes import find
+from tests.replica_processes import cpu_seconds, processes, replicas
 from tests.serving_load import INFER, NUM_SLOW, body_of, connect, head_of, save_work, slow_clients
 from tests.stack import Stack, new_stack
 from tests.tiny_models import save_llama
@@ -120,25 +119,6 @@ class Clients:
                 self.seconds.append(time.monotonic() - begun_s)
 
 
-def processes(stack: Stack, pattern: str) -> list[psutil.Process]:
-    """Those of the stack whose command line looks like this."""
-    found = []
-    for process in find(stack.settings.home):
-        with contextlib.suppress(psutil.Error):
-            if re.search(pattern, " ".join(process.cmdline())):
-                found.append(process)
-    return found
-
-
-def replicas(stack: Stack, deployment: str, number: int) -> list[psutil.Process]:
-    """The replicas of a deployment, once there are so many."""
-    deadline_s = time.monotonic() + 40
-    while len(found := processes(stack, f"ServeReplica:{deployment}")) != number:
-        assert time.monotonic() < deadline_s, found
-        time.sleep(0.1)
-    return found
-
-
 def test_a_killed_model_replica_costs_no_request(busy_stack: Stack) -> None:
     with Clients(busy_stack) as clients:
         clients.go_on()
@@ -165,11 +145,6 @@ def test_answers_go_on_without_serves_controller_and_without_mlflow(busy_stack: 
             process.suspend()
         clients.go_on(150)
     assert clients.failures == {}
-
-
-def cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def assert_idle_soon(replica_processes: list[psutil.Process]) -> None:

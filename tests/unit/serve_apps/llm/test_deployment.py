@@ -10,11 +10,14 @@ import pytest
 
 from cluster.errors import InputError, NotFoundError, PackageError, ParityError
 from cluster.model_package import LocalSigner, ensure_local_key, open_digest, write_package
+from cluster.processing.text import TextProcessor
 from cluster.settings import Settings
 from cluster.storage import Storage
+from serve_apps.llm import deployment
 from serve_apps.llm.continuous_batching import ContinuousBatchingEngine
 from serve_apps.llm.deployment import LanguageModel
 from serve_apps.llm.engine import EngineRequest, Sampling
+from serve_apps.llm.fake import FakeEngine
 from serve_apps.llm.native.engine import NativeEngine
 from tests.tiny_models import save_adapter, save_llama
 
@@ -57,6 +60,19 @@ def test_the_native_engine_serves_what_it_can_read(
     assert isinstance(replica._runner._engine, engine)
     assert replica._runner.stats().precision == precision
     replica._runner.close()
+
+
+def test_a_replica_that_computes_something_else_takes_no_traffic(
+    language_model_dir: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = publish(language_model_dir, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(deployment, "_build_engine", lambda *_: FakeEngine(vocab_size=257))
+        with pytest.raises(ParityError, match=r"prompt 0, token 0 is \d+, expected \d+"):
+            LanguageModel(digest, {})
+    monkeypatch.setattr(TextProcessor, "encode", lambda *_: [1, 2, 3])
+    with pytest.raises(ParityError, match=r"token ids of text 0 differs at 0: \[1, 2, 3\], exp"):
+        LanguageModel(digest, {})
 
 
 def test_what_the_native_engine_cannot_read_is_served_by_transformers(

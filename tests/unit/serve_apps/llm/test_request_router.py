@@ -10,6 +10,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.request_router import PendingRequest, ReplicaID
 
 from serve_apps.llm import placements
+from serve_apps.llm.deployment import build_language_model
 from serve_apps.llm.engine import EngineRequest, Sampling
 from serve_apps.llm.placements import Placements
 from serve_apps.llm.request_router import PrefixRouter, prefix_routing
@@ -114,6 +115,16 @@ async def test_a_stream_learns_that_its_replica_has_to_go(found: Placements) -> 
         assert not placement.is_due
         router.update_replicas(replicas[1:])
         assert placement.is_due
+
+
+def test_serve_hands_the_router_on_to_whoever_calls() -> None:
+    """Through its own format, and past its refusal of routers that HAProxy would not ask."""
+    application = build_language_model("sha256:1", DeploymentOptions(drain_s=7))
+    config = application._bound_deployment._deployment_config
+    arrived = type(config).from_proto_bytes(config.to_proto_bytes()).request_router_config
+    assert arrived.get_request_router_class() is PrefixRouter
+    assert arrived.request_router_kwargs == {"drain_s": 7}
+    assert arrived.is_default_request_router()
 
 
 async def test_other_calls_go_to_any_replica(found: Placements) -> None:

@@ -1,0 +1,211 @@
+"""Replicas die and go under streams of tokens; the `openai` client notices nothing."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from cluster.session.record import read_record
+from tests.replica_processes import cpu_seconds, replicas
+from tests.stack import Stack
+from tests.tiny_models import save_llama
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
+
+TEXT = "The heliostat follows the sun and keeps its rays on one target. "
+NUM_TOKENS = 500
+GREEDY: dict[str, Any] = {"temperature": 0}
+SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 5}
+ONE_OR_TWO = """
+autoscaling:
+  min_replicas: 1
+  max_replicas: 2
+  target_ongoing_requests: 2
+  upscale_delay_s: 0.2
+  downscale_delay_s: 1
+  look_back_s: 1
+drain_s: 0
+"""
+
+
+@pytest.fixture(scope="module")
+def talker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model slow enough that its streams last for seconds, and sure of its words."""
+    path = save_llama(
+        tmp_path_factory.mktemp("models") / "slow-talker",
+        TEXT,
+        steps=12,
+        hidden_size=512,
+        num_hidden_layers=6,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=4096,
+    )
+    done = stack.run_cli("models", "import", path, "--name", "slow-talker")
+    assert done.returncode == 0, done.stderr
+    return "slow-talker"
+
+
+@pytest.fixture
+def deployed(
+    stack: Stack, talker: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[str]:
+    config = tmp_path / "options.yaml"
+    config.write_text(request.param)
+    done = stack.run_cli("deploy", talker, "--config", config)
+    assert done.returncode == 0, done.stderr
+    yield talker
+    assert stack.run_cli("undeploy", talker).returncode == 0
+
+
+class Reader(threading.Thread):
+    """Reads one stream with the official client."""
+
+    def __init__(self, stack: Stack, model: str, **options: Any) -> None:
+        super().__init__(daemon=True)
+        self._client = openai.OpenAI(
+            base_url=f"{stack.settings.gateway_url}/v1", api_key=stack.key, max_retries=0
+        )
+        self._asked: dict[str, Any] = {
+            "model": model,
+            "prompt": TEXT,
+            "max_tokens": NUM_TOKENS,
+            "logit_bias": {"0": -100},
+            "logprobs": 0,
+            **options,
+        }
+        self._enough = threading.Event()
+        self.text = ""
+        self.tokens: list[str] = []
+        self.reasons: list[str] = []
+        self.num_completion_tokens = 0
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            chunks = self._client.completions.create(
+                **self._asked, stream=True, stream_options={"include_usage": True}
+            )
+            for chunk in chunks:
+                for choice in chunk.choices:
+                    self.text += choice.text
+                    self.tokens += choice.logprobs.tokens or [] if choice.logprobs else []
+                    self.reasons += [choice.finish_reason] if choice.finish_reason else []
+                if chunk.usage:
+                    self.num_completion_tokens = chunk.usage.completion_tokens
+                if self._enough.is_set():
+                    chunks.close()
+                    return
+        except Exception as error:
+            self.error = error
+
+    def leave(self) -> None:
+        self._enough.set()
+
+    def wait_for(self, num_tokens: int) -> None:
+        deadline_s = time.monotonic() + 40
+        while len(self.tokens) < num_tokens:
+            assert self.error is None, self.error
+            assert time.monotonic() < deadline_s, f"{len(self.tokens)} tokens came"
+            time.sleep(0.01)
+
+    def result(self) -> tuple[str, list[str], list[str], int]:
+        self.join(60)
+        assert self.error is None, self.error
+        return self.text, self.tokens, self.reasons, self.num_completion_tokens
+
+
+def start(stack: Stack, model: str, *several: dict[str, Any]) -> list[Reader]:
+    readers = [Reader(stack, model, **options) for options in several]
+    for reader in readers:
+        reader.start()
+    return readers
+
+
+def results(readers: list[Reader]) -> list[tuple[str, list[str], list[str], int]]:
+    return [reader.result() for reader in readers]
+
+
+def continuations(stack: Stack, why: str) -> int:
+    """How many the gateway logged."""
+    scratch_dir = read_record(stack.settings.home).scratch_dir
+    assert scratch_dir is not None
+    logs = (scratch_dir / "ray" / "session_latest" / "logs").glob("worker-*.err")
+    lines = [line for path in logs for line in path.read_text(errors="replace").splitlines()]
+    return sum("goes on elsewhere" in line and why in line for line in lines)
+
+
+def charged(stack: Stack, model: str) -> tuple[int, int]:
+    """Requests and completion tokens of a model in the ledger."""
+    headers = {"authorization": f"Bearer {stack.key}"}
+    answer = httpx.get(f"{stack.settings.gateway_url}/v1/usage", headers=headers)
+    rows = [row for row in answer.json()["data"] if row["model"] == model]
+    return sum(r["requests"] for r in rows), sum(r["completion_tokens"] for r in rows)
+
+
+def assert_charged(stack: Stack, model: str, expected: tuple[int, int]) -> None:
+    """Soon: the gateway hands in its counts about once a second."""
+    deadline_s = time.monotonic() + 10
+    while (found := charged(stack, model)) != expected:
+        assert time.monotonic() < deadline_s, found
+        time.sleep(0.2)
+    time.sleep(1.5)
+    assert charged(stack, model) == expected
+
+
+@pytest.mark.parametrize("deployed", ["num_replicas: 2\n"], indirect=True)
+def test_a_replica_killed_under_streams_is_not_noticed(stack: Stack, deployed: str) -> None:
+    expected = results(start(stack, deployed, GREEDY, SEEDED))
+    assert [reasons for _, _, reasons, _ in expected] == [["length"]] * 2
+    working = replicas(stack, f"{deployed}.v1", 2)
+    readers = start(stack, deployed, GREEDY, SEEDED)
+    for reader in readers:
+        reader.wait_for(40)
+    begun = {process: cpu_seconds(process) for process in working}
+    time.sleep(0.2)
+    busiest = max(working, key=lambda process: cpu_seconds(process) - begun[process])
+    busiest.kill()
+    assert results(readers) == expected
+    assert continuations(stack, "went away under the request") >= 1
+    assert_charged(stack, deployed, (4, 4 * NUM_TOKENS))
+
+
+@pytest.mark.parametrize("deployed", [ONE_OR_TWO], indirect=True)
+def test_streams_of_a_replica_that_scales_down_go_on(stack: Stack, deployed: str) -> None:
+    long = GREEDY | {"max_tokens": 3900}
+    stays, *others = start(stack, deployed, *[long] * 4)
+    wait_until(lambda: num_replicas(stack, deployed) == 2)
+    # The new replica is the less busy one, whatever the other has in its cache.
+    goes, *more = start(stack, deployed, *[long] * 2)
+    goes.wait_for(20)
+    for reader in (*others, *more):
+        reader.leave()
+    # Of the two that are left, each has a replica of its own, and one of these has to go.
+    wait_until(lambda: continuations(stack, "has to go") > 0)
+    for reader in (stays, goes):
+        reader.wait_for(len(reader.tokens) + 50)
+        reader.leave()
+    num_both = min(len(stays.tokens), len(goes.tokens))
+    assert stays.tokens[:num_both] == goes.tokens[:num_both]
+
+
+def num_replicas(stack: Stack, model: str) -> int:
+    rows = json.loads(stack.run_cli("releases", "list", "--json").stdout)
+    return sum(row["replicas"] for row in rows if row["name"] == model)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
