@@ -97,6 +97,9 @@ class DeploymentOptions(StrictModel):
     transformers elsewhere."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number type that the native engine computes in; 'auto' is what the weights are stored as."""
+    weights: Literal["int8"] | None = None
+    """Round the layers' matrices to 8 bits when the native engine loads them: on a CPU, a stream by
+    itself is quicker and the model takes half the memory, and many at once are slower."""
     release: ReleaseOptions = ReleaseOptions()
     """How it is compared with the champion, for the strategies canary and shadow."""
 
@@ -116,6 +119,15 @@ class DeploymentOptions(StrictModel):
     ) -> AutoscalingOptions | None:
         if value is not None and info.data.get("num_replicas", 1) != 1:
             raise ValueError("takes the place of num_replicas; give one of the two")
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def _where_they_can_be_multiplied(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("num_gpus", 0) > 0:
+            raise ValueError(f"is {value!r}, which is for replicas without GPUs")
+        if value is not None and info.data.get("engine", "auto") not in ("auto", "native"):
+            raise ValueError(f"is {value!r}, which is for engine 'native'")
         return value
 
     @property

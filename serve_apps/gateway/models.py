@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.errors import InvalidReferenceError, NotFoundError, UpstreamFailedError
@@ -126,6 +127,8 @@ class Models:
             UpstreamTimeoutError: no token came in time.
             UpstreamFailedError: replicas failed, and none could go on.
         """
+        # Engines let tenants take turns.
+        request = replace(request, tenant=current_caller().identity.tenant)
         return metered(model.served, request, self._generate(model, request))
 
     async def _generate(

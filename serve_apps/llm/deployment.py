@@ -160,16 +160,24 @@ def _build_native(
     is_adapter = package.manifest.kind == "adapter"
     base_dir = (open_base_of(package) if is_adapter else package).model_dir
     reason = why_unreadable(hugging_face_config(base_dir))
-    if reason is not None and options.engine == "auto":
+    if reason is not None and options.engine == "auto" and options.weights is None:
         logger.info("engine 'transformers' instead of 'native': %s", reason)
         return None
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    is_int8 = options.weights == "int8"
     if is_adapter and reason is None:
         # Added to the base's matrices, it costs nothing per token.
         merged = load_merged(base_dir, package.model_dir)
-        model = NativeModel(merged.config, merged.state_dict(), budget, dtype=dtype, device=device)
+        model = NativeModel(
+            merged.config,
+            merged.state_dict(),
+            budget,
+            dtype=dtype,
+            device=device,
+            is_int8=is_int8,
+        )
     else:
-        model = NativeModel.load(base_dir, budget, dtype=dtype, device=device)
+        model = NativeModel.load(base_dir, budget, dtype=dtype, device=device, is_int8=is_int8)
     return NativeEngine(model, budget, grammars)
 
 

@@ -41,10 +41,12 @@ class NativeModel:
         *,
         dtype: torch.dtype | None = None,
         device: str = "cpu",
+        is_int8: bool = False,
     ) -> None:
         """
         Args:
             dtype: of weights, cache and activations; None takes what the weights are stored as.
+            is_int8: keep the layers' matrices as 8-bit integers; on a CPU only.
 
         Raises:
             PackageError: the architecture is another one, or a weight is missing.
@@ -61,7 +63,10 @@ class NativeModel:
         self.shape = ModelShape.of(config)
         self.dtype = dtype
         self.device = device
-        self._weights = prepare_weights(tensors, self.shape, dtype=dtype, device=device)
+        self._is_int8 = is_int8
+        self._weights = prepare_weights(
+            tensors, self.shape, dtype=dtype, device=device, is_int8=is_int8
+        )
         self.num_blocks = count_blocks(self.shape, dtype, budget)
         self.max_context_tokens = min(self.shape.max_context_tokens, self.num_blocks * BLOCK_TOKENS)
         self._cache = KeyValueCache(self.shape, self.num_blocks, dtype=dtype, device=device)
@@ -81,15 +86,16 @@ class NativeModel:
         *,
         dtype: torch.dtype | None = None,
         device: str = "cpu",
+        is_int8: bool = False,
     ) -> NativeModel:
-        """Read a *verified* Hugging Face directory."""
-        config = hugging_face_config(model_dir)
-        return cls(config, read_tensors(model_dir), budget, dtype=dtype, device=device)
+        """Read a *verified* Hugging Face directory; arguments are those of the constructor."""
+        config, tensors = hugging_face_config(model_dir), read_tensors(model_dir)
+        return cls(config, tensors, budget, dtype=dtype, device=device, is_int8=is_int8)
 
     @property
     def precision(self) -> str:
-        """The name of its number type, as options say it."""
-        return str(self.dtype).removeprefix("torch.")
+        """The name of its number type, or of its weights' where they have another."""
+        return "int8" if self._is_int8 else str(self.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:

@@ -5,7 +5,7 @@ weights = prepare_weights(read_tensors(model_dir), shape, dtype=torch.bfloat16, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,11 @@ import torch
 
 from cluster.errors import PackageError
 from serve_apps.llm.native.linear import Linear, make_linear
+from serve_apps.llm.native.quantised import Int8Linear
 from serve_apps.llm.native.shape import ModelShape
 
 Tensors = Mapping[str, torch.Tensor]
+MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], Linear]
 
 
 @dataclass(frozen=True)
@@ -60,34 +62,43 @@ def stored_dtype(tensors: Tensors) -> torch.dtype:
 
 
 def prepare_weights(
-    tensors: Tensors, shape: ModelShape, *, dtype: torch.dtype, device: str
+    tensors: Tensors,
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    is_int8: bool = False,
 ) -> ModelWeights:
     """Weights joined and laid out.
+
+    Args:
+        is_int8: round the matrices of the layers; the embedding and the head stay what they are.
 
     Raises:
         PackageError: one is missing or has another shape than its configuration says.
     """
-    reader = _Reader(tensors, dtype, device)
+    reader = _Reader(tensors, dtype, device, Int8Linear if is_int8 else make_linear)
     embedding = reader.tensor("model.embed_tokens.weight", shape.vocab_size, shape.hidden_size)
     if "lm_head.weight" in tensors:
-        head = reader.linear(["lm_head"], shape.hidden_size)
-    else:  # tied
-        head = make_linear(embedding, None)
+        head_weight = reader.tensor("lm_head.weight", shape.vocab_size, shape.hidden_size)
+    else:
+        head_weight = embedding  # tied
     return ModelWeights(
         embedding=embedding,
         layers=tuple(_layer(reader, f"model.layers.{i}.", shape) for i in range(shape.num_layers)),
         norm=reader.tensor("model.norm.weight", shape.hidden_size),
-        head=head,
+        head=make_linear(head_weight, None),
     )
 
 
 class _Reader:
     """Takes tensors by name, in the type and on the device where they are to be."""
 
-    def __init__(self, tensors: Tensors, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, tensors: Tensors, dtype: torch.dtype, device: str, make: MakeLinear) -> None:
         self._tensors = tensors
         self._dtype = dtype
         self._device = device
+        self._make = make
 
     def tensor(self, name: str, *expected: int) -> torch.Tensor:
         found = self._tensors.get(name)
@@ -113,7 +124,7 @@ class _Reader:
             if matrix.shape[-1] != num_columns:
                 self.tensor(f"{name}.weight", matrix.shape[0], num_columns)
         biases = [self.tensor(f"{name}.bias") for name in names if self.has(f"{name}.bias")]
-        return make_linear(torch.cat(matrices), torch.cat(biases) if biases else None)
+        return self._make(torch.cat(matrices), torch.cat(biases) if biases else None)
 
 
 def _layer(reader: _Reader, prefix: str, shape: ModelShape) -> LayerWeights:

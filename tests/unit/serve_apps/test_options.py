@@ -59,6 +59,8 @@ def test_a_fixed_and_a_changing_number_of_replicas_exclude_each_other() -> None:
         ({"num_threads": "9" * 10_000}, "'num_threads' is '9*…: "),
         ({"x" * 10_000: 1}, "option 'x{100}' is not known"),
         ({"num_cpus": True}, "option 'num_cpus' is true, expected a number"),
+        ({"weights": "int8", "num_gpus": 1}, "'weights' is 'int8', which is for replicas without"),
+        ({"weights": "int8", "engine": "transformers"}, "'weights' is 'int8', which is for engine"),
     ],
 )
 def test_numbers_that_ray_or_arithmetic_cannot_take_are_refused(values: Any, words: str) -> None:

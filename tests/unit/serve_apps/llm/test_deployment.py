@@ -45,7 +45,7 @@ def publish(model_dir: Path, settings: Settings) -> str:
     [
         ({}, NativeEngine, "float32"),
         ({"dtype": "bfloat16"}, NativeEngine, "bfloat16"),
-        ({"engine": "native"}, NativeEngine, "float32"),
+        ({"engine": "native", "weights": "int8"}, NativeEngine, "int8"),
         ({"engine": "transformers"}, ContinuousBatchingEngine, "float32"),
     ],
 )

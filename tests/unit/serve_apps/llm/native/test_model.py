@@ -16,6 +16,7 @@ from serve_apps.llm.native.batch import BlockTables, make_batch
 from serve_apps.llm.native.blocks import BlockPool
 from serve_apps.llm.native.engine import NativeEngine
 from serve_apps.llm.native.model import NativeModel
+from serve_apps.llm.native.quantised import Int8Linear
 from serve_apps.llm.native.scheduler import Scheduler, Sequence
 from tests.tiny_models import save_llama
 
@@ -149,6 +150,35 @@ def test_logits_in_16_bits_are_those_of_transformers(name: str) -> None:
     # Both round, in different places: ours is not to be further from the truth.
     assert our_error.mean() <= 1.2 * their_error.mean()
     assert our_error.max() <= 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_8_bits_are_near(dtype: torch.dtype) -> None:
+    theirs = build("qwen2", dtype)
+    tokens = torch.randint(0, 97, (100,), generator=torch.Generator().manual_seed(2)).tolist()
+    with torch.inference_mode():
+        exact = theirs.float()(torch.tensor([tokens])).logits[0, 59:]
+    ours = NativeModel(theirs.config, theirs.state_dict(), BUDGET, dtype=dtype, is_int8=True)
+    assert ours.precision == "int8"
+    error = (logits_of(ours, tokens).float() - exact).abs()
+    assert 0 < error.mean() <= 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 2, 65])
+def test_a_matrix_in_8_bits_multiplies_with_what_it_says(num_rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype)
+    weight[3] = 0  # has no scale of its own
+    x, other = torch.randn(num_rows, 64).to(dtype), torch.randn(num_rows, 48).to(dtype)
+    rounded = Int8Linear(weight, bias)
+    exact = x.float() @ weight.float().T + bias.float()
+    near = {"rtol": 0.02, "atol": 0.3}
+    torch.testing.assert_close(rounded(x).float(), exact, **near)
+    torch.testing.assert_close(rounded.times(x, other).float(), exact * other.float(), **near)
+    torch.testing.assert_close(rounded.plus(x, other).float(), exact + other.float(), **near)
+    silu = torch.nn.functional.silu(exact)
+    torch.testing.assert_close(rounded.silu(x).float(), silu, **near)
 
 
 def test_a_trained_directory_is_read_and_answers_as_transformers_does(tmp_path: Path) -> None:
