@@ -92,11 +92,18 @@ async def find_model(models: Models, name: str, version: str) -> ServedModel:
     Raises:
         NotFoundError: nothing is served under them.
     """
-    if not version:
-        return await models.find(name)
-    if "@" in name or "/" in name:
+    return await models.find(reference(name, version))
+
+
+def reference(name: str, version: str) -> str:
+    """What a name and a version, which may be empty, stand for.
+
+    Raises:
+        NotFoundError: the name has a version itself.
+    """
+    if version and ("@" in name or "/" in name):
         raise NotFoundError(f"model '{name}' has a version already", param="model")
-    return await models.find(f"{name}/{version}")
+    return f"{name}/{version}" if version else name
 
 
 def add_input(inputs: Arrays, name: str, array: Array) -> None:
