@@ -21,6 +21,7 @@ from cluster.errors import (
     InvalidReferenceError,
     NotFoundError,
     PackageError,
+    UpstreamTimeoutError,
     first_line,
 )
 from cluster.model_package.manifest import Manifest
@@ -45,6 +46,10 @@ AnswerType = TypeVar("AnswerType")
 
 # As long as the release controller leaves an application up that is no longer routed to.
 _DRAIN_S = 2.0
+
+
+class OutOfTimeError(UpstreamTimeoutError):
+    """The request itself allows no more time."""
 
 
 def can_join(manifest: Manifest) -> bool:
@@ -93,9 +98,7 @@ class Models:
             NotFoundError: nothing is served under it, it is not for the caller's key, or it is no
                 reference at all.
         """
-        served = await self._version_named(text)
-        self._note(served)
-        return await self._catalogue.get(served)
+        return await self.answer(text, _itself)
 
     async def find_settled(self, text: str) -> ServedModel:
         """As `find`, for work that outlasts a release: a name alone is its champion."""
@@ -129,10 +132,12 @@ class Models:
     async def _try_canary(
         self, watched: WatchedRelease, work: Callable[[ServedModel], Awaitable[AnswerType]]
     ) -> AnswerType:
-        caller, counts = current_caller(), True
+        caller, counts, is_open = current_caller(), True, False
         caller.hold_bill()
         try:
-            return await work(await self._catalogue.get(watched.candidate))
+            model = await self._catalogue.get(watched.candidate)
+            is_open = True
+            return await work(model)
         except Exception as error:
             if not _may_be_the_versions_fault(error):
                 raise
@@ -142,7 +147,9 @@ class Models:
         logger.info("%s failed a request: %s", watched.candidate, first_line(failure))
         self._note(watched.champion)
         answer = await work(await self._catalogue.get(watched.champion))
-        watched.failed_over(failure)
+        # Failures of a request are observed where they happen, unless the client seemed to blame.
+        is_observed = is_open and _status_of(failure) >= 500
+        watched.failed_over(is_observed=is_observed)
         return answer
 
     async def look_up(self, text: str) -> ServedModel:
@@ -311,6 +318,14 @@ class Models:
 
 def _may_be_the_versions_fault(error: Exception) -> bool:
     """Also where it says that the request is wrong: another version may not."""
-    if not isinstance(error, HeliostatError):
-        return True
-    return error.http_status >= 500 or isinstance(error, InputError | PackageError)
+    if isinstance(error, OutOfTimeError):
+        return False
+    return _status_of(error) >= 500 or isinstance(error, InputError | PackageError)
+
+
+def _status_of(error: Exception) -> int:
+    return error.http_status if isinstance(error, HeliostatError) else HeliostatError.http_status
+
+
+async def _itself(model: ServedModel) -> ServedModel:
+    return model

@@ -147,6 +147,8 @@ class InferenceService:
                 )
             else:
                 yield messages.ModelStreamInferResponse(infer_response=response)
+                if call.record is not None:
+                    call.record.answered()
 
     async def _infer(self, request: Any, size_bytes: int) -> Any:
         async def work(model: ServedModel) -> Any:

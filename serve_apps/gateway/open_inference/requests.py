@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import InputError, NotFoundError, UpstreamTimeoutError
+from cluster.errors import InputError, NotFoundError
 from cluster.processing import Array, TensorSpec, public_outputs
 from serve_apps.gateway.backend import Arrays
 from serve_apps.gateway.catalogue import ServedModel
-from serve_apps.gateway.models import Models
+from serve_apps.gateway.models import Models, OutOfTimeError
 
 _MOST_INPUTS = 1024
 _SHARED_MEMORY = "shared_memory_"
@@ -63,7 +63,7 @@ async def answer(models: Models, model: ServedModel, asked: InferenceRequest) ->
 
     Raises:
         InputError: an unknown output, or inputs that are not the model's; `param` names it.
-        UpstreamTimeoutError: no answer within the request's own time.
+        OutOfTimeError: no answer within the request's own time.
     """
     wanted = _wanted(model, asked)
     if asked.timeout_s is None:
@@ -80,7 +80,7 @@ async def _infer_within(
         async with asyncio.timeout(timeout_s):
             return await models.infer(model, inputs)
     except TimeoutError:
-        raise UpstreamTimeoutError(
+        raise OutOfTimeError(
             f"no answer within the {timeout_s:g} s that the request allows",
             hint="allow more in its parameter 'timeout', in microseconds",
         ) from None

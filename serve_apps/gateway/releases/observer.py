@@ -40,6 +40,11 @@ class Observer:
         if arm == "champion":
             self._slowness.learn(metric, size, seconds)
 
+    def abandoned(self, arm: Arm, metric: Metric, size: int, seconds: float) -> None:
+        """A client has left after so long, which is known to be slow or says nothing."""
+        if self._slowness.judge(metric, size, seconds):
+            self.observe(arm, metric, 1.0)
+
     def mirrored(self, outcome: str) -> None:
         """A request to the candidate that no customer made was compared, failed or dropped."""
         self._evidence.count_mirrored(self.release, outcome)

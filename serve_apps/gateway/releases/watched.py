@@ -6,12 +6,13 @@ outputs = await watched.infer(model, inputs, answer)
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
-from cluster.errors import HeliostatError, OverloadedError, UpstreamTimeoutError
+from cluster.errors import OverloadedError, UpstreamTimeoutError
 from cluster.processing import Array
 from cluster.release_evidence import Arm
 from serve_apps.gateway.backend import Arrays, ModelBackend
@@ -66,11 +67,10 @@ class WatchedRelease:
         """The release is over."""
         self._shadow.close()
 
-    def failed_over(self, error: Exception) -> None:
-        """The champion has answered what the candidate failed."""
+    def failed_over(self, *, is_observed: bool) -> None:
+        """The champion has answered what the candidate failed, which may be observed already."""
         self.observer.failed_over()
-        if isinstance(error, HeliostatError) and error.http_status < 500:
-            # Not the client's fault after all, for which it was taken.
+        if not is_observed:
             self.observer.observe("candidate", "errors", 1.0)
 
     async def infer(self, model: ServedModel, inputs: Mapping[str, Array], answer: Infer) -> Arrays:
@@ -88,6 +88,9 @@ class WatchedRelease:
                 require_finite(outputs)
         except Exception as error:
             self.observer.failure(arm, error, "slow")
+            raise
+        except asyncio.CancelledError:
+            self.observer.abandoned(arm, "slow", size, time.perf_counter() - begun_s)
             raise
         self.observer.wait(arm, "slow", size, time.perf_counter() - begun_s)
         is_good = arm == "candidate" or is_finite(outputs)

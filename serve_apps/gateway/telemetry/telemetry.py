@@ -74,7 +74,7 @@ class RequestRecord:
     embedded_tokens: int = 0
     """Those of the prompt tokens that no engine read."""
     span: Span | None = None
-    afterwards: Callable[[], None] | None = None
+    afterwards: list[Callable[[], None]] | None = None
     """To be called when the answer has been sent."""
 
     @property
@@ -82,6 +82,12 @@ class RequestRecord:
         """Who the verified key stands for."""
         identity: Identity | None = self.state.get("identity")
         return identity
+
+    def answered(self) -> None:
+        """Do what was left for after the answer."""
+        actions, self.afterwards = self.afterwards or (), None
+        for action in actions:
+            action()
 
     def outcome(self) -> int:
         """The status; of an answer that broke off, what it would have been had that come first."""
@@ -120,14 +126,9 @@ def when_answered(action: Callable[[], None]) -> None:
     if record is None:
         action()
         return
-    before = record.afterwards
-
-    def both() -> None:
-        if before is not None:
-            before()
-        action()
-
-    record.afterwards = both
+    if record.afterwards is None:
+        record.afterwards = []
+    record.afterwards.append(action)
 
 
 def note_embedded(num_tokens: int) -> None:
@@ -302,7 +303,7 @@ class _Watched:
             _current.reset(self._tokens[0])
             request_id_of_logs.reset(self._tokens[1])
             if record.afterwards is not None:
-                record.afterwards()
+                record.answered()
 
 
 class StreamWatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,13 @@ import pytest
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
-from cluster.errors import InputError, OverloadedError, UpstreamFailedError
+from cluster.errors import (
+    InputError,
+    MachineError,
+    OverloadedError,
+    PackageError,
+    UpstreamFailedError,
+)
 from cluster.processing import TensorSpec
 from serve_apps.gateway.access.accounts import Accounts
 from serve_apps.gateway.access.callers import Callers
@@ -159,18 +166,46 @@ async def test_a_champion_that_fails_as_well_is_not_asked_twice(gateway: Any, tr
     assert trial.value("failed_over_total", model="classes", version="3") == 0
 
 
-async def test_a_package_that_does_not_open_fails_nobody(gateway: Any, trial: Any) -> None:
-    # The fixture's `broken` cannot be opened in any version.
+async def test_a_request_that_allows_no_more_time_is_not_begun_again(
+    gateway: Any, trial: Any
+) -> None:
+    def dawdle(arrays: Any) -> Any:
+        time.sleep(0.4)
+        return classify(arrays)
+
+    await trial.graph(classify, weight=0.0)
+    champion = {"x-session-id": "champion"}
+    for _ in range(33):  # so that it is known what is slow
+        await post(gateway, "/v2/models/classes/infer", PIXELS, **champion)
+    await trial.graph(dawdle, weight=1.0)
+    impatient = PIXELS | {"parameters": {"timeout": 300_000}}
+    answer = await post(gateway, "/v2/models/classes/infer", impatient)
+    assert (answer.status_code, answer.headers["x-model-version"]) == (504, "classes/3")
+    assert trial.value("failed_over_total", model="classes", version="3") == 0
+    assert trial.seen("classes/3", "candidate", "slow") == (1, 1)
+
+
+@pytest.mark.parametrize("error", [PackageError("no"), MachineError("disk")])
+async def test_a_package_that_does_not_open_fails_nobody(
+    gateway: Any, trial: Any, error: Exception
+) -> None:
     await trial.graph(classify, weight=1.0)
     models = gateway.app.state.models
     candidate = gateway.routes.served["classes", 3]
-    broken = gateway.routes.served["broken", 1]
     load = models._catalogue._load
-    models._catalogue._load = lambda served: load(broken if served == candidate else served)
+
+    def load_others(served: Any) -> Any:
+        if served == candidate:
+            raise error
+        return load(served)
+
+    models._catalogue._load = load_others
     models._catalogue._models.pop(candidate)
     answer = await infer(gateway)
     assert (answer.status_code, answer.headers["x-model-version"]) == (200, "classes/2")
     assert trial.seen("classes/3", "candidate", "errors") == (1, 1)
+    answer = await gateway.client.get("/v2/models/classes", headers=gateway.headers())
+    assert (answer.status_code, answer.headers["x-model-version"]) == (200, "classes/2")
 
 
 async def test_a_customer_stays_with_one_version(

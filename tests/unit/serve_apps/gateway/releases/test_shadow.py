@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc.aio as triton
 
 from cluster.errors import InputError
 from cluster.release_evidence import read_evidence
@@ -175,6 +176,28 @@ async def ask_directly(gateway: Any, send: Any) -> None:
     await gateway.app(scope, receive, send)
 
 
+async def test_a_stream_over_grpc_is_mirrored_while_it_is_open(
+    gateway: Any, trial: Any, grpc_address: str
+) -> None:
+    await trial.graph(classify, mirrored=1.0)
+    asked: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def requests() -> Any:
+        while (sent := await asked.get()) is not None:
+            yield sent
+
+    pixels = triton.InferInput("pixels", [1, 4], "FP32")
+    pixels.set_data_from_numpy(np.full((1, 4), 0.9, np.float32))
+    async with triton.InferenceServerClient(grpc_address) as client:
+        answers = client.stream_infer(requests(), headers=gateway.headers("infer"))
+        for number in (1, 2):
+            asked.put_nowait({"model_name": "classes", "inputs": [pixels]})
+            _, error = await anext(answers)
+            assert error is None
+            await trial.until_mirrored("classes/3", number)
+        asked.put_nowait(None)
+
+
 async def test_the_gateway_hands_the_evidence_to_the_database(gateway: Any, trial: Any) -> None:
     await trial.graph(confuse, mirrored=1.0)
     await infer(gateway, 2)
@@ -207,6 +230,14 @@ class Stubborn(FakeEngine):
     def _next_token(self, progress: Any) -> Any:
         token, logprobs = super()._next_token(progress)
         return (token + 1 if progress.generated else token), logprobs
+
+
+class Sluggish(FakeEngine):
+    """Takes its time for each token."""
+
+    def _next_token(self, progress: Any) -> Any:
+        time.sleep(0.3)
+        return super()._next_token(progress)
 
 
 def engine(gateway: Any, kind: Any = FakeEngine) -> Any:
@@ -261,8 +292,7 @@ async def test_a_language_model_that_fails_is_noticed(gateway: Any, trial: Any) 
 
 
 async def test_a_slow_language_model_is_told_from_the_champion(gateway: Any, trial: Any) -> None:
-    slow = FakeEngine(vocab_size=gateway.engine.stats().vocab_size, step_time_s=0.5)
-    await trial.engine(slow, mirrored=1.0)
+    await trial.engine(engine(gateway, Sluggish), mirrored=1.0)
     for _ in range(36):
         await complete(gateway, max_tokens=2)
     for metric in ("slow_first_token", "slow_token"):
