@@ -9,6 +9,7 @@
     ├── AuthenticationError          no key, or a wrong, expired or revoked one
     ├── PermissionDeniedError        the key lacks the scope
     ├── NotFoundError                the named thing does not exist
+    ├── GoneError                    it existed, and was taken away with notice
     ├── ConflictError                another writer was faster, or the state forbids it
     ├── PayloadTooLargeError         the request is larger than the limit it names
     ├── RateLimitedError             the tenant's limit is reached; try again when it says
@@ -117,6 +118,11 @@ class PermissionDeniedError(HeliostatError):
 class NotFoundError(HeliostatError):
     code = "not_found"
     http_status = 404
+
+
+class GoneError(HeliostatError):
+    code = "gone"
+    http_status = 410
 
 
 class ConflictError(HeliostatError):

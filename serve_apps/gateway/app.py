@@ -95,6 +95,7 @@ def _real_parts(settings: Settings, config: GatewayConfig) -> GatewayParts:
         audit=AuditLog(database).record,
         exchange=LeaseStore(database).exchange,
         totals=Ledger(database).totals,
+        add_evidence=store.add_evidence,
         config=config,
         telemetry=telemetry,
         export_metrics=lambda: flush_for_ever(export, [name_tenants]),

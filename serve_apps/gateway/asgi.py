@@ -38,6 +38,7 @@ from serve_apps.gateway.openai import embeddings
 from serve_apps.gateway.openai import routes as openai
 from serve_apps.gateway.openai.schema import TextLimits
 from serve_apps.gateway.page import routes as page
+from serve_apps.gateway.releases.evidence import AddEvidence, Evidence
 from serve_apps.gateway.routing_table import Routes, RoutingTable
 from serve_apps.gateway.telemetry.telemetry import Telemetry
 from serve_apps.gateway.tensorflow_serving import routes as tensorflow_serving
@@ -69,6 +70,7 @@ class GatewayParts:
     audit: admin.Audit
     exchange: Exchange
     totals: usage.Totals
+    add_evidence: AddEvidence
     telemetry: Telemetry = field(default_factory=Telemetry)
     export_metrics: Callable[[], Coroutine[None, None, None]] | None = None
     """Runs for as long as the gateway does."""
@@ -83,7 +85,9 @@ def build_asgi(parts: GatewayParts) -> Starlette:
     """Wire the parts together."""
     table = RoutingTable(parts.read_routes)
     accounts = Accounts(parts.exchange)
-    models = Models(table, ModelCatalogue(parts.load_model), parts.backend, parts.telemetry)
+    evidence = Evidence(parts.add_evidence, parts.telemetry.instruments)
+    catalogue = ModelCatalogue(parts.load_model)
+    models = Models(table, catalogue, parts.backend, parts.telemetry, evidence)
     keys, callers = KeyCache(parts.verify), Callers(accounts)
     grpc_server = _grpc_server(parts, models, Door(keys, callers, parts.telemetry))
     driver = BatchDriver(parts.batches, models, parts.config.text) if parts.batches else None
@@ -92,6 +96,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await table.start()
         await accounts.start()
+        await evidence.start()
         export = asyncio.create_task(parts.export_metrics()) if parts.export_metrics else None
         if grpc_server is not None:
             await grpc_server.start()
@@ -106,6 +111,8 @@ def build_asgi(parts: GatewayParts) -> Starlette:
         if export is not None:
             export.cancel()
         await accounts.stop()
+        models.close()
+        await evidence.stop()
         await table.stop()
         await asyncio.to_thread(parts.telemetry.tracing.close)
 
@@ -121,7 +128,7 @@ def build_asgi(parts: GatewayParts) -> Starlette:
         *usage.build_routes(parts.totals),
         *admin.build_routes(parts.control, parts.audit),
     ]
-    return Application(
+    app = Application(
         [*routes, openapi.build_route(routes)],
         [
             Middleware(Departures),
@@ -141,6 +148,8 @@ def build_asgi(parts: GatewayParts) -> Starlette:
         ],
         lifespan=lifespan,
     )
+    app.state.models = models
+    return app
 
 
 def _grpc_server(parts: GatewayParts, models: Models, door: Door) -> GrpcServer | None:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.config import StrictModel
-from cluster.errors import HeliostatError, NotFoundError
+from cluster.errors import GoneError, HeliostatError, NotFoundError
 from cluster.model_package.card import model_card
 from cluster.model_package.manifest import Kind, Manifest
 from cluster.processing import Labels, Softmax, TensorSpec, public_inputs, public_outputs
@@ -102,7 +102,7 @@ async def _version(
     """A version in words; None if it is gone, or not for this key."""
     try:
         content = _content(served, (await models.look_up(str(served))).manifest)
-    except NotFoundError:
+    except (NotFoundError, GoneError):
         return None
     except HeliostatError as error:  # must not hide the others
         content = {"error": str(error)}

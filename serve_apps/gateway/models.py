@@ -12,11 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
-from cluster.errors import InvalidReferenceError, NotFoundError, UpstreamFailedError
+from cluster.errors import (
+    HeliostatError,
+    InputError,
+    InvalidReferenceError,
+    NotFoundError,
+    PackageError,
+    UpstreamFailedError,
+    UpstreamTimeoutError,
+    first_line,
+)
 from cluster.model_package.manifest import Manifest
 from cluster.model_ref import ModelRef
 from cluster.processing import Array, is_batchable, postprocess, preprocess
@@ -24,13 +33,25 @@ from serve_apps.gateway.access.callers import answered, current_caller, metered
 from serve_apps.gateway.backend import Arrays, ModelBackend
 from serve_apps.gateway.batcher import Batcher, BatchLimits
 from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
+from serve_apps.gateway.releases.evidence import Evidence
+from serve_apps.gateway.releases.stream_waits import WatchedBackend
+from serve_apps.gateway.releases.watch import ReleaseWatch
+from serve_apps.gateway.releases.watched import WatchedRelease
 from serve_apps.gateway.routing_table import Routes, RoutingTable, ServedVersion
 from serve_apps.gateway.streams import StreamPlaces, read_ahead
 from serve_apps.gateway.telemetry.telemetry import Telemetry, note_model
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 
+logger = logging.getLogger(__name__)
+
+AnswerType = TypeVar("AnswerType")
+
 # As long as the release controller leaves an application up that is no longer routed to.
 _DRAIN_S = 2.0
+
+
+class OutOfTimeError(UpstreamTimeoutError):
+    """The request itself allows no more time."""
 
 
 def can_join(manifest: Manifest) -> bool:
@@ -49,11 +70,15 @@ class Models:
         catalogue: ModelCatalogue,
         backend: ModelBackend,
         telemetry: Telemetry | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
         self._table = table
         self._catalogue = catalogue
-        self._backend = backend
         self._telemetry = telemetry or Telemetry()
+        self._releases = ReleaseWatch(
+            evidence or Evidence(lambda _deltas: None), catalogue, backend, self._has_room
+        )
+        self._backend = WatchedBackend(backend, self._releases.observer_of)
         self._batchers: dict[ServedVersion, Batcher] = {}
         self._places: dict[ServedVersion, StreamPlaces] = {}
         self._applications: set[str] = set()
@@ -75,9 +100,59 @@ class Models:
             NotFoundError: nothing is served under it, it is not for the caller's key, or it is no
                 reference at all.
         """
+        return await self.answer(text, _itself)
+
+    async def find_settled(self, text: str) -> ServedModel:
+        """As `find`, for work that outlasts a release: a name alone is its champion."""
         served = await self._version_named(text)
-        note_model(served)
+        watched = self._releases.of(served)
+        if watched is not None and text == served.name:
+            served = watched.champion
+        self._note(served)
         return await self._catalogue.get(served)
+
+    async def answer(
+        self,
+        text: str,
+        work: Callable[[ServedModel], Awaitable[AnswerType]],
+        *,
+        user: str | None = None,
+    ) -> AnswerType:
+        """What `work` makes of the model that `find` finds, for the request's user if it has one.
+
+        A canary that fails has not failed the customer: the champion does the work once more.
+        """
+        if user is not None:
+            current_caller().user = user
+        served = await self._version_named(text)
+        self._note(served)
+        watched = self._releases.of(served)
+        if watched is None or served != watched.candidate or text != served.name:
+            return await work(await self._catalogue.get(served))
+        return await self._try_canary(watched, work)
+
+    async def _try_canary(
+        self, watched: WatchedRelease, work: Callable[[ServedModel], Awaitable[AnswerType]]
+    ) -> AnswerType:
+        caller, counts, is_open = current_caller(), True, False
+        caller.hold_bill()
+        try:
+            model = await self._catalogue.get(watched.candidate)
+            is_open = True
+            return await work(model)
+        except Exception as error:
+            if not _may_be_the_versions_fault(error):
+                raise
+            counts, failure = False, error
+        finally:
+            caller.settle_bill(counts=counts)
+        logger.info("%s failed a request: %s", watched.candidate, first_line(failure))
+        self._note(watched.champion)
+        answer = await work(await self._catalogue.get(watched.champion))
+        # Failures of a request are observed where they happen, unless the client seemed to blame.
+        is_observed = is_open and _status_of(failure) >= 500
+        watched.failed_over(is_observed=is_observed)
+        return answer
 
     async def look_up(self, text: str) -> ServedModel:
         """As `find`, for a request that is about no model or several."""
@@ -105,6 +180,15 @@ class Models:
             InputError: the inputs are not what the package declares; `param` names the input.
         """
         model.require_graph()
+        watched = self._releases.of(model.served)
+        if watched is None:
+            outputs = await self._infer(model, inputs)
+        else:
+            outputs = await watched.infer(model, inputs, self._infer)
+        answered(model.served)
+        return outputs
+
+    async def _infer(self, model: ServedModel, inputs: Mapping[str, Array]) -> Arrays:
         manifest = model.manifest
         with self._telemetry.model_call(model.served):
             if not inputs.keys().isdisjoint(manifest.processing.raw_inputs):
@@ -112,9 +196,7 @@ class Models:
                 arrays = await asyncio.to_thread(preprocess, manifest, inputs)
             else:
                 arrays = preprocess(manifest, inputs)
-            outputs = postprocess(manifest, await self._batcher(model).submit(arrays))
-        answered(model.served)
-        return outputs
+            return postprocess(manifest, await self._batcher(model).submit(arrays))
 
     def generate(
         self, model: ServedModel, request: EngineRequest
@@ -128,8 +210,13 @@ class Models:
             UpstreamFailedError: replicas failed, and none could go on.
         """
         # Engines let tenants take turns.
-        request = replace(request, tenant=current_caller().identity.tenant)
-        return metered(model.served, request, self._generate(model, request))
+        request = dataclasses.replace(request, tenant=current_caller().identity.tenant)
+        watched = self._releases.of(model.served)
+        if watched is None:
+            outputs = self._generate(model, request)
+        else:
+            outputs = watched.generate(model, request, self._generate)
+        return metered(model.served, request, outputs)
 
     async def _generate(
         self, model: ServedModel, request: EngineRequest
@@ -158,7 +245,7 @@ class Models:
         caller = current_caller()
         caller.require_model(ref.name)
         try:
-            return await self._table.resolve(ref)
+            return await self._table.resolve(ref, caller.customer)
         except NotFoundError:
             if caller.identity.models is None:
                 raise
@@ -175,6 +262,19 @@ class Models:
         raise UpstreamFailedError(
             f"the base of adapter {model.served} is not served", hint="deploy the base again"
         )
+
+    def close(self) -> None:
+        """End what is done beside the requests."""
+        self._releases.follow(Routes())
+
+    def _note(self, served: ServedVersion) -> None:
+        note_model(served, self.routes.notices.get((served.name, served.version)))
+
+    def _has_room(self, served: ServedVersion) -> bool:
+        """Whether a version's customers leave anything over just now."""
+        batcher, places = self._batchers.get(served), self._places.get(served)
+        is_idle = batcher is None or not (batcher.num_waiting or batcher.num_in_flight)
+        return is_idle and (places is None or 2 * places.num_open < served.options.max_streams)
 
     def _places_of(self, served: ServedVersion) -> StreamPlaces:
         places = self._places.get(served)
@@ -209,6 +309,7 @@ class Models:
         """Let go of what is no longer served, before its application is deleted."""
         self._catalogue.follow(routes)
         self._telemetry.follow(routes)
+        self._releases.follow(routes)
         current = set(routes.served.values())
         closing = [self._batchers.pop(gone) for gone in set(self._batchers) - current]
         for gone in set(self._places) - current:
@@ -233,3 +334,18 @@ class Models:
         await asyncio.gather(*(batcher.close(_DRAIN_S) for batcher in batchers))
         for application in applications - self._applications:
             self._backend.forget(application)
+
+
+def _may_be_the_versions_fault(error: Exception) -> bool:
+    """Also where it says that the request is wrong: another version may not."""
+    if isinstance(error, OutOfTimeError):
+        return False
+    return _status_of(error) >= 500 or isinstance(error, InputError | PackageError)
+
+
+def _status_of(error: Exception) -> int:
+    return error.http_status if isinstance(error, HeliostatError) else HeliostatError.http_status
+
+
+async def _itself(model: ServedModel) -> ServedModel:
+    return model

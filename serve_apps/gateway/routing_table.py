@@ -12,16 +12,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from cluster.errors import NotFoundError
+from cluster.errors import GoneError, NotFoundError
 from cluster.model_ref import ModelRef
-from cluster.releases import Deployment, ReleaseStore, State
+from cluster.releases import COMPARED, Deployment, ReleaseStore, RoutingSnapshot, State
+from serve_apps.gateway.notices import Notice
+from serve_apps.gateway.releases.release import Release
+from serve_apps.gateway.stickiness import share_of, version_at
 from serve_apps.options import DeploymentOptions
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,15 @@ class ServedVersion:
         return f"{self.name}/{self.version}"
 
 
+Customer = Callable[[], str]
+"""Says who asks, if that matters."""
+
+
+def nobody() -> str:
+    """Where a version is named."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Routes:
     """What is served at one moment."""
@@ -54,6 +65,10 @@ class Routes:
     weights: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """Shares of the traffic that names no version or alias."""
     aliases: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    releases: Mapping[str, Release] = field(default_factory=dict)
+    """Those under way, by name."""
+    notices: Mapping[tuple[str, int], Notice] = field(default_factory=dict)
+    """Of versions that will end, or have ended, with notice."""
 
     def names(self) -> list[str]:
         """Names that have traffic."""
@@ -62,21 +77,51 @@ class Routes:
     def versions(self, name: str) -> list[int]:
         return sorted(version for found, version in self.served if found == name)
 
-    def resolve(self, ref: ModelRef, draw: float) -> ServedVersion:
-        """The version that answers; `draw`, from [0, 1), chooses among weighted ones.
+    def resolve(self, ref: ModelRef, customer: Customer) -> ServedVersion:
+        """The version that answers a customer, who stays with it while its weight grows.
 
         Raises:
             NotFoundError: nothing is served under this reference.
+            GoneError: nothing is any more, as was said before.
         """
         version = ref.version
         if ref.alias is not None:
             version = self.aliases.get((ref.name, ref.alias))
         elif version is None:
-            version = _weighted(self.weights.get(ref.name, {}), draw)
+            version = self._weighted(ref.name, customer)
         served = None if version is None else self.served.get((ref.name, version))
+        if self.notices:
+            self._refuse_ended(ref, version)
         if served is None:
             raise self._not_served(ref, version)
         return served
+
+    def _weighted(self, name: str, customer: Customer) -> int | None:
+        weights = self.weights.get(name, {})
+        if len(weights) <= 1:
+            return next(iter(weights), None)
+        return version_at(weights, share_of(customer(), name, weights))
+
+    def _refuse_ended(self, ref: ModelRef, version: int | None) -> None:
+        if version is None:
+            noted = [notice for (name, _), notice in self.notices.items() if name == ref.name]
+            if not noted or self.versions(ref.name):
+                return
+            notice = max(noted, key=lambda each: each.ends_at_s)
+        else:
+            found = self.notices.get((ref.name, version))
+            if found is None:
+                return
+            if (ref.name, version) in self.served and time.time() < found.ends_at_s:
+                return
+            notice = found
+        others = ", ".join(str(v) for v in self.versions(ref.name) if v != version)
+        shown = ref.name if ref.version is None and ref.alias is None else str(ref)
+        raise GoneError(
+            f"model '{shown}' is gone; its end was announced for {notice.ends_at}",
+            hint=f"versions still served are: {others}" if others else "ask for another model",
+            param="model",
+        )
 
     def _not_served(self, ref: ModelRef, version: int | None) -> NotFoundError:
         versions = ", ".join(str(v) for v in self.versions(ref.name))
@@ -117,15 +162,13 @@ class RoutingTable:
                 await self._task
             self._task = None
 
-    async def resolve(self, ref: ModelRef) -> ServedVersion:
+    async def resolve(self, ref: ModelRef, customer: Customer = nobody) -> ServedVersion:
         """As `Routes.resolve`, looking once more for what was deployed a moment ago."""
-        # Spreads traffic; nothing secret depends on it.
-        draw = random.random()  # noqa: S311
         try:
-            return self.current.resolve(ref, draw)
-        except NotFoundError:
+            return self.current.resolve(ref, customer)
+        except (NotFoundError, GoneError):
             await self.refresh()
-            return self.current.resolve(ref, draw)
+            return self.current.resolve(ref, customer)
 
     async def refresh(self) -> None:
         """Read the tables now, unless that was done a moment ago."""
@@ -168,7 +211,29 @@ def read_routes(store: ReleaseStore) -> Routes:
         served={(row.name, row.version): _served(row) for row in snapshot.serving},
         weights=snapshot.weights,
         aliases=snapshot.aliases,
+        releases=_releases(snapshot),
+        notices={
+            (row.name, row.version): Notice.read(row.updated_at, row.sunset_at)
+            for row in (*snapshot.serving, *snapshot.retired)
+            if row.sunset_at is not None
+        },
     )
+
+
+def _releases(snapshot: RoutingSnapshot) -> dict[str, Release]:
+    champions = {row.name: row.version for row in snapshot.serving if row.state == "champion"}
+    return {
+        row.name: Release(
+            row.name,
+            champions[row.name],
+            row.version,
+            row.release_id,
+            row.step,
+            snapshot.shadows.get(row.name, (row.version, 0.0))[1],
+        )
+        for row in snapshot.serving
+        if row.state in COMPARED and row.name in champions
+    }
 
 
 def _served(row: Deployment) -> ServedVersion:
@@ -177,13 +242,3 @@ def _served(row: Deployment) -> ServedVersion:
     except ValidationError:  # written by another release of this code
         options = DeploymentOptions()
     return ServedVersion(row.name, row.version, row.digest, row.application, row.state, options)
-
-
-def _weighted(weights: Mapping[int, float], draw: float) -> int | None:
-    total = sum(weights.values())
-    threshold = draw * total
-    for version, weight in sorted(weights.items()):
-        if threshold < weight:
-            return version
-        threshold -= weight
-    return max(weights, default=None)

@@ -10,6 +10,7 @@ within one on every replica. One that is in use is looked up again before that, 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import time
 from collections.abc import Callable
@@ -24,11 +25,13 @@ from serve_apps.gateway.access.callers import Caller, Callers
 from serve_apps.gateway.http.errors import render
 from serve_apps.gateway.http.headers import header_of
 from serve_apps.gateway.page.files import PAGE_PATHS
+from serve_apps.gateway.stickiness import SESSION_HEADER
 
 PUBLIC_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"}) | PAGE_PATHS
 """Health, and the files of the page that the key is typed into; everything else needs a key,
 unknown paths included."""
 
+_SESSION = SESSION_HEADER.encode()
 _REMEMBER_S = 0.8
 _LOOK_AGAIN_S = 0.4
 _MAX_REMEMBERED = 10_000
@@ -104,7 +107,7 @@ class Authentication:
                 await render(error, scope["path"])(scope, receive, send)
                 return
             scope.setdefault("state", {})["identity"] = identity
-            caller = self._callers.make(identity)
+            caller = self._callers.make(identity, functools.partial(_session_in, scope))
             if caller.is_limited:
                 await self._call_limited(caller, scope, receive, send)
                 return
@@ -140,6 +143,10 @@ class Authentication:
 
 def _sent_key(scope: Scope) -> str:
     return bearer_key(header_of(scope, b"authorization"))
+
+
+def _session_in(scope: Scope) -> str:
+    return header_of(scope, _SESSION)
 
 
 def identity_of(request: Request) -> Identity:

@@ -13,7 +13,7 @@ of its own, and what reaches a model without a caller is refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
@@ -27,6 +27,11 @@ from serve_apps.gateway.routing_table import ServedVersion
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 
 _caller: ContextVar[Caller] = ContextVar("caller")
+
+Session = Callable[[], str]
+"""Empty where the request names none."""
+Settle = Callable[[bool], None]
+"""Told whether the answer counts."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,48 @@ class Reservation:
 class Caller:
     """The sender of one request."""
 
-    __slots__ = ("_accounts", "_is_counted", "_prompts", "identity", "is_limited")
+    __slots__ = (
+        "_accounts", "_held", "_is_counted", "_prompts", "_session", "identity", "is_limited",
+        "user",
+    )  # fmt: skip
 
-    def __init__(self, identity: Identity, accounts: Accounts) -> None:
+    def __init__(self, identity: Identity, accounts: Accounts, session: Session = str) -> None:
         self.identity = identity
         self.is_limited = identity.limits.is_limited
+        self.user = ""
+        """Who the request says that it is made for."""
         self._accounts = accounts
+        self._session = session
+        self._held: list[Settle] | None = None
         self._is_counted = False
         self._prompts: set[tuple[int, ...]] = set()
 
     def entered(self) -> _Entered:
         """Be the current caller within a block."""
         return _Entered(self)
+
+    def customer(self) -> str:
+        """Who stays with one version: a session, or a user, of the tenant's, or else the tenant."""
+        return f"{self.identity.tenant}\n{self._session() or self.user}"
+
+    def hold_bill(self) -> None:
+        """What is answered from now on is charged only once `settle_bill` says so."""
+        self._held = []
+
+    def settle_bill(self, *, counts: bool) -> None:
+        """Charge what was held, or, where it never reached the customer, forget it."""
+        held, self._held = self._held or [], None
+        if not counts:
+            self._prompts.clear()
+        for settle in held:
+            settle(counts)
+
+    def settle_once_sure(self, settle: Settle) -> None:
+        """Now, or when the bill is settled."""
+        if self._held is None:
+            settle(True)
+        else:
+            self._held.append(settle)
 
     async def count_request(self) -> None:
         """Spend one request of the tenant's minute. Raises RateLimitedError if there is none."""
@@ -168,8 +203,9 @@ class Callers:
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
 
-    def make(self, identity: Identity) -> Caller:
-        return Caller(identity, self._accounts)
+    def make(self, identity: Identity, session: Session = str) -> Caller:
+        """`session` names the customer within the tenant, if the request does."""
+        return Caller(identity, self._accounts, session)
 
 
 def current_caller() -> Caller:
@@ -182,7 +218,13 @@ def current_caller() -> Caller:
 
 def answered(served: ServedVersion) -> None:
     """A graph has answered the current caller."""
-    current_caller().answered(INFERENCE, served)
+    caller = current_caller()
+
+    def settle(is_sure: bool) -> None:
+        if is_sure:
+            caller.answered(INFERENCE, served)
+
+    caller.settle_once_sure(settle)
 
 
 @contextlib.asynccontextmanager
@@ -194,14 +236,20 @@ async def reading_tokens(served: ServedVersion, num_tokens: int) -> AsyncGenerat
     """
     caller = current_caller()
     reservation = await caller.reserve(num_tokens, is_stream=False)
-    num_used = 0
+    is_read = False
+
+    def settle(is_sure: bool) -> None:
+        counts = is_read and is_sure
+        if counts:
+            caller.answered(INFERENCE, served, prompt_tokens=num_tokens)
+        if reservation is not None:
+            caller.settle(reservation, num_tokens if counts else 0)
+
     try:
         yield
-        num_used = num_tokens
-        caller.answered(INFERENCE, served, prompt_tokens=num_used)
+        is_read = True
     finally:
-        if reservation is not None:
-            caller.settle(reservation, num_used)
+        caller.settle_once_sure(settle)
 
 
 async def metered(
@@ -216,16 +264,22 @@ async def metered(
     prompt_tokens = caller.new_prompt_tokens(request.prompt_ids)
     reservation = await caller.reserve(prompt_tokens + request.sampling.max_tokens)
     num_given, has_begun = 0, False
+
+    def settle(is_sure: bool) -> None:
+        # Nothing given, nothing charged.
+        counts = has_begun and is_sure
+        used = prompt_tokens if counts else 0
+        given = num_given if counts else 0
+        if reservation is not None:
+            caller.settle(reservation, used + given)
+        if counts:
+            caller.answered(COMPLETION, served, prompt_tokens=used, completion_tokens=given)
+
     try:
         async for output in outputs:
             has_begun = True
             num_given += len(output.token_ids)
             yield output
     finally:
-        # Nothing given, nothing charged.
-        used = prompt_tokens if has_begun else 0
-        if reservation is not None:
-            caller.settle(reservation, used + num_given)
-        if has_begun:
-            caller.answered(COMPLETION, served, prompt_tokens=used, completion_tokens=num_given)
+        caller.settle_once_sure(settle)
         await outputs.aclose()

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.batches import Batch, BatchStore, Status
-from cluster.errors import ConflictError, HeliostatError, NotFoundError
+from cluster.errors import ConflictError, GoneError, HeliostatError, NotFoundError
 from cluster.storage import Storage
 from cluster.tenant_files import TenantFiles
 from serve_apps.gateway.batches.runner import JobRunner
@@ -140,7 +140,7 @@ class BatchDriver:
             except BatchError as error:
                 self._change(batch, status="failed", errors=error.errors)
                 return
-            except NotFoundError as error:
+            except (NotFoundError, GoneError) as error:
                 errors = [batch_error("model_not_found", error.message)]
                 self._change(batch, status="failed", errors=errors)
                 return

@@ -67,7 +67,7 @@ def _routes(parts: BatchParts, driver: BatchDriver, models: Models) -> list[Rout
             )
         file = await asyncio.to_thread(_find_file, asked.input_file_id, identity.tenant)
         name = await asyncio.to_thread(_first_model, file, asked.endpoint)
-        model = await models.find(name)
+        model = await models.find_settled(name)
         _check_kind(model, asked.endpoint)
         created = int(time.time())
         batch = Batch(

@@ -91,6 +91,9 @@ class RequestContext:
             headers.append((_REQUEST_ID, record.request_id.encode()))
         if record.served is not None:
             headers.append((_MODEL_VERSION, str(record.served).encode()))
+        if record.notice is not None:
+            told = record.notice.headers().items()
+            headers += [(name.encode(), value.encode()) for name, value in told]
 
     def _template(self, scope: Scope) -> str:
         """The path as it was declared, e.g. `/v2/models/{name}/infer`."""

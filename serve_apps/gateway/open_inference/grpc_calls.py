@@ -30,6 +30,7 @@ from serve_apps.gateway.http.middleware import (
     request_id_from,
 )
 from serve_apps.gateway.open_inference.messages import HEALTH_SERVICE, INFERENCE_SERVICE
+from serve_apps.gateway.stickiness import SESSION_HEADER
 from serve_apps.gateway.telemetry.telemetry import (
     RequestRecord,
     Telemetry,
@@ -58,6 +59,7 @@ _STATUSES = {
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     409: grpc.StatusCode.FAILED_PRECONDITION,
+    410: grpc.StatusCode.NOT_FOUND,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     422: grpc.StatusCode.FAILED_PRECONDITION,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -85,11 +87,13 @@ class Call:
     telemetry: Telemetry
     key: str
     traceparent: str | None = None
+    session: str = ""
+    """Who the customer is within the tenant, if it is said."""
     route: str = UNMATCHED_ROUTE
     """The method's name, once it is known to be one."""
     is_public: bool = False
-    model_version: str = ""
-    """Set once it is known which model answers."""
+    record: RequestRecord | None = None
+    """Says which model answers, once that is known."""
     caller: Caller | None = None
 
     async def identity(self) -> Identity:
@@ -113,7 +117,7 @@ class Call:
         if (record := current_request()) is not None:
             record.state["identity"] = identity
         require_scope(identity, *scopes)
-        self.caller = self.callers.make(identity)
+        self.caller = self.callers.make(identity, lambda: self.session)
         if counts:
             await self.caller.count_request()
         with self.caller.entered():
@@ -134,8 +138,10 @@ class Call:
     def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
         """What the caller is told beside the answer."""
         told = [(REQUEST_ID_HEADER, self.request_id)]
-        if self.model_version:
-            told.append((MODEL_VERSION_HEADER, self.model_version))
+        if self.record is not None and self.record.served is not None:
+            told.append((MODEL_VERSION_HEADER, str(self.record.served)))
+            if self.record.notice is not None:
+                told += self.record.notice.headers().items()
         if self.caller is not None:
             told += [(name.decode(), value.decode()) for name, value in self.caller.limit_headers()]
         return tuple(told)
@@ -166,6 +172,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             telemetry=self._telemetry,
             key=bearer_key(str(metadata.get("authorization", ""))),
             traceparent=metadata.get("traceparent"),
+            session=str(metadata.get(SESSION_HEADER, "")),
             is_public=details.method in PUBLIC_METHODS,
         )
         # The handler runs in the same task.
@@ -195,6 +202,7 @@ def answering(work: Work) -> Callable[[Any, Any], Awaitable[Any]]:
     async def behave(request: Any, context: Any) -> Any:
         call = _call.get()
         with call.recorded() as record:
+            call.record = record
             try:
                 answer = await work(request, call)
             except Exception as error:
@@ -212,6 +220,7 @@ def streaming(work: StreamWork) -> Callable[[AsyncIterator[Any], Any], Awaitable
     async def behave(requests: AsyncIterator[Any], context: Any) -> None:
         call = _call.get()
         with call.recorded() as record:
+            call.record = record
             try:
                 async with aclosing(work(requests, call)) as answers:
                     async for answer in answers:

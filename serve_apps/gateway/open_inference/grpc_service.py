@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from cluster.errors import (
     AuthenticationError,
+    GoneError,
     InputError,
     NotFoundError,
     PermissionDeniedError,
@@ -35,6 +36,7 @@ from serve_apps.gateway.open_inference.requests import (
     check_parameters,
     find_model,
     read_timeout_s,
+    reference,
 )
 from serve_apps.gateway.open_inference.routes import (
     SERVER_NAME,
@@ -109,7 +111,7 @@ class InferenceService:
         async with call.entered("models:read", "infer"):
             try:
                 await find_model(self._models, request.name, request.version)
-            except NotFoundError:
+            except (NotFoundError, GoneError):
                 return messages.ModelReadyResponse(ready=False)
             return messages.ModelReadyResponse(ready=True)
 
@@ -123,7 +125,7 @@ class InferenceService:
             request = await off_loop_if_large(
                 len(data), lambda: _parse(messages.ModelInferRequest, data)
             )
-            return await self._infer(request, len(data), call)
+            return await self._infer(request, len(data))
 
     async def _model_stream_infer(
         self, stream: AsyncIterator[bytes], call: Call
@@ -134,7 +136,7 @@ class InferenceService:
             request = _parse(messages.ModelInferRequest, data)
             try:
                 async with call.entered("infer", counts=True):
-                    response = await self._infer(request, len(data), call)
+                    response = await self._infer(request, len(data))
             except (AuthenticationError, PermissionDeniedError):
                 raise
             except Exception as error:
@@ -145,13 +147,17 @@ class InferenceService:
                 )
             else:
                 yield messages.ModelStreamInferResponse(infer_response=response)
+                if call.record is not None:
+                    call.record.answered()
 
-    async def _infer(self, request: Any, size_bytes: int, call: Call) -> Any:
-        model = await find_model(self._models, request.model_name, request.model_version)
-        model.require_graph()
-        call.model_version = str(model.served)
-        asked = await off_loop_if_large(size_bytes, lambda: read_request(request))
-        return write_response(asked, model, await answer(self._models, model, asked))
+    async def _infer(self, request: Any, size_bytes: int) -> Any:
+        async def work(model: ServedModel) -> Any:
+            model.require_graph()
+            asked = await off_loop_if_large(size_bytes, lambda: read_request(request))
+            return write_response(asked, model, await answer(self._models, model, asked))
+
+        text = reference(request.model_name, request.model_version)
+        return await self._models.answer(text, work)
 
 
 def read_request(request: Any) -> InferenceRequest:

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import InputError, NotFoundError, UpstreamTimeoutError
+from cluster.errors import InputError, NotFoundError
 from cluster.processing import Array, TensorSpec, public_outputs
 from serve_apps.gateway.backend import Arrays
 from serve_apps.gateway.catalogue import ServedModel
-from serve_apps.gateway.models import Models
+from serve_apps.gateway.models import Models, OutOfTimeError
 
 _MOST_INPUTS = 1024
 _SHARED_MEMORY = "shared_memory_"
@@ -63,7 +63,7 @@ async def answer(models: Models, model: ServedModel, asked: InferenceRequest) ->
 
     Raises:
         InputError: an unknown output, or inputs that are not the model's; `param` names it.
-        UpstreamTimeoutError: no answer within the request's own time.
+        OutOfTimeError: no answer within the request's own time.
     """
     wanted = _wanted(model, asked)
     if asked.timeout_s is None:
@@ -80,7 +80,7 @@ async def _infer_within(
         async with asyncio.timeout(timeout_s):
             return await models.infer(model, inputs)
     except TimeoutError:
-        raise UpstreamTimeoutError(
+        raise OutOfTimeError(
             f"no answer within the {timeout_s:g} s that the request allows",
             hint="allow more in its parameter 'timeout', in microseconds",
         ) from None
@@ -92,11 +92,18 @@ async def find_model(models: Models, name: str, version: str) -> ServedModel:
     Raises:
         NotFoundError: nothing is served under them.
     """
-    if not version:
-        return await models.find(name)
-    if "@" in name or "/" in name:
+    return await models.find(reference(name, version))
+
+
+def reference(name: str, version: str) -> str:
+    """What a name and a version, which may be empty, stand for.
+
+    Raises:
+        NotFoundError: the name has a version itself.
+    """
+    if version and ("@" in name or "/" in name):
         raise NotFoundError(f"model '{name}' has a version already", param="model")
-    return await models.find(f"{name}/{version}")
+    return f"{name}/{version}" if version else name
 
 
 def add_input(inputs: Arrays, name: str, array: Array) -> None:

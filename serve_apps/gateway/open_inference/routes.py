@@ -32,7 +32,7 @@ from serve_apps.gateway.open_inference.bodies import (
     read_body,
     write_body,
 )
-from serve_apps.gateway.open_inference.requests import answer, find_model
+from serve_apps.gateway.open_inference.requests import answer, reference
 
 SERVER_NAME = "heliostat"
 EXTENSIONS = ("binary_tensor_data",)
@@ -88,17 +88,20 @@ def build_routes(models: Models) -> list[Route]:
     )
     async def infer(request: Request) -> Response:
         require_any(request, "infer")
-        model = await _find(models, request)
-        model.require_graph()
-        body = await request.body()
-        json_length = header_of(request.scope, _JSON_LENGTH) or None
-        asked = await off_loop_if_large(len(body), lambda: read_body(body, json_length, model))
-        outputs = await answer(models, model, asked)
-        size_bytes = sum(output.array.nbytes for output in outputs)
-        content, headers = await off_loop_if_large(
-            size_bytes, lambda: write_body(asked, model, outputs)
-        )
-        return Response(content, headers=headers)
+
+        async def work(model: ServedModel) -> Response:
+            model.require_graph()
+            body = await request.body()
+            json_length = header_of(request.scope, _JSON_LENGTH) or None
+            asked = await off_loop_if_large(len(body), lambda: read_body(body, json_length, model))
+            outputs = await answer(models, model, asked)
+            size_bytes = sum(output.array.nbytes for output in outputs)
+            content, headers = await off_loop_if_large(
+                size_bytes, lambda: write_body(asked, model, outputs)
+            )
+            return Response(content, headers=headers)
+
+        return await models.answer(_reference(request), work)
 
     name, version = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
     return [
@@ -137,9 +140,11 @@ def server_version() -> str:
 
 async def _find(models: Models, request: Request) -> ServedModel:
     """The model that a path names."""
-    return await find_model(
-        models, request.path_params["name"], request.path_params.get("version", "")
-    )
+    return await models.find(_reference(request))
+
+
+def _reference(request: Request) -> str:
+    return reference(request.path_params["name"], request.path_params.get("version", ""))
 
 
 def _describe(spec: TensorSpec) -> dict[str, Any]:

@@ -88,19 +88,22 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         asked = await off_loop_if_large(
             len(body), lambda: validate(EmbeddingRequest, parse_object(body))
         )
-        model = await models.find(asked.model)
-        graph = EmbeddingGraph.of(model)
-        graph.check_dimensions(asked.dimensions)
-        prepared = await off_loop_if_large(
-            len(body), lambda: graph.prepare(asked.items, limits), tokenises=True
-        )
-        async with reading_tokens(model.served, prepared.num_tokens):
-            vectors = await _vectors(models, model, graph, prepared)
-        note_embedded(prepared.num_tokens)
-        return await off_loop_if_large(
-            sum(vector.nbytes for vector in vectors),
-            lambda: JsonResponse(_answer(asked, vectors, prepared.num_tokens)),
-        )
+
+        async def work(model: ServedModel) -> Response:
+            graph = EmbeddingGraph.of(model)
+            graph.check_dimensions(asked.dimensions)
+            prepared = await off_loop_if_large(
+                len(body), lambda: graph.prepare(asked.items, limits), tokenises=True
+            )
+            async with reading_tokens(model.served, prepared.num_tokens):
+                vectors = await _vectors(models, model, graph, prepared)
+            note_embedded(prepared.num_tokens)
+            return await off_loop_if_large(
+                sum(vector.nbytes for vector in vectors),
+                lambda: JsonResponse(_answer(asked, vectors, prepared.num_tokens)),
+            )
+
+        return await models.answer(asked.model, work, user=asked.user)
 
     return [Route("/v1/embeddings", embed, methods=["POST"])]
 

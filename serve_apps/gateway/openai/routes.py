@@ -84,13 +84,16 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         require_any(request, "infer")
         body = await request.body()
         asked = await off_loop_if_large(len(body), lambda: read_completion(body))
-        model = await models.find(asked.model)
-        await check_formats(asked.response_format, asked.structured_outputs)
-        answers = await off_loop_if_large(
-            len(body), lambda: begin_completion(models, model, asked, limits), tokenises=True
-        )
-        shape = CompletionShape(asked, echo_of(asked, model))
-        return await _respond(request, shape, answers)
+
+        async def work(model: ServedModel) -> Response:
+            await check_formats(asked.response_format, asked.structured_outputs)
+            answers = await off_loop_if_large(
+                len(body), lambda: begin_completion(models, model, asked, limits), tokenises=True
+            )
+            shape = CompletionShape(asked, echo_of(asked, model))
+            return await _respond(request, shape, answers)
+
+        return await models.answer(asked.model, work, user=asked.user)
 
     @describes(
         "Answer a conversation",
@@ -103,12 +106,15 @@ def build_routes(models: Models, limits: TextLimits) -> list[Route]:
         require_any(request, "infer")
         body = await request.body()
         asked = await off_loop_if_large(len(body), lambda: read_chat(body))
-        model = await models.find(asked.model)
-        await check_formats(asked.response_format, asked.structured_outputs)
-        answers = await off_loop_if_large(
-            len(body), lambda: begin_chat(models, model, asked, limits), tokenises=True
-        )
-        return await _respond(request, ChatShape(asked), answers)
+
+        async def work(model: ServedModel) -> Response:
+            await check_formats(asked.response_format, asked.structured_outputs)
+            answers = await off_loop_if_large(
+                len(body), lambda: begin_chat(models, model, asked, limits), tokenises=True
+            )
+            return await _respond(request, ChatShape(asked), answers)
+
+        return await models.answer(asked.model, work, user=asked.user)
 
     return [
         Route("/v1/completions", complete, methods=["POST"]),

@@ -112,9 +112,22 @@ class Instruments:
         self.continuations = counter(
             "stream_continuations", "Answers that went on at another replica", *_VERSION, "reason"
         )
+        self.state = gauge("version_state", "1 for the state a version is in", *_VERSION, "state")
+        trial = (*_VERSION, "arm", "metric")
+        self.observations = counter("release_observations", "Observations in a release", *trial)
+        self.badness = counter(
+            "release_badness", "Sum of a release's observations, from 0 (good) to 1 each", *trial
+        )
+        self.mirrored_requests = counter(
+            "mirrored_requests", "Requests to a version on trial for nobody", *_VERSION, "outcome"
+        )
+        self.failed_over = counter(
+            "failed_over", "Requests that a canary failed and the champion answered", *_VERSION
+        )
         self._per_version = (
-            self.model_requests, self.shed, self.tokens, self.queue_depth,
-            self.open_streams, self.continuations, *self.of_version.values(),
+            self.model_requests, self.shed, self.tokens, self.queue_depth, self.state,
+            self.open_streams, self.continuations, self.observations, self.badness,
+            self.mirrored_requests, self.failed_over, *self.of_version.values(),
         )  # fmt: skip
         self._tenants: frozenset[str] = frozenset()
         self._in_flight: dict[str, Gauge] = {}
@@ -150,6 +163,21 @@ class Instruments:
             cells.answered[tenant, status] = answered
         answered.inc()
         cells.duration(duration_s)
+
+    def enter(self, label: ModelLabel, state: str) -> None:
+        """A version is in this state now."""
+        self.version(label)
+        self.state.remove_by_labels({"model": label.model, "version": label.version})
+        self.state.labels(*label, state).set(1)
+
+    def observed(self, label: ModelLabel, arm: str, metric: str, value: float) -> None:
+        """Count an observation of a release; the label is the candidate's."""
+        self.observations.labels(*label, arm, metric).inc()
+        self.badness.labels(*label, arm, metric).inc(value)
+
+    def mirrored(self, label: ModelLabel, outcome: str) -> None:
+        """Count a request to a candidate that no customer made."""
+        self.mirrored_requests.labels(*label, outcome).inc()
 
     def version(self, label: ModelLabel) -> VersionCells:
         """The metrics of a version."""

@@ -24,6 +24,7 @@ from cluster.errors import HeliostatError, NotFoundError, OverloadedError
 from cluster.observability.logs import request_id_of_logs
 from cluster.observability.tracing import Tracing, end, set_failed, traceparent_of
 from cluster.security.api_keys import Identity
+from serve_apps.gateway.notices import Notice
 from serve_apps.gateway.routing_table import Routes, ServedVersion
 from serve_apps.gateway.telemetry.instruments import (
     NO_MODEL,
@@ -62,6 +63,8 @@ class RequestRecord:
     """What authentication finds out is put here, as `identity`."""
     served: ServedVersion | None = None
     """The version that the request names."""
+    notice: Notice | None = None
+    """Of that version's end."""
     status: int | None = None
     """As HTTP has it, in every protocol; None until the answer has begun."""
     is_complete: bool = False
@@ -71,12 +74,20 @@ class RequestRecord:
     embedded_tokens: int = 0
     """Those of the prompt tokens that no engine read."""
     span: Span | None = None
+    afterwards: list[Callable[[], None]] | None = None
+    """To be called when the answer has been sent."""
 
     @property
     def identity(self) -> Identity | None:
         """Who the verified key stands for."""
         identity: Identity | None = self.state.get("identity")
         return identity
+
+    def answered(self) -> None:
+        """Do what was left for after the answer."""
+        actions, self.afterwards = self.afterwards or (), None
+        for action in actions:
+            action()
 
     def outcome(self) -> int:
         """The status; of an answer that broke off, what it would have been had that come first."""
@@ -102,11 +113,22 @@ def note_error(error: HeliostatError) -> None:
         record.error = error
 
 
-def note_model(served: ServedVersion) -> None:
-    """The request is about this version."""
+def note_model(served: ServedVersion, notice: Notice | None = None) -> None:
+    """The request is about this version, which may be about to end."""
     record = _current.get()
     if record is not None:
-        record.served = served
+        record.served, record.notice = served, notice
+
+
+def when_answered(action: Callable[[], None]) -> None:
+    """Do this once the current request's answer has been sent; at once where there is none."""
+    record = _current.get()
+    if record is None:
+        action()
+        return
+    if record.afterwards is None:
+        record.afterwards = []
+    record.afterwards.append(action)
 
 
 def note_embedded(num_tokens: int) -> None:
@@ -209,6 +231,8 @@ class Telemetry:
     def follow(self, routes: Routes) -> None:
         """Forget what is no longer served."""
         self.instruments.keep_only(label_of(served) for served in routes.served.values())
+        for served in routes.served.values():
+            self.instruments.enter(label_of(served), served.state)
 
     def finish(self, record: RequestRecord) -> None:
         """A request has been answered, or given up."""
@@ -278,6 +302,8 @@ class _Watched:
                 self._span.__exit__(kind, error, trace)
             _current.reset(self._tokens[0])
             request_id_of_logs.reset(self._tokens[1])
+            if record.afterwards is not None:
+                record.answered()
 
 
 class StreamWatch:

@@ -23,7 +23,7 @@ from serve_apps.gateway.http.paths import MODEL, WORD
 from serve_apps.gateway.http.requests import off_loop_if_large
 from serve_apps.gateway.http.responses import write_json
 from serve_apps.gateway.models import Models
-from serve_apps.gateway.open_inference.requests import find_model
+from serve_apps.gateway.open_inference.requests import reference
 from serve_apps.gateway.tensorflow_serving.answers import (
     ModelMetadata,
     ModelStatus,
@@ -47,16 +47,19 @@ def build_routes(models: Models) -> list[Route]:
     @describes("Tensors in, tensors out", scopes=("infer",), body=PredictBody, answer=Prediction)
     async def predict(request: Request) -> Response:
         require_any(request, "infer")
-        model = await _find(models, request)
-        model.require_graph()
-        body = await request.body()
-        asked = await off_loop_if_large(len(body), lambda: read_predict(body, model))
-        outputs = await models.infer(model, asked.inputs)
-        size_bytes = sum(array.nbytes for array in outputs.values())
-        content = await off_loop_if_large(
-            size_bytes, lambda: write_json(write_predict(asked, model, outputs))
-        )
-        return Response(content, media_type=JSON)
+
+        async def work(model: ServedModel) -> Response:
+            model.require_graph()
+            body = await request.body()
+            asked = await off_loop_if_large(len(body), lambda: read_predict(body, model))
+            outputs = await models.infer(model, asked.inputs)
+            size_bytes = sum(array.nbytes for array in outputs.values())
+            content = await off_loop_if_large(
+                size_bytes, lambda: write_json(write_predict(asked, model, outputs))
+            )
+            return Response(content, media_type=JSON)
+
+        return await models.answer(_reference(request), work)
 
     @describes("Not offered", scopes=("infer",))
     async def refuse(request: Request) -> Response:
@@ -115,12 +118,16 @@ def _status(version: int) -> VersionState:
 
 async def _find(models: Models, request: Request) -> ServedModel:
     """The model that a path names."""
+    return await models.find(_reference(request))
+
+
+def _reference(request: Request) -> str:
     name, alias = request.path_params["name"], request.path_params.get("alias")
     if alias is None:
-        return await find_model(models, name, request.path_params.get("version", ""))
+        return reference(name, request.path_params.get("version", ""))
     if "@" in name or "/" in name:
         raise NotFoundError(f"model '{name}' has a version already", param="model")
-    return await models.find(f"{name}@{alias}")
+    return f"{name}@{alias}"
 
 
 def _metadata(model: ServedModel) -> ModelMetadata:

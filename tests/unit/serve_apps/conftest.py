@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shutil
 import sqlite3
@@ -15,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from sqlalchemy.engine import Engine
 from starlette.applications import Starlette
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -25,6 +27,7 @@ from cluster.ledger import Ledger
 from cluster.model_package.manifest import Golden, LanguageModelInfo, Manifest
 from cluster.processing import Datatype, ImageInput, Labels, Processing, Softmax, TensorSpec
 from cluster.processing.text import TextProcessor
+from cluster.releases import ReleaseStore
 from cluster.security.api_keys import ApiKeys
 from cluster.security.audit import AuditLog
 from cluster.security.leases import LeaseStore
@@ -193,6 +196,15 @@ class Gateway:
     """Names whose packages were opened."""
     graphs: dict[str, ServedModel]
     telemetry: Telemetry
+    database: Engine
+    routes: Routes
+    """What the gateway reads now and then; replaced by `route`."""
+
+    async def route(self, **changes: Any) -> None:
+        """Other routes, which the gateway has taken when this returns."""
+        self.routes = dataclasses.replace(self.routes, **changes)
+        while self.app.state.models.routes != self.routes:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     def serve_graph(
         self, manifest: Manifest, predict: Callable[[Arrays], Arrays], text: Any = None
@@ -279,11 +291,12 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
 
     loaded: list[str] = []
     graphs: dict[str, ServedModel] = {}
+    parts: list[Gateway] = []
 
     def load(version: ServedVersion) -> ServedModel:
         loaded.append(version.name)
         if version.name in graphs:
-            return graphs[version.name]
+            return dataclasses.replace(graphs[version.name], served=version)
         if version.name == "broken":
             raise ChangedFileError("model/model.onnx is not what was signed")
         if version.name == "echo":
@@ -314,13 +327,14 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
     app = build_asgi(
         GatewayParts(
             verify=keys.verify,
-            read_routes=lambda: routes,
+            read_routes=lambda: parts[0].routes if parts else routes,
             load_model=load,
             backend=backend,
             control=control,
             audit=audit.record,
             exchange=LeaseStore(database).exchange,
             totals=Ledger(database).totals,
+            add_evidence=ReleaseStore(database).add_evidence,
             config=GatewayConfig(max_body_bytes=64 * 1024),
             telemetry=telemetry,
             grpc_address=GrpcAddress("127.0.0.1", 0),
@@ -332,7 +346,7 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             transport=httpx.ASGITransport(app), base_url="http://gateway", timeout=30
         ) as client,
     ):
-        parts = Gateway(
+        whole = Gateway(
             app,
             client,
             backend,
@@ -344,10 +358,13 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             loaded,
             graphs,
             telemetry,
+            database,
+            routes,
         )
+        parts.append(whole)
         while not (await client.get("/v2/health/ready")).is_success:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        yield parts
+        yield whole
     backend.close()
     database.dispose()
     open_database.cache_clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,19 @@ from typing import Any
 import pytest
 
 from cluster.database import open_database
-from cluster.errors import NotFoundError
+from cluster.errors import GoneError, NotFoundError
 from cluster.model_ref import ModelRef
 from cluster.releases import ReleaseStore
-from serve_apps.gateway.routing_table import Routes, RoutingTable, ServedVersion, read_routes
+from serve_apps.gateway.notices import Notice
+from serve_apps.gateway.releases.release import Release
+from serve_apps.gateway.routing_table import (
+    Routes,
+    RoutingTable,
+    ServedVersion,
+    nobody,
+    read_routes,
+)
+from serve_apps.gateway.stickiness import share_of
 from serve_apps.options import DeploymentOptions
 
 
@@ -21,33 +32,73 @@ def served(version: int) -> ServedVersion:
 
 
 ROUTES = Routes(
-    served={("m", 1): served(1), ("m", 2): served(2)},
-    weights={"m": {1: 0.9, 2: 0.1}, "empty": {}},
+    served={("m", 1): served(1), ("m", 2): served(2), ("one", 4): served(4)},
+    weights={"m": {1: 0.9, 2: 0.1}, "empty": {}, "one": {4: 1.0}},
     aliases={("m", "candidate"): 2, ("m", "old"): 7},
 )
 
 
 @pytest.mark.parametrize(
-    ("ref", "draw", "version"),
-    [
-        ("m", 0.0, 1), ("m", 0.89, 1), ("m", 0.91, 2), ("m", 0.9999999, 2),
-        ("m/1", 0.99, 1), ("m/2", 0.0, 2), ("m@candidate", 0.0, 2),
-    ],
-)  # fmt: skip
-def test_references_resolve(ref: str, draw: float, version: int) -> None:
-    assert ROUTES.resolve(ModelRef.parse(ref), draw).version == version
+    ("ref", "version"), [("m/1", 1), ("m/2", 2), ("m@candidate", 2), ("one", 4)]
+)
+def test_references_resolve_whoever_asks(ref: str, version: int) -> None:
+    def never_asked() -> str:
+        raise AssertionError
+
+    assert ROUTES.resolve(ModelRef.parse(ref), never_asked).version == version
 
 
 @pytest.mark.parametrize("ref", ["x", "empty", "m/3", "m@old", "m@none", "x/1"])
 def test_what_is_not_served_is_named(ref: str) -> None:
     with pytest.raises(NotFoundError, match="not deployed"):
-        ROUTES.resolve(ModelRef.parse(ref), 0.5)
+        ROUTES.resolve(ModelRef.parse(ref), nobody)
 
 
-def test_draws_follow_the_weights() -> None:
-    ref = ModelRef.parse("m")
-    found = Counter(ROUTES.resolve(ref, i / 1000).version for i in range(1000))
-    assert found == {1: 900, 2: 100}
+def version_for(customer: str, share: float) -> int:
+    routes = dataclasses.replace(ROUTES, weights={"m": {1: 1 - share, 2: share}})
+    return routes.resolve(ModelRef.parse("m"), lambda: customer).version
+
+
+def test_customers_follow_the_weights() -> None:
+    found = Counter(version_for(f"customer {i}", 0.1) for i in range(2000))
+    assert 150 < found[2] < 250
+
+
+def test_a_customer_stays_with_a_version_while_its_weight_grows() -> None:
+    customers = [f"customer {i}" for i in range(300)]
+    before: set[str] = set()
+    for share in (0.0, 0.05, 0.25, 0.5, 1.0):
+        among = {customer for customer in customers if version_for(customer, share) == 2}
+        assert before <= among
+        before = among
+    assert before == set(customers)
+
+
+def test_another_models_first_customers_are_others() -> None:
+    customers = [f"customer {i}" for i in range(300)]
+    first = {c for c in customers if share_of(c, "m", [1, 2]) < 0.2}
+    assert first != {c for c in customers if share_of(c, "n", [1, 2]) < 0.2}
+    assert first == {c for c in customers if share_of(c, "m", [2, 1]) < 0.2}
+
+
+def test_after_notice_a_version_answers_until_its_end_and_is_gone_afterwards() -> None:
+    def resolve(ref: str, ends_at_s: float, **changes: Any) -> ServedVersion:
+        notices = {("m", 1): Notice(1767225600, ends_at_s), ("old", 3): Notice(0, ends_at_s)}
+        routes = dataclasses.replace(ROUTES, notices=notices, **changes)
+        return routes.resolve(ModelRef.parse(ref), nobody)
+
+    later, before = time.time() + 60, 1767830400.0
+    assert resolve("m/1", later).version == 1
+    assert resolve("m/2", before).version == 2
+    with pytest.raises(GoneError, match=r"Thu, 08 Jan 2026 00:00:00 GMT; versions .* are: 2"):
+        resolve("m/1", before)
+    # Taken down before its time, or long ago: no version of the name is left.
+    for ref in ("old", "old/3", "old@champion"):
+        with pytest.raises(GoneError, match="ask for another model"):
+            resolve(ref, later)
+    for ref in ("old/4", "n"):
+        with pytest.raises(NotFoundError):
+            resolve(ref, later)
 
 
 @pytest.fixture
@@ -85,6 +136,28 @@ async def test_only_serving_states_are_routed(store: ReleaseStore) -> None:
         tables.take_down(champion, "retiring", "undeployed", actor="test")
     routes = read_routes(store)
     assert (list(routes.served), routes.weights["m"]) == ([("m", 1)], {})
+
+
+async def test_a_release_under_way_and_a_notice_are_read(store: ReleaseStore) -> None:
+    deploy(store, 1)
+    with store.writing() as tables:
+        row = tables.create("m", 2, "sha256:2", {}, "asked", requested_by="ops")
+        shadow = tables.compare(row, "shadow", "mirrored first", mirror_share=0.5)
+    release = Release("m", 1, 2, row.release_id, 1, 0.5)
+    routes = read_routes(store)
+    assert routes.releases == {"m": release}
+    assert routes.resolve(ModelRef.parse("m"), nobody).version == 1
+    with store.writing() as tables:
+        tables.compare(shadow, "canary", "no worse", mirror_share=0.0, share=0.25)
+    routes = read_routes(store)
+    assert routes.releases == {"m": dataclasses.replace(release, step=2, mirrored_share=0.0)}
+    assert routes.weights["m"] == {1: 0.75, 2: 0.25}
+    champion = store.get("m", 1)
+    assert champion is not None
+    assert routes.notices == {}
+    with store.writing() as tables:
+        tables.set_sunset(champion, "2026-01-08T00:00:00+00:00", "asked", actor="ops")
+    assert read_routes(store).notices["m", 1].ends_at == "Thu, 08 Jan 2026 00:00:00 GMT"
 
 
 async def test_a_database_that_goes_away_leaves_the_last_routes() -> None:

@@ -29,6 +29,7 @@ from cluster.model_package import open_version
 from cluster.model_ref import ModelRef
 from cluster.processing.text import TextProcessor
 from cluster.registry import ModelRegistry
+from cluster.releases import ReleaseStore
 from cluster.security.api_keys import ApiKeys
 from cluster.security.audit import AuditLog
 from cluster.security.leases import LeaseStore
@@ -172,6 +173,7 @@ def build(
             audit=AuditLog(database).record,
             exchange=LeaseStore(database).exchange,
             totals=Ledger(database).totals,
+            add_evidence=ReleaseStore(database).add_evidence,
             config=GatewayConfig(max_body_bytes=4096, max_file_bytes=max_file_bytes),
             batches=parts,
         )

@@ -25,7 +25,8 @@ BOARD = json.loads((GRAFANA / "dashboards" / "heliostat.json").read_text(encodin
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
 TARGETS = [(panel["title"], target) for panel in PANELS for target in panel["targets"]]
 VARIABLES = [v["definition"] for v in BOARD["templating"]["list"] if v["type"] == "query"]
-QUERIES = [target["expr"] for _, target in TARGETS] + VARIABLES
+ANNOTATIONS = [annotation["expr"] for annotation in BOARD["annotations"]["list"]]
+QUERIES = [target["expr"] for _, target in TARGETS] + VARIABLES + ANNOTATIONS
 # Added by Ray and by Prometheus itself.
 THEIR_LABELS = {"WorkerId", "instance", "job"}
 
@@ -78,12 +79,22 @@ async def traffic(gateway: Any) -> None:
     await asyncio.gather(
         *(gateway.client.post(path, json=body, headers=headers) for path, body in bodies)
     )
+    # Some of these customers have the canary, which fails; the others are mirrored to it.
+    for number in range(12):
+        session = {**headers, "x-session-id": str(number)}
+        await gateway.client.post(bodies[0][0], json=bodies[0][1], headers=session)
+
+
+def crash(_arrays: Any) -> Any:
+    raise RuntimeError("boom")
 
 
 async def test_every_metric_and_label_of_the_board_is_exported_and_every_metric_is_on_it(
-    gateway: Any,
+    gateway: Any, trial: Any
 ) -> None:
+    await trial.graph(crash, weight=0.5, mirrored=1.0)
     await traffic(gateway)
+    await trial.until_mirrored("classes/3")
     registry = gateway.telemetry.instruments.registry
     exported: dict[str, set[str]] = {}
     for family in registry.collect():
@@ -131,7 +142,7 @@ def agent(gateway: Any) -> Iterator[int]:
 
 
 async def test_a_real_prometheus_answers_every_query(
-    gateway: Any, agent: int, tmp_path: Path
+    gateway: Any, trial: Any, agent: int, tmp_path: Path
 ) -> None:
     def in_ten_seconds(query: str) -> str:
         for variable, value in (
@@ -140,7 +151,9 @@ async def test_a_real_prometheus_answers_every_query(
             query = query.replace(variable, value)
         return query
 
+    await trial.graph(crash, weight=0.5, mirrored=1.0)
     await traffic(gateway)
+    await trial.until_mirrored("classes/3")
     with prometheus_scraping(agent, tmp_path) as prometheus:
         await asyncio.to_thread(prometheus.wait_for, "heliostat_requests_total")
         await traffic(gateway)  # rates need two scrapes with a difference
@@ -150,6 +163,11 @@ async def test_a_real_prometheus_answers_every_query(
             samples = prometheus.query(in_ten_seconds(target["expr"]))
             values = [float(sample["value"][1]) for sample in samples]
             assert any(map(math.isfinite, values)), f"{title}: {target['expr']} gives {samples}"
+        entered, left = (prometheus.query(in_ten_seconds(query)) for query in ANNOTATIONS)
+        assert {"model": "classes", "version": "3", "state": "canary"} in [
+            sample["metric"] for sample in entered
+        ]
+        assert left == []
 
 
 def test_what_is_provisioned_fits_together() -> None:
