@@ -75,7 +75,7 @@ class DriftWindow:
     """The newest rows of one version."""
 
     def __init__(self, profile: DataProfile, *, half_life_rows: float) -> None:
-        self._profile = profile
+        self.profile = profile
         self._half_life_rows = half_life_rows
         self._rows: dict[Side, float] = dict.fromkeys(SIDES, 0.0)
         self._counts: dict[Side, dict[str, Counts]] = {
@@ -92,7 +92,7 @@ class DriftWindow:
             return
         kept = 0.5 ** (num_rows / self._half_life_rows)
         self._rows[side] = self._rows[side] * kept + num_rows
-        for name, feature in features_of(self._profile, side).items():
+        for name, feature in features_of(self.profile, side).items():
             counts = self._counts[side][name]
             counts *= kept
             if name in values:

@@ -23,6 +23,7 @@ from serve_apps.gateway.access.callers import answered, current_caller, metered
 from serve_apps.gateway.backend import Arrays, ModelBackend
 from serve_apps.gateway.batcher import Batcher, BatchLimits
 from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
+from serve_apps.gateway.drift import DriftWatch
 from serve_apps.gateway.routing_table import Routes, RoutingTable, ServedVersion
 from serve_apps.gateway.streams import StreamPlaces, read_ahead
 from serve_apps.gateway.telemetry.telemetry import Telemetry, note_model
@@ -48,11 +49,13 @@ class Models:
         catalogue: ModelCatalogue,
         backend: ModelBackend,
         telemetry: Telemetry | None = None,
+        drift: DriftWatch | None = None,
     ) -> None:
         self._table = table
         self._catalogue = catalogue
         self._backend = backend
         self._telemetry = telemetry or Telemetry()
+        self._drift = drift or DriftWatch(self._telemetry.instruments)
         self._batchers: dict[ServedVersion, Batcher] = {}
         self._places: dict[ServedVersion, StreamPlaces] = {}
         self._applications: set[str] = set()
@@ -113,6 +116,7 @@ class Models:
                 arrays = preprocess(manifest, inputs)
             outputs = postprocess(manifest, await self._batcher(model).submit(arrays))
         answered(model.served)
+        self._drift.count(model, arrays, outputs)
         return outputs
 
     def generate(
@@ -126,7 +130,8 @@ class Models:
             UpstreamTimeoutError: no token came in time.
             UpstreamFailedError: replicas failed, and none could go on.
         """
-        return metered(model.served, request, self._generate(model, request))
+        tokens = self._drift.stream(model, request, self._generate(model, request))
+        return metered(model.served, request, tokens)
 
     async def _generate(
         self, model: ServedModel, request: EngineRequest
@@ -206,6 +211,7 @@ class Models:
         """Let go of what is no longer served, before its application is deleted."""
         self._catalogue.follow(routes)
         self._telemetry.follow(routes)
+        self._drift.follow(routes)
         current = set(routes.served.values())
         closing = [self._batchers.pop(gone) for gone in set(self._batchers) - current]
         for gone in set(self._places) - current:

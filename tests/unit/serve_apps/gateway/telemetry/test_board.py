@@ -68,9 +68,11 @@ async def traffic(gateway: Any) -> None:
     pixels = {"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]}
     prompt = {"model": "talker", "prompt": "the sun", "max_tokens": 6}
     gateway.break_next_stream(2)
+    many = pixels | {"shape": [64, 4], "data": [0] * 256}
     mute = prompt | {"model": "mute", "max_tokens": 1}
     bodies = [
         ("/v2/models/classes/infer", {"inputs": [pixels]}),
+        *[("/v2/models/classes/infer", {"inputs": [many]})] * 4,
         ("/v1/completions", prompt | {"stream": True}),
         ("/v1/completions", prompt | {"model": "nobody"}),
         *[("/v1/completions", mute)] * 6,  # of which it sheds some
@@ -78,6 +80,7 @@ async def traffic(gateway: Any) -> None:
     await asyncio.gather(
         *(gateway.client.post(path, json=body, headers=headers) for path, body in bodies)
     )
+    await asyncio.to_thread(gateway.drift.flush)
 
 
 async def test_every_metric_and_label_of_the_board_is_exported_and_every_metric_is_on_it(
