@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from cluster.aliases import move_alias
 from cluster.database import model_versions, now, open_database
 from cluster.drift_counts import DriftStore
 from cluster.errors import ConfigError, NotRunningError
@@ -34,6 +33,13 @@ RETRAIN = {
     "strategy": "direct",
     "cool_down_s": 3600,
 }
+
+
+class UnmirroredRegistry(ModelRegistry):
+    """Without MLflow."""
+
+    def mirror_aliases(self, name: str) -> None:
+        pass
 
 
 class Jobs:
@@ -66,7 +72,7 @@ class World:
         self.engine = open_database(settings.database)
         self.clock_s = 1_800_000_000.0
         self.releases = ReleaseStore(self.engine)
-        self.registry = ModelRegistry(self.engine, settings)
+        self.registry = UnmirroredRegistry(self.engine, settings)
         self.counts = DriftStore(self.engine)
         self.retrainings = RetrainingStore(self.engine, clock=lambda: self.clock_s)
         self.audit = AuditLog(self.engine)
@@ -85,9 +91,7 @@ class World:
         }  # fmt: skip
         with self.engine.begin() as connection:
             connection.execute(sa.insert(model_versions).values(row))
-            move_alias(
-                connection, "digits", CANDIDATE, version, actor="jobs.train", reason="trained"
-            )
+        self.registry.set_alias("digits", CANDIDATE, version, actor="jobs.train", reason="trained")
 
     def new_retrainer(self) -> Retrainer:
         """As after a kill: nothing remembered."""
