@@ -92,8 +92,19 @@ def demo(
     fast: Annotated[
         bool, typer.Option(help="Train a few steps only, to see the plumbing.")
     ] = False,
+    release: Annotated[
+        bool,
+        typer.Option(
+            help="Instead: under load, a good version is released, a bad one rolled back."
+        ),
+    ] = False,
 ) -> None:
     """Train, package, deploy and call two models on this machine."""
+    if release:
+        from cluster.cli.demo_release import run_release_demo
+
+        run_release_demo()
+        return
     from cluster.cli.demo import run_demo
 
     run_demo(fast=fast)
