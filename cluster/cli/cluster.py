@@ -90,7 +90,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def demo(
     fast: Annotated[
-        bool, typer.Option(help="Train a few steps only, to see the plumbing.")
+        bool, typer.Option(help="Only to see the plumbing: few steps, little evidence.")
     ] = False,
     release: Annotated[
         bool,
@@ -103,7 +103,7 @@ def demo(
     if release:
         from cluster.cli.demo_release import run_release_demo
 
-        run_release_demo()
+        run_release_demo(fast=fast)
         return
     from cluster.cli.demo import run_demo
 

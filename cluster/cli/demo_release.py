@@ -29,11 +29,15 @@ GATE = "configs/services/digits.yaml"
 SERVING = "configs/serve/digits_released.yaml"
 _POLL_S = 0.25
 _TIMEOUT_S = 300.0
+_FAST_PHASE_S = 8
 _SETTLED = ("champion", "rolled_back", "failed")
 
 
-def run_release_demo() -> None:
+def run_release_demo(*, fast: bool = False) -> None:
     """Start the cluster, serve a version under load, release a good one and a bad one.
+
+    Args:
+        fast: decide on less evidence.
 
     Raises:
         JobFailedError: a command failed, a request failed, or a release ended otherwise than it
@@ -52,14 +56,17 @@ def run_release_demo() -> None:
     heliostat("deploy", str(first.ref))
     digest = manifest_of(settings, first).lineage.dataset_digest
     pixels, labels = held_out_digits(settings, digest)
+    options = read_mapping(Path(SERVING))
+    if fast:
+        options["release"]["max_duration_s"] = _FAST_PHASE_S
     with LiveLoad(settings, NAME, pixels, labels) as load:
         step(f"Under load: {good.ref}, which passes the gate")
         _gate(good)
-        end = _release(admin, load, good)
+        end = _release(admin, load, good, options)
         _expect(good, end, "champion")
         step(f"Under load: {bad.ref}, trained for three steps; the gate refuses and is overruled")
         _gate(bad, force="planted by the demo, to be rolled back")
-        end = _release(admin, load, bad)
+        end = _release(admin, load, bad, options)
         _expect(bad, end, "rolled_back")
         time.sleep(1.0)
     step("What the customers saw")
@@ -89,10 +96,12 @@ def _set(overrides: Any) -> list[str]:
     return [part for override in overrides for part in ("--set", override)]
 
 
-def _release(admin: AdminClient, load: LiveLoad, version: ModelVersion) -> dict[str, Any]:
+def _release(
+    admin: AdminClient, load: LiveLoad, version: ModelVersion, options: dict[str, Any]
+) -> dict[str, Any]:
     """Ask for it by shadow and canary, and show each step with the load at that moment."""
     started_s, num_shown = time.monotonic(), 0
-    row = admin.deploy(str(version.ref), "shadow", read_mapping(Path(SERVING)))
+    row = admin.deploy(str(version.ref), "shadow", options)
     console.print(f"  {_load_line(load.seen)}")
     while True:
         timeline = [
