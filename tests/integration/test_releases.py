@@ -9,118 +9,22 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
-from cluster.admin_client import AdminClient
 from cluster.cli.live_load import LiveLoad
-from cluster.model_package import package_key
-from cluster.model_ref import ModelRef
-from cluster.registry import ModelRegistry
-from cluster.storage import Storage
+from tests.live_releases import LABELS, NAME, ROWS, Releases
 from tests.stack import Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
-NAME = "steady"
-WIDTH, NUM_CLASSES, NUM_KNOWN = 8, 3, 10
 ROLLBACK_S = 1.0
-OPTIONS: dict[str, Any] = {
-    "release": {
-        "margins": {"errors": 0.05, "slow": 0.5},
-        "steps": [0.5],
-        "mirror_share": 1.0,
-        "min_observations": 50,
-        "max_duration_s": 10,
-    }
-}
-WEIGHTS = np.random.default_rng(0).normal(size=(WIDTH, NUM_CLASSES)).astype(np.float32)
-ROWS = np.random.default_rng(1).random((200, WIDTH), dtype=np.float32) * 2 * NUM_KNOWN
-LABELS = [str(label) for label in (ROWS @ WEIGHTS).argmax(axis=1)]
-
-
-def save_classes(path: Path, weights: Any, *, fails: bool = False) -> Path:
-    """Classes of linear scores; where it `fails`, half of the rows have no place in a table."""
-    nodes = [helper.make_node("MatMul", ["pixels", "W"], ["scores"])]
-    constants = [numpy_helper.from_array(weights, "W")]
-    if fails:
-        nodes += [
-            helper.make_node("Gather", ["pixels", "first"], ["value"], axis=1),
-            helper.make_node("Cast", ["value"], ["place"], to=TensorProto.INT64),
-            helper.make_node("Gather", ["table", "place"], ["one"]),
-            helper.make_node("Mul", ["scores", "one"], ["known"]),
-        ]
-        constants += [
-            numpy_helper.from_array(np.array([0], np.int64), "first"),
-            numpy_helper.from_array(np.ones(NUM_KNOWN, np.float32), "table"),
-        ]
-    nodes += [
-        helper.make_node("Softmax", ["known" if fails else "scores"], ["probabilities"], axis=1),
-        helper.make_node("ArgMax", ["probabilities"], ["label"], axis=1, keepdims=0),
-    ]
-    outputs = [
-        helper.make_tensor_value_info("label", TensorProto.INT64, ["batch"]),
-        helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", NUM_CLASSES]),
-    ]
-    inputs = [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", WIDTH])]
-    graph = helper.make_graph(nodes, "classes", inputs, outputs, constants)
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path
-    )
-    return path
-
-
-class Releases:
-    """One served model, and versions to release."""
-
-    def __init__(self, stack: Stack, directory: Path) -> None:
-        self.stack, self.directory = stack, directory
-        self.admin = AdminClient.open(stack.settings)
-        self.registry = ModelRegistry.open(stack.settings)
-
-    def publish(self, shift: float = 0.0, *, fails: bool = False) -> int:
-        """A version whose scores are shifted a little; returns its number."""
-        path = save_classes(self.directory / "m.onnx", WEIGHTS + np.float32(shift), fails=fails)
-        imported = self.stack.run_cli("models", "import", path, "--name", NAME)
-        assert imported.returncode == 0, imported.stderr
-        return self.registry.list_versions(NAME)[-1].version
-
-    def release(self, version: int, strategy: str) -> dict[str, Any]:
-        """Ask for it and wait until it is settled."""
-        asked = self.admin.deploy(f"{NAME}/{version}", strategy, OPTIONS)
-        deadline_s = time.monotonic() + 90
-        while True:
-            row = self.admin.deployment(NAME, version)
-            if row["release_id"] == asked["release_id"] and row["state"] in (
-                "champion", "failed", "rolled_back",
-            ):  # fmt: skip
-                return row
-            assert time.monotonic() < deadline_s, row
-            time.sleep(0.1)
-
-    def tamper(self, version: int) -> None:
-        """Change a stored package after it was signed."""
-        found = self.registry.resolve(ModelRef(NAME, version=version))
-        storage = Storage.open(self.stack.settings.storage_root)
-        key = f"{package_key(found.digest)}/model/model.onnx"
-        content = bytearray(storage.read_bytes(key))
-        content[-1] ^= 1
-        path = storage.local_path(key)
-        assert path is not None
-        path.chmod(0o600)
-        path.write_bytes(content)
 
 
 @pytest.fixture(scope="module")
 def releases(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Releases]:
     found = Releases(stack, tmp_path_factory.mktemp("versions"))
-    found.admin.deploy(f"{NAME}/{found.publish()}", "direct", OPTIONS)
-    found.release(1, "direct")
+    found.begin()
     yield found
     found.admin.undeploy(NAME, None)
 
