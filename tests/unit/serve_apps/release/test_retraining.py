@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from cluster.database import model_versions, now, open_database
 from cluster.drift_counts import DriftStore
-from cluster.errors import ConfigError, NotRunningError
+from cluster.errors import ConfigError, ConflictError, NotRunningError
 from cluster.model_ref import CANDIDATE
 from cluster.registry import ModelRegistry
 from cluster.releases import ReleaseStore
@@ -78,7 +78,8 @@ class World:
         self.audit = AuditLog(self.engine)
         self.jobs = Jobs()
         self.deployed: list[tuple[str, str, dict[str, Any], str]] = []
-        self.options = read_options({"retrain": retrain}).model_dump()
+        self.deploy_error: Exception | None = None
+        self.options = read_options({"retrain": retrain}).model_dump(mode="json")
         self.register(1)
         with self.releases.writing() as tables:
             row = tables.create("digits", 1, "sha256:1", self.options, "", requested_by="test")
@@ -102,11 +103,16 @@ class World:
                 counts=self.counts,
                 retrainings=self.retrainings,
                 jobs=self.jobs,
-                deploy=lambda *asked: self.deployed.append(asked),
+                deploy=self.deploy,
                 read_profile=lambda _: PROFILE,
                 audit=self.audit.record,
             )
         )
+
+    def deploy(self, ref: str, strategy: str, options: dict[str, Any], actor: str) -> None:
+        if self.deploy_error is not None:
+            raise self.deploy_error
+        self.deployed.append((ref, strategy, options, actor))
 
     def step(self, times: int = 1) -> None:
         for _ in range(times):
@@ -185,6 +191,21 @@ def test_the_cool_down_holds_whatever_became_of_the_last_one(world: World) -> No
     world.clock_s += 2
     world.step(3)
     assert len(world.jobs.started) == 2
+
+
+def test_a_release_under_way_is_waited_for(world: World) -> None:
+    world.drift()
+    world.step()
+    world.register(2)
+    world.jobs.end()
+    world.step()
+    world.jobs.end()
+    world.deploy_error = ConflictError("version 3 is on its way")
+    world.step(2)
+    assert world.states == ["gating"]
+    world.deploy_error = None
+    world.step()
+    assert world.states == ["released"]
 
 
 def test_what_the_gate_refuses_is_not_released(world: World) -> None:
