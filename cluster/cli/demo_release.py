@@ -106,7 +106,7 @@ def _release(
     while True:
         timeline = [
             event
-            for event in admin.release(version.name)["events"]
+            for event in admin.release(version.name)["timeline"]
             if event["release_id"] == row["release_id"]
         ]
         for event in timeline[num_shown:]:
