@@ -150,7 +150,7 @@ class LiveLoad:
             )
             version = answer.headers.get("x-model-version", "")
             if answer.status_code == httpx.codes.OK:
-                (label,) = answer.json()["outputs"][0]["data"]
+                label = str(answer.json()["outputs"][0]["data"][0])
             else:
                 failure = f"{answer.status_code} from {version or 'nobody'}: {answer.text[:200]}"
         except httpx.HTTPError as error:
