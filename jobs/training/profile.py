@@ -117,37 +117,38 @@ def _as_sent(graph: _Graph, columns: dict[str, Array]) -> dict[str, Array]:
 
 def _text_distributions(dataset: Dataset) -> DataProfile:
     columns = _first_rows(dataset, "train", _MAX_TEXT_ROWS)
-    starts = _bits(columns[DOCUMENT_STARTS], columns[TOKEN_IDS].shape[1])
-    kept = _kept_tokens(dataset, columns)
+    pad_id = dataset.text.pad_id
+    kept = kept_tokens(columns, pad_id)
     inputs: dict[str, Feature] = {
-        **describe({LENGTH: _document_lengths(starts, kept)}),
+        **describe({LENGTH: document_lengths(columns, kept)}),
         TOKENS: describe_tokens(columns[TOKEN_IDS][kept]),
     }
     held_out = _first_rows(dataset, "validation", _MAX_TEXT_ROWS)
     outputs: dict[str, Feature] = {}
     if len(held_out[TOKEN_IDS]):
-        predicted = _kept_tokens(dataset, held_out)
+        predicted = kept_tokens(held_out, pad_id)
         if LOSS_MASK in held_out:
             predicted &= _bits(held_out[LOSS_MASK], predicted.shape[1])
         outputs[TOKENS] = describe_tokens(held_out[TOKEN_IDS][predicted])
     return DataProfile(inputs=inputs, outputs=outputs)
 
 
-def _kept_tokens(dataset: Dataset, columns: dict[str, Array]) -> Array:
+def kept_tokens(columns: dict[str, Array], pad_id: int) -> Array:
     """Which tokens count: without those that two rows share, and those that fill rows up."""
     tokens = columns[TOKEN_IDS]
     kept = np.ones(tokens.shape, dtype=bool)
     if LOSS_MASK in columns:
         # Conversations are put whole into rows of their own.
-        is_padding = tokens == dataset.text.pad_id
+        is_padding = tokens == pad_id
         kept = ~np.logical_and.accumulate(is_padding[:, ::-1], axis=1)[:, ::-1]
     else:
         kept[:, -1] = False
     return kept
 
 
-def _document_lengths(starts: Array, kept: Array) -> Array:
-    """In tokens, of the documents that begin and end within the rows."""
+def document_lengths(columns: dict[str, Array], kept: Array) -> Array:
+    """In tokens, of the documents that begin within the rows."""
+    starts = _bits(columns[DOCUMENT_STARTS], kept.shape[1])
     begins = np.flatnonzero(starts[kept])
     return np.diff(np.append(begins, kept.sum())) if len(begins) else np.array([int(kept.sum())])
 

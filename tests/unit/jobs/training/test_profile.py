@@ -18,11 +18,12 @@ from cluster.storage import Storage
 from jobs.data.catalog import DatasetCatalog
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
+from jobs.data.packing import ChatPacker
 from jobs.models.cnn import Cnn
 from jobs.models.config import CnnConfig, LinearRegressionConfig
 from jobs.models.families import make_family
 from jobs.models.family import DataShape, Exported
-from jobs.training.profile import data_profile
+from jobs.training.profile import data_profile, document_lengths, kept_tokens
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +108,13 @@ def test_text_by_length_and_tokens(catalog: DatasetCatalog, tmp_path: Path) -> N
     window.add("inputs", prompt_features(rows["tokens"][:, :-1].reshape(-1)), num_rows=1)
     assert measure(profile, window.counts)["inputs"]["tokens"].psi < 1e-6
     assert sum(profile.outputs["tokens"].counts) > 0
+
+
+def test_what_fills_the_rows_of_conversations_up_is_not_counted() -> None:
+    packer = ChatPacker(sequence_length=7, dtype=np.uint16, pad_id=0)
+    tokens, lengths = np.arange(1, 13), np.array([3, 4, 5])
+    packer.add(tokens, np.ones(12, np.uint8), lengths)
+    columns = packer.finish()
+    kept = kept_tokens(columns, pad_id=0)
+    assert sorted(columns["tokens"][kept]) == sorted(tokens)
+    assert sorted(document_lengths(columns, kept).tolist()) == [3, 4, 5]
