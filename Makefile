@@ -9,10 +9,10 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 NAME   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak check bench lock clean
+.PHONY: help install demo demo-release test soak check bench lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## create .venv and install everything, pinned
 
@@ -32,6 +32,9 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 
 demo: install  ## train, package, sign, deploy and call two models on this machine
 	@$(BIN)/heliostat demo
+
+demo-release: install  ## under load, release a good version and roll a bad one back
+	@$(BIN)/heliostat demo --release
 
 test: install  ## every test that needs no GPU
 	@$(BIN)/python -m pytest tests -m 'not soak'

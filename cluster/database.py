@@ -271,6 +271,32 @@ batches = sa.Table(
     sa.Index("batches_by_status", "status"),
 )
 
+# What each gateway replica has counted of the rows that a version was asked and answered.
+drift_counts = sa.Table(
+    "drift_counts",
+    metadata,
+    sa.Column("name", sa.String(128), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("source", sa.String(64), primary_key=True),
+    sa.Column("counts", sa.JSON, nullable=False),
+    sa.Column("updated_at", sa.String(32), nullable=False),
+)
+
+# Training that drift has led to, and how far it has come; the release controller writes it.
+retrainings = sa.Table(
+    "retrainings",
+    metadata,
+    sa.Column("job_id", sa.String(200), primary_key=True),
+    sa.Column("name", sa.String(128), nullable=False),
+    # The version that drifted.
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("state", sa.String(32), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("requested_at", sa.String(32), nullable=False),
+    sa.Column("updated_at", sa.String(32), nullable=False),
+    sa.Index("retrainings_by_name", "name", "requested_at"),
+)
+
 
 def now() -> str:
     """The current time as the tables hold it."""

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import ConfigError, JobFailedError, NotFoundError, NotRunningError, UsageError
 from cluster.settings import Settings
@@ -34,6 +34,9 @@ _CONFIG_VARIABLE = "HELIOSTAT_JOB_CONFIG"
 _MAX_CONFIG_BYTES = 100_000
 _POLL_INTERVAL_S = 0.3
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+JobState = Literal["running", "succeeded", "failed", "unknown"]
+_STATES: dict[str, JobState] = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "failed"}
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,23 @@ class Jobs:
             entrypoint_num_cpus=0,
         )
         return submitted
+
+    def submit_once(self, verb: str, config: Path, *, job_id: str) -> None:
+        """As `submit`, unless a job of this id has been submitted already."""
+        try:
+            self.submit(verb, config, job_id=job_id)
+        except NotRunningError:
+            # Ray refuses an id that it knows: somebody else has submitted it.
+            if self.state(job_id) == "unknown":
+                raise
+
+    def state(self, job_id: str) -> JobState:
+        """How far a job is; `unknown` if there is none of this id, or not any more."""
+        try:
+            status = self.info(job_id).status
+        except NotFoundError:
+            return "unknown"
+        return _STATES.get(status, "running")
 
     def follow(self, job_id: str) -> Iterator[str]:
         """What the job prints, as it prints it, until it ends."""

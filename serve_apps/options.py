@@ -55,6 +55,26 @@ class AutoscalingOptions(StrictModel):
         return value
 
 
+class RetrainOptions(StrictModel):
+    """Train again when what is served drifts from what the version was trained on."""
+
+    config: str = Field(pattern=r"^configs/train/[A-Za-z0-9_][A-Za-z0-9_.-]*\.yaml$")
+    """What `jobs.train` is given, in the checkout."""
+    service: str | None = Field(
+        None, pattern=r"^configs/services/[A-Za-z0-9_][A-Za-z0-9_.-]*\.yaml$"
+    )
+    """The gate that decides on the new version; without one it stays a candidate."""
+    strategy: Literal["direct", "canary", "shadow"] = "shadow"
+    """How a version that passes the gate is released."""
+    psi: float = Field(0.25, gt=0, le=100)
+    """Population stability index of any feature that is too much."""
+    min_rows: int = Field(1000, ge=30, le=1_000_000)
+    """Rows that must have been counted; gateways let older ones fade, so beyond some 5,000 for
+    each gateway it is never reached."""
+    cool_down_s: float = Field(_DAY_S, ge=60, le=366 * _DAY_S)
+    """From one training for drift to the next."""
+
+
 class DeploymentOptions(StrictModel):
     """Options of a deployment. They are kept with it, and every gateway reads them from there."""
 
@@ -102,6 +122,8 @@ class DeploymentOptions(StrictModel):
     itself is quicker and the model takes half the memory, and many at once are slower."""
     release: ReleaseOptions = ReleaseOptions()
     """How it is compared with the champion, for the strategies canary and shadow."""
+    retrain: RetrainOptions | None = None
+    """Whether, and how, drift leads to training."""
 
     @field_validator("num_gpus", "num_cpus")
     @classmethod
@@ -188,6 +210,7 @@ _SECTIONS: dict[str, type[StrictModel]] = {
     "autoscaling": AutoscalingOptions,
     "release": ReleaseOptions,
     "release.margins": Margins,
+    "retrain": RetrainOptions,
 }
 
 

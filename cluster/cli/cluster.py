@@ -90,10 +90,21 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def demo(
     fast: Annotated[
-        bool, typer.Option(help="Train a few steps only, to see the plumbing.")
+        bool, typer.Option(help="Only to see the plumbing: few steps, little evidence.")
+    ] = False,
+    release: Annotated[
+        bool,
+        typer.Option(
+            help="Instead: under load, a good version is released, a bad one rolled back."
+        ),
     ] = False,
 ) -> None:
     """Train, package, deploy and call two models on this machine."""
+    if release:
+        from cluster.cli.demo_release import run_release_demo
+
+        run_release_demo(fast=fast)
+        return
     from cluster.cli.demo import run_demo
 
     run_demo(fast=fast)

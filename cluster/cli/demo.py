@@ -57,32 +57,34 @@ def run_demo(*, fast: bool = False) -> None:
     from cluster.registry import ModelRegistry
 
     started = time.monotonic()
-    _step("Start the cluster")
-    _heliostat("up")
+    step("Start the cluster")
+    heliostat("up")
     settings = load_settings()
     registry = ModelRegistry.open(settings)
     for model in (DIGITS, LANGUAGE_MODEL):
-        _step(f"Train {model.name}: Ray Train + DeepSpeed on two workers")
+        step(f"Train {model.name}: Ray Train + DeepSpeed on two workers")
         version = _train(registry, model, fast=fast)
-        _step(f"Deploy {version.name}, version {version.version}")
-        _heliostat("deploy", f"{version.name}/{version.version}")
+        step(f"Deploy {version.name}, version {version.version}")
+        heliostat("deploy", f"{version.name}/{version.version}")
     with _customer(settings) as customer:
-        _step("Ask as a customer: ten handwritten digits that training never saw")
+        step("Ask as a customer: ten handwritten digits that training never saw")
         _ask_digits(customer, settings, registry)
-        _step("Ask as a customer: continue a sentence")
+        step("Ask as a customer: continue a sentence")
         _ask_language_model(customer, settings, registry)
-    _step("Where the answers came from: verified from the package down to data and commit")
+    step("Where the answers came from: verified from the package down to data and commit")
     for model in (DIGITS, LANGUAGE_MODEL):
         print_origin(settings, registry, model.name)
     console.print(f"\nThe demo took {time.monotonic() - started:.0f} s.\n")
-    _heliostat("up")  # it is up; this prints the card
+    heliostat("up")  # it is up; this prints the card
 
 
-def _step(title: str) -> None:
+def step(title: str) -> None:
+    """A headline."""
     console.print(f"\n[bold cyan]── {title}[/bold cyan]")
 
 
-def _heliostat(*arguments: str) -> None:
+def heliostat(*arguments: str) -> None:
+    """Run a command of the CLI; JobFailedError if it fails."""
     command = [sys.executable, "-m", "cluster.cli.app", *arguments]
     if subprocess.run(command, check=False).returncode != 0:
         raise JobFailedError(
@@ -93,7 +95,7 @@ def _heliostat(*arguments: str) -> None:
 def _train(registry: ModelRegistry, model: DemoModel, *, fast: bool) -> ModelVersion:
     overrides = ("resume=reuse", *(model.fast if fast else ()))
     options = [part for override in overrides for part in ("--set", override)]
-    _heliostat("submit", "train", "--config", model.config, *options)
+    heliostat("submit", "train", "--config", model.config, *options)
     return registry.resolve(ModelRef(model.name, alias=CANDIDATE))
 
 
@@ -116,7 +118,7 @@ def _call(customer: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, 
 
 def _ask_digits(customer: httpx.Client, settings: Settings, registry: ModelRegistry) -> None:
     manifest = _manifest(settings, registry, DIGITS)
-    pixels, labels = _held_out_digits(settings, manifest.lineage.dataset_digest)
+    pixels, labels = held_out_digits(settings, manifest.lineage.dataset_digest, NUM_DIGITS)
     numbers = {
         "name": "pixels",
         "datatype": "FP32",
@@ -191,13 +193,19 @@ def print_origin(settings: Settings, registry: ModelRegistry, name: str) -> None
 
 
 def _manifest(settings: Settings, registry: ModelRegistry, model: DemoModel) -> Any:
+    return manifest_of(settings, registry.resolve(ModelRef(model.name, alias=CANDIDATE)))
+
+
+def manifest_of(settings: Settings, version: ModelVersion) -> Any:
+    """What a version's verified package says of itself."""
     from cluster.model_package import open_version
 
-    version = registry.resolve(ModelRef(model.name, alias=CANDIDATE))
     return open_version(version, settings).manifest
 
 
-def _held_out_digits(settings: Settings, dataset_digest: str) -> tuple[Any, list[str]]:
+def held_out_digits(
+    settings: Settings, dataset_digest: str, most: int | None = None
+) -> tuple[Any, list[str]]:
     """The first rows of the test split: float32 pixels (row, 8, 8), 0 to 16, and their labels."""
     import numpy as np
     import pyarrow as pa
@@ -206,7 +214,7 @@ def _held_out_digits(settings: Settings, dataset_digest: str) -> tuple[Any, list
 
     key = f"datasets/{DIGITS.name}/{dataset_digest.removeprefix('sha256:')}/test.arrow"
     stored = Storage.open(settings.storage_root).read_bytes(key)
-    rows = pa.ipc.open_file(pa.BufferReader(stored)).read_all().slice(0, NUM_DIGITS)
+    rows = pa.ipc.open_file(pa.BufferReader(stored)).read_all().slice(0, most)
     pixels = np.array(rows["pixels"].to_pylist(), dtype=np.float32).reshape(-1, 8, 8)
     return pixels, [str(label) for (label,) in rows["label"].to_pylist()]
 

@@ -64,7 +64,7 @@ def publish(
                 parent_digest=parent.digest if parent else "",
             ),
             metrics=outcome.metrics,
-            profile=data_profile(dataset),
+            profile=data_profile(dataset, outcome.exported),
             base=parent if exported.kind == "adapter" else None,
             parity=parity,
         )

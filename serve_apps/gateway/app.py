@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from cluster.batches import BatchStore
 from cluster.config import parse_config
 from cluster.database import open_database
+from cluster.drift_counts import DriftStore
 from cluster.ledger import Ledger
 from cluster.model_package import open_version
 from cluster.model_package.files import MODEL_DIR, TOKENIZER
@@ -32,6 +33,7 @@ from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.batches.driver import BatchParts
 from serve_apps.gateway.batches.runner import RayRunner
 from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.drift import DriftWatch
 from serve_apps.gateway.open_inference.grpc_server import GrpcAddress
 from serve_apps.gateway.routing_table import ServedVersion, read_routes
 from serve_apps.gateway.serve_backend import ServeBackend, ServeControl
@@ -80,6 +82,7 @@ def _real_parts(settings: Settings, config: GatewayConfig) -> GatewayParts:
     tracing = open_tracing(settings, "gateway")
     telemetry = Telemetry(tracing=tracing, logs_access=settings.access_log)
     export = MetricsExport(telemetry.instruments.registry)
+    drift = DriftWatch(telemetry.instruments, DriftStore(database).write)
 
     def name_tenants() -> None:
         tenants = sorted(keys.list_tenants(), key=lambda tenant: tenant.created_at)
@@ -98,9 +101,10 @@ def _real_parts(settings: Settings, config: GatewayConfig) -> GatewayParts:
         add_evidence=store.add_evidence,
         config=config,
         telemetry=telemetry,
-        export_metrics=lambda: flush_for_ever(export, [name_tenants]),
+        export_metrics=lambda: flush_for_ever(export, [name_tenants, drift.flush]),
         grpc_address=GrpcAddress(settings.host, settings.grpc_port),
         batches=_batch_parts(settings, config),
+        drift=drift,
     )
 
 

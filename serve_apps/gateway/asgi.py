@@ -24,6 +24,7 @@ from serve_apps.gateway.batches.driver import BatchDriver, BatchParts
 from serve_apps.gateway.batches.routes import batch_routes
 from serve_apps.gateway.batches.work import BatchOptions
 from serve_apps.gateway.catalogue import Load, ModelCatalogue
+from serve_apps.gateway.drift import DriftWatch
 from serve_apps.gateway.http import openapi
 from serve_apps.gateway.http.application import Application
 from serve_apps.gateway.http.compression import Decompression
@@ -79,6 +80,8 @@ class GatewayParts:
     """Where to speak gRPC as well; None does not."""
     batches: BatchParts | None = None
     """Without it there are no files and no batches."""
+    drift: DriftWatch | None = None
+    """Told of every request; None counts them and says so to nobody."""
 
 
 def build_asgi(parts: GatewayParts) -> Starlette:
@@ -87,7 +90,9 @@ def build_asgi(parts: GatewayParts) -> Starlette:
     accounts = Accounts(parts.exchange)
     evidence = Evidence(parts.add_evidence, parts.telemetry.instruments)
     catalogue = ModelCatalogue(parts.load_model)
-    models = Models(table, catalogue, parts.backend, parts.telemetry, evidence)
+    models = Models(
+        table, catalogue, parts.backend, parts.telemetry, evidence=evidence, drift=parts.drift
+    )
     keys, callers = KeyCache(parts.verify), Callers(accounts)
     grpc_server = _grpc_server(parts, models, Door(keys, callers, parts.telemetry))
     driver = BatchDriver(parts.batches, models, parts.config.text) if parts.batches else None

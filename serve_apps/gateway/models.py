@@ -33,6 +33,7 @@ from serve_apps.gateway.access.callers import answered, current_caller, metered
 from serve_apps.gateway.backend import Arrays, ModelBackend
 from serve_apps.gateway.batcher import Batcher, BatchLimits
 from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
+from serve_apps.gateway.drift import DriftWatch
 from serve_apps.gateway.releases.evidence import Evidence
 from serve_apps.gateway.releases.stream_waits import WatchedBackend
 from serve_apps.gateway.releases.watch import ReleaseWatch
@@ -70,7 +71,9 @@ class Models:
         catalogue: ModelCatalogue,
         backend: ModelBackend,
         telemetry: Telemetry | None = None,
+        *,
         evidence: Evidence | None = None,
+        drift: DriftWatch | None = None,
     ) -> None:
         self._table = table
         self._catalogue = catalogue
@@ -79,6 +82,7 @@ class Models:
             evidence or Evidence(lambda _deltas: None), catalogue, backend, self._has_room
         )
         self._backend = WatchedBackend(backend, self._releases.observer_of)
+        self._drift = drift or DriftWatch(self._telemetry.instruments)
         self._batchers: dict[ServedVersion, Batcher] = {}
         self._places: dict[ServedVersion, StreamPlaces] = {}
         self._applications: set[str] = set()
@@ -196,7 +200,9 @@ class Models:
                 arrays = await asyncio.to_thread(preprocess, manifest, inputs)
             else:
                 arrays = preprocess(manifest, inputs)
-            return postprocess(manifest, await self._batcher(model).submit(arrays))
+            outputs = postprocess(manifest, await self._batcher(model).submit(arrays))
+        self._drift.count(model, arrays, outputs)
+        return outputs
 
     def generate(
         self, model: ServedModel, request: EngineRequest
@@ -216,7 +222,7 @@ class Models:
             outputs = self._generate(model, request)
         else:
             outputs = watched.generate(model, request, self._generate)
-        return metered(model.served, request, outputs)
+        return metered(model.served, request, self._drift.stream(model, request, outputs))
 
     async def _generate(
         self, model: ServedModel, request: EngineRequest
@@ -310,6 +316,7 @@ class Models:
         self._catalogue.follow(routes)
         self._telemetry.follow(routes)
         self._releases.follow(routes)
+        self._drift.follow(routes)
         current = set(routes.served.values())
         closing = [self._batchers.pop(gone) for gone in set(self._batchers) - current]
         for gone in set(self._places) - current:

@@ -12,14 +12,22 @@ from ray import serve
 
 from cluster.controller_lease import ControllerLease
 from cluster.database import open_database
+from cluster.drift_counts import DriftStore
+from cluster.model_package import open_version
 from cluster.observability.logs import configure_logging
 from cluster.registry import ModelRegistry
-from cluster.releases import ReleaseStore
-from cluster.settings import load_settings
+from cluster.releases import Deployment, ReleaseStore
+from cluster.retrainings import RetrainingStore
+from cluster.security.audit import AuditLog
+from cluster.settings import Settings, load_settings
+from cluster.statistics.profile import DataProfile, read_profile
 from serve_apps.description import Description
 from serve_apps.handles import Handles
 from serve_apps.release.reconciler import ReleaseController
+from serve_apps.release.requests import ReleaseRequests
+from serve_apps.release.retraining import Retrainer, RetrainerParts
 from serve_apps.release.serve_applications import ServeApplications
+from serve_apps.release.training_jobs import RayTrainingJobs
 from serve_apps.replicas import SYSTEM_OPTIONS
 
 _CHECK_TIMEOUT_S = 30.0
@@ -48,6 +56,7 @@ class Controller:
             ControllerLease(engine, "release"),
         )
         self._task = asyncio.create_task(self._controller.run_forever())
+        self._retraining = asyncio.create_task(_retrainer(settings).run_forever())
 
     async def deploy(
         self, ref: str, strategy: str, options: dict[str, Any], actor: str
@@ -76,6 +85,27 @@ class Controller:
 
     async def release(self, name: str) -> dict[str, Any]:
         return await self._controller.release(name)
+
+
+def _retrainer(settings: Settings) -> Retrainer:
+    database = open_database(settings.database)
+    releases, registry = ReleaseStore(database), ModelRegistry.open(settings)
+
+    def profile_of(row: Deployment) -> DataProfile | None:
+        return read_profile(open_version(row, settings).manifest.profile)
+
+    return Retrainer(
+        RetrainerParts(
+            releases=releases,
+            registry=registry,
+            counts=DriftStore(database),
+            retrainings=RetrainingStore(database),
+            jobs=RayTrainingJobs(settings),
+            deploy=ReleaseRequests(releases, registry, ServeApplications()).deploy,
+            read_profile=profile_of,
+            audit=AuditLog(database).record,
+        )
+    )
 
 
 def build_app(_values: dict[str, Any]) -> serve.Application:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import ConfigError
+from serve_apps.release.training_jobs import RayTrainingJobs
 from tests.stack import HELIOSTAT, ROOT, Stack
 
 pytestmark = pytest.mark.stack
@@ -113,3 +115,18 @@ def job(stack: Stack, job_id: str) -> dict[str, str]:
 def test_an_unknown_job_id_is_one_line(stack: Stack) -> None:
     run = stack.run_cli("jobs", "logs", "none-such")
     assert (run.returncode, run.stderr.count("\n")) == (1, 1)
+
+
+def test_a_job_of_an_id_is_submitted_once(stack: Stack, prepared: dict[str, str]) -> None:
+    """As the release controller does it, which may be killed before it has noted the answer."""
+    jobs = RayTrainingJobs(stack.settings)
+    assert jobs.state("once") == "unknown"
+    for _ in range(2):
+        jobs.start("once", "prepare", CONFIG)
+    deadline_s = time.monotonic() + 60
+    while jobs.state("once") == "running":
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+    assert jobs.state("once") == "succeeded"
+    with pytest.raises(ConfigError, match="does not exist"):
+        jobs.start("never", "train", "configs/train/nothing.yaml")

@@ -14,16 +14,14 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import yaml
 
-from cluster.errors import NotFoundError, NotRunningError
+from cluster.errors import NotFoundError
 from cluster.settings import Settings, environment_for_children
-from cluster.submission import Jobs
+from cluster.submission import Jobs, JobState
 
-State = Literal["running", "succeeded", "failed", "unknown"]
-_STATES: dict[str, State] = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "failed"}
 _VERB = "predict"
 
 
@@ -33,7 +31,7 @@ class JobRunner(Protocol):
     def start(self, job_id: str, config: Mapping[str, Any]) -> None:
         """Run it, unless a job of this id has been started already."""
 
-    def state(self, job_id: str) -> State:
+    def state(self, job_id: str) -> JobState:
         """`unknown`: no such job, or it was forgotten with the cluster that ran it."""
 
     def stop(self, job_id: str) -> None:
@@ -51,19 +49,10 @@ class RayRunner:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / f"{job_id}.yaml"
             path.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
-            try:
-                jobs.submit(_VERB, path, job_id=job_id)
-            except NotRunningError:
-                # Ray refuses an id that it knows: somebody else has started it.
-                if self.state(job_id) == "unknown":
-                    raise
+            jobs.submit_once(_VERB, path, job_id=job_id)
 
-    def state(self, job_id: str) -> State:
-        try:
-            status = Jobs.connect(self._settings).info(job_id).status
-        except NotFoundError:
-            return "unknown"
-        return _STATES.get(status, "running")
+    def state(self, job_id: str) -> JobState:
+        return Jobs.connect(self._settings).state(job_id)
 
     def stop(self, job_id: str) -> None:
         with contextlib.suppress(NotFoundError):
@@ -100,7 +89,7 @@ class ProcessRunner:
                     stderr=log,
                 )
 
-    def state(self, job_id: str) -> State:
+    def state(self, job_id: str) -> JobState:
         child = self._children.get(job_id)
         if child is None:
             return "unknown"

@@ -82,6 +82,10 @@ class Instruments:
         self.tokens = counter("tokens", "Tokens read and generated", *_VERSION, "tenant", "kind")
         self.queue_depth = gauge("queue_depth", "Requests waiting for a batch", *_VERSION)
         self.open_streams = gauge("open_streams", "Answers being generated", *_VERSION)
+        feature = (*_VERSION, "side", "feature")
+        self.drift_psi = gauge("drift_psi", "Population stability index", *feature)
+        self.drift_ks = gauge("drift_ks", "Largest difference of cumulative shares", *feature)
+        self.drift_rows = gauge("drift_rows", "Rows that drift is told of", *_VERSION, "side")
         self.of_version: Mapping[str, Histogram] = {
             "duration": histogram(
                 "model_request_duration_seconds",
@@ -127,7 +131,8 @@ class Instruments:
         self._per_version = (
             self.model_requests, self.shed, self.tokens, self.queue_depth, self.state,
             self.open_streams, self.continuations, self.observations, self.badness,
-            self.mirrored_requests, self.failed_over, *self.of_version.values(),
+            self.mirrored_requests, self.failed_over, self.drift_psi, self.drift_ks,
+            self.drift_rows, *self.of_version.values(),
         )  # fmt: skip
         self._tenants: frozenset[str] = frozenset()
         self._in_flight: dict[str, Gauge] = {}

@@ -24,6 +24,7 @@ from cluster.model_package import ensure_local_key, golden, open_version
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
 from cluster.settings import Settings
+from cluster.statistics.profile import read_profile
 from cluster.tracking import open_client
 from tests.tiny_models import save_llama
 
@@ -114,6 +115,9 @@ def test_a_life_in_one_process(call: Call, home: Path, capfd: pytest.CaptureFixt
     assert lineage.run_id == trained.result["run_id"]
     assert lineage.dataset_digest == trained.result["dataset_digest"]
     assert package.manifest.profile["columns"]["pixels"]["max"] == 16.0
+    profile = read_profile(package.manifest.profile)
+    assert profile is not None
+    assert "label" in profile.outputs
     links = {link.what: link for link in trace(package, settings)}
     assert links.keys() == {"package", "dataset", "commit", "run"}
     assert (links["dataset"].state, links["dataset"].note.split(",")[0]) == ("verified", "digits")

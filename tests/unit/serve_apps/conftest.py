@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.database import open_database
+from cluster.drift_counts import DriftStore
 from cluster.errors import ChangedFileError, NotFoundError, UpstreamFailedError
 from cluster.grammars import Grammars
 from cluster.ledger import Ledger
@@ -31,9 +32,12 @@ from cluster.releases import ReleaseStore
 from cluster.security.api_keys import ApiKeys
 from cluster.security.audit import AuditLog
 from cluster.security.leases import LeaseStore
+from cluster.statistics.features import input_features
+from cluster.statistics.profile import DISTRIBUTIONS, DataProfile, describe
 from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.backend import Arrays, InProcessBackend
 from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.drift import DriftWatch
 from serve_apps.gateway.open_inference.grpc_server import GrpcAddress
 from serve_apps.gateway.routing_table import Routes, ServedVersion
 from serve_apps.gateway.telemetry.telemetry import Telemetry
@@ -103,7 +107,17 @@ def graph_manifest() -> Manifest:
                 Labels(tensor="logits", into="label", labels=("dark", "mixed", "bright")),
             ),
         ),
+        profile={DISTRIBUTIONS: graph_profile().model_dump(mode="json")},
         golden=Golden(inputs={}, outputs={}),
+    )
+
+
+def graph_profile() -> DataProfile:
+    """Pixels from 0 to 1, of which as many are dark as bright."""
+    pixels = np.random.default_rng(0).random((500, 4), dtype=np.float32)
+    labels = np.array(["dark", "bright"] * 250, dtype=object)
+    return DataProfile(
+        inputs=describe(input_features({"pixels": pixels})), outputs=describe({"label": labels})
     )
 
 
@@ -199,6 +213,7 @@ class Gateway:
     database: Engine
     routes: Routes
     """What the gateway reads now and then; replaced by `route`."""
+    drift: DriftWatch
 
     async def route(self, **changes: Any) -> None:
         """Other routes, which the gateway has taken when this returns."""
@@ -324,6 +339,7 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
         },
     )
     telemetry = Telemetry(logs_access=True)
+    drift = DriftWatch(telemetry.instruments, DriftStore(database).write)
     app = build_asgi(
         GatewayParts(
             verify=keys.verify,
@@ -338,6 +354,7 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             config=GatewayConfig(max_body_bytes=64 * 1024),
             telemetry=telemetry,
             grpc_address=GrpcAddress("127.0.0.1", 0),
+            drift=drift,
         )
     )
     async with (
@@ -360,6 +377,7 @@ async def gateway(tmp_path: Path, models_dir: Path, empty_database: Path) -> Asy
             telemetry,
             database,
             routes,
+            drift,
         )
         parts.append(whole)
         while not (await client.get("/v2/health/ready")).is_success:  # noqa: ASYNC110

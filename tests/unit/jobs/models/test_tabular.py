@@ -82,7 +82,7 @@ def test_a_package_answers_raw_features_as_training_measured_them(
         signer=LocalSigner(tmp_path / "keys"),
         processing=exported.processing,
         golden_inputs=exported.golden_inputs,
-        profile=data_profile(dataset),
+        profile=data_profile(dataset, exported),
     )
     package = open_package(
         published.digest,

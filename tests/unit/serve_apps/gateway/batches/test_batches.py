@@ -35,6 +35,7 @@ from cluster.security.audit import AuditLog
 from cluster.security.leases import LeaseStore
 from cluster.settings import Settings
 from cluster.storage import Storage
+from cluster.submission import JobState
 from cluster.tenant_files import TenantFiles
 from jobs.predict import predict
 from jobs.prediction.config import PredictConfig
@@ -42,7 +43,7 @@ from serve_apps.gateway.app import load_model
 from serve_apps.gateway.asgi import GatewayConfig, GatewayParts, build_asgi
 from serve_apps.gateway.backend import InProcessBackend
 from serve_apps.gateway.batches.driver import BatchDriver, BatchParts
-from serve_apps.gateway.batches.runner import JobRunner, ProcessRunner, State
+from serve_apps.gateway.batches.runner import JobRunner, ProcessRunner
 from serve_apps.gateway.batches.work import BatchOptions
 from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
 from serve_apps.gateway.http.openapi import undescribed
@@ -62,7 +63,7 @@ class ThreadRunner:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._states: dict[str, State] = {}
+        self._states: dict[str, JobState] = {}
         self.is_paused = False
         self.failures = 0
         self.started: list[tuple[str, dict[str, Any]]] = []
@@ -75,7 +76,7 @@ class ThreadRunner:
         if not self.is_paused:
             threading.Thread(target=self._run, args=(job_id, config)).start()
 
-    def state(self, job_id: str) -> State:
+    def state(self, job_id: str) -> JobState:
         return self._states.get(job_id, "unknown")
 
     def stop(self, job_id: str) -> None:

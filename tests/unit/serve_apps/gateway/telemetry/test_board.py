@@ -69,9 +69,11 @@ async def traffic(gateway: Any) -> None:
     pixels = {"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]}
     prompt = {"model": "talker", "prompt": "the sun", "max_tokens": 6}
     gateway.break_next_stream(2)
+    many = pixels | {"shape": [64, 4], "data": [0] * 256}
     mute = prompt | {"model": "mute", "max_tokens": 1}
     bodies = [
         ("/v2/models/classes/infer", {"inputs": [pixels]}),
+        *[("/v2/models/classes/infer", {"inputs": [many]})] * 4,
         ("/v1/completions", prompt | {"stream": True}),
         ("/v1/completions", prompt | {"model": "nobody"}),
         *[("/v1/completions", mute)] * 6,  # of which it sheds some
@@ -83,6 +85,7 @@ async def traffic(gateway: Any) -> None:
     for number in range(12):
         session = {**headers, "x-session-id": str(number)}
         await gateway.client.post(bodies[0][0], json=bodies[0][1], headers=session)
+    await asyncio.to_thread(gateway.drift.flush)
 
 
 def crash(_arrays: Any) -> Any:

@@ -1,0 +1,288 @@
+"""Drift → training → gate → release, with real tables, a clock of its own and jobs in the test's
+hands; a controller may be killed between any two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from cluster.database import model_versions, now, open_database
+from cluster.drift_counts import DriftStore
+from cluster.errors import ConfigError, ConflictError, NotRunningError
+from cluster.model_ref import CANDIDATE
+from cluster.registry import ModelRegistry
+from cluster.releases import ReleaseStore
+from cluster.retrainings import RetrainingStore
+from cluster.security.audit import AuditLog
+from cluster.settings import Settings
+from cluster.statistics.drift import DriftWindow
+from cluster.statistics.profile import DataProfile, describe
+from cluster.submission import JobState
+from serve_apps.options import read_options
+from serve_apps.release.retraining import Retrainer, RetrainerParts
+
+PROFILE = DataProfile(inputs=describe({"x": np.linspace(0, 1, 2000)}))
+RETRAIN = {
+    "config": "configs/train/digits.yaml",
+    "service": "configs/services/digits.yaml",
+    "strategy": "direct",
+    "cool_down_s": 3600,
+}
+
+
+class UnmirroredRegistry(ModelRegistry):
+    """Without MLflow."""
+
+    def mirror_aliases(self, name: str) -> None:
+        pass
+
+
+class Jobs:
+    """A cluster that runs what the test says."""
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, str, str]] = []
+        self.states: dict[str, JobState] = {}
+        self.error: Exception | None = None
+
+    def start(self, job_id: str, verb: str, config: str) -> None:
+        if self.error is not None:
+            raise self.error
+        if job_id not in self.states:
+            self.started.append((job_id, verb, config))
+            self.states[job_id] = "running"
+
+    def state(self, job_id: str) -> JobState:
+        return self.states.get(job_id, "unknown")
+
+    def end(self, state: JobState = "succeeded") -> None:
+        self.states[self.started[-1][0]] = state
+
+
+class World:
+    """digits/1 is champion; what gateways have counted of it is the test's."""
+
+    def __init__(self, home: Path, retrain: dict[str, Any] | None = RETRAIN) -> None:
+        settings = Settings(home=home)
+        self.engine = open_database(settings.database)
+        self.clock_s = 1_800_000_000.0
+        self.releases = ReleaseStore(self.engine)
+        self.registry = UnmirroredRegistry(self.engine, settings)
+        self.counts = DriftStore(self.engine)
+        self.retrainings = RetrainingStore(self.engine, clock=lambda: self.clock_s)
+        self.audit = AuditLog(self.engine)
+        self.jobs = Jobs()
+        self.deployed: list[tuple[str, str, dict[str, Any], str]] = []
+        self.deploy_error: Exception | None = None
+        self.options = read_options({"retrain": retrain}).model_dump(mode="json")
+        self.register(1)
+        with self.releases.writing() as tables:
+            row = tables.create("digits", 1, "sha256:1", self.options, "", requested_by="test")
+            tables.promote(row, actor="test", reason="test")
+
+    def register(self, version: int) -> None:
+        row = {
+            "name": "digits", "version": version, "digest": f"sha256:{version}", "kind": "graph",
+            "location": "", "run_id": None, "parent_digest": None, "created_at": now(),
+        }  # fmt: skip
+        with self.engine.begin() as connection:
+            connection.execute(sa.insert(model_versions).values(row))
+        self.registry.set_alias("digits", CANDIDATE, version, actor="jobs.train", reason="trained")
+
+    def new_retrainer(self) -> Retrainer:
+        """As after a kill: nothing remembered."""
+        return Retrainer(
+            RetrainerParts(
+                releases=self.releases,
+                registry=self.registry,
+                counts=self.counts,
+                retrainings=self.retrainings,
+                jobs=self.jobs,
+                deploy=self.deploy,
+                read_profile=lambda _: PROFILE,
+                audit=self.audit.record,
+            )
+        )
+
+    def deploy(self, ref: str, strategy: str, options: dict[str, Any], actor: str) -> None:
+        if self.deploy_error is not None:
+            raise self.deploy_error
+        self.deployed.append((ref, strategy, options, actor))
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.new_retrainer().step()
+
+    def count(self, low: float, high: float, rows: int = 700, source: str = "gateway-1") -> None:
+        window = DriftWindow(PROFILE, half_life_rows=5000)
+        window.add("inputs", {"x": np.linspace(low, high, rows)}, num_rows=rows)
+        self.counts.write(source, "digits", 1, window.counts)
+
+    def drift(self) -> None:
+        """Two gateways together have seen enough, and it is not what training saw."""
+        for source in ("gateway-1", "gateway-2"):
+            self.count(0.7, 1.5, source=source)
+
+    @property
+    def states(self) -> list[str]:
+        return [row.state for row in self.retrainings.list("digits")]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_drift_trains_once_and_what_passes_the_gate_is_released(world: World) -> None:
+    world.drift()
+    world.step(3)
+    ((job_id, verb, config),) = world.jobs.started
+    assert (verb, config) == ("train", "configs/train/digits.yaml")
+    assert world.states == ["training"]
+
+    world.register(2)
+    world.jobs.end()
+    world.step(3)
+    assert world.jobs.started[1:] == [(f"{job_id}-gate", "promote", RETRAIN["service"])]
+    assert world.states == ["gating"]
+    assert not world.deployed
+
+    world.jobs.end()
+    world.step(3)
+    assert world.deployed == [("digits/2", "direct", world.options, "drift")]
+    assert world.states == ["released"]
+    first, last = world.audit.list(action="retrain")
+    assert first.target == last.target == "digits/1"
+    assert first.detail["reason"].startswith("PSI ")
+    assert first.detail["job_id"] == job_id
+    assert last.detail["state"] == "released"
+
+
+@pytest.mark.parametrize(
+    "feed",
+    [
+        lambda world: world.count(0, 1, rows=3000),
+        lambda world: world.count(0.7, 1.5, rows=900),
+        lambda world: None,
+    ],
+    ids=["no drift", "too few rows", "nothing counted"],
+)
+def test_no_training_without_evidence(world: World, feed: Callable[[World], None]) -> None:
+    feed(world)
+    world.step(3)
+    assert not world.jobs.started
+    assert world.states == []
+
+
+def test_the_cool_down_holds_whatever_became_of_the_last_one(world: World) -> None:
+    world.drift()
+    world.step()
+    world.jobs.end("failed")
+    world.step()
+    assert world.states == ["failed"]
+    world.clock_s += 3599
+    world.step(3)
+    assert len(world.jobs.started) == 1
+    world.clock_s += 2
+    world.step(3)
+    assert len(world.jobs.started) == 2
+
+
+def test_a_release_under_way_is_waited_for(world: World) -> None:
+    world.drift()
+    world.step()
+    world.register(2)
+    world.jobs.end()
+    world.step()
+    world.jobs.end()
+    world.deploy_error = ConflictError("version 3 is on its way")
+    world.step(2)
+    assert world.states == ["gating"]
+    world.deploy_error = None
+    world.step()
+    assert world.states == ["released"]
+
+
+def test_what_the_gate_refuses_is_not_released(world: World) -> None:
+    world.drift()
+    world.step()
+    world.register(2)
+    world.jobs.end()
+    world.step()
+    world.jobs.end("failed")
+    world.step(2)
+    assert world.states == ["failed"]
+    assert not world.deployed
+    assert "gate" in world.retrainings.list()[0].reason
+
+
+def test_without_a_gate_the_new_version_stays_a_candidate(tmp_path: Path) -> None:
+    world = World(tmp_path, retrain={"config": "configs/train/digits.yaml"})
+    world.drift()
+    world.step()
+    world.register(2)
+    world.jobs.end()
+    world.step()
+    assert world.states == ["trained"]
+    assert not world.deployed
+
+
+def test_who_did_not_ask_for_it_is_not_trained_again(tmp_path: Path) -> None:
+    world = World(tmp_path, retrain=None)
+    world.drift()
+    world.step()
+    assert not world.jobs.started
+
+
+def test_a_cluster_that_is_away_is_asked_again_and_gets_one_job(world: World) -> None:
+    world.jobs.error = NotRunningError("away")
+    world.drift()
+    world.step(3)
+    assert world.states == ["requested"]
+    world.jobs.error = None
+    world.step(2)
+    assert len(world.jobs.started) == 1
+    assert world.states == ["training"]
+
+
+def test_a_controller_killed_after_submitting_does_not_submit_again(world: World) -> None:
+    world.drift()
+    enter = world.retrainings.enter
+    world.retrainings.enter = lambda *_: (_ for _ in ()).throw(SystemExit)  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        world.step()
+    assert world.states == ["requested"]
+    world.retrainings.enter = enter  # type: ignore[method-assign]
+    world.step(2)
+    assert len(world.jobs.started) == 1
+    assert world.states == ["training"]
+
+
+def test_a_config_that_is_not_there_ends_it_with_the_reason(world: World) -> None:
+    world.jobs.error = ConfigError("config file 'configs/train/digits.yaml' does not exist")
+    world.drift()
+    world.step(2)
+    assert world.states == ["failed"]
+    assert "does not exist" in world.retrainings.list()[0].reason
+
+
+def test_two_controllers_ask_for_one_training(world: World) -> None:
+    rows = [world.retrainings.request("digits", 1, "drift", cool_down_s=60) for _ in range(2)]
+    assert rows[0] is not None
+    assert rows[1] is None
+    assert world.retrainings.enter(rows[0], "training", "a")
+    assert not world.retrainings.enter(rows[0], "training", "b"), "it was moved on by another"
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["/etc/passwd", "configs/train/../../x.yaml", "configs/train/a.yaml; rm", "configs/x.yaml"],
+)
+def test_only_configs_of_the_checkout_may_be_named(config: str) -> None:
+    with pytest.raises(Exception, match=r"retrain\.config"):
+        read_options({"retrain": {"config": config}})
