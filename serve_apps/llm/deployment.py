@@ -8,6 +8,7 @@ nobody.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -46,7 +47,8 @@ class LanguageModel:
         device = _device(parsed)
         self._description = describe_replica(package, parsed, device)
         check_text_of(package)
-        engine = _build_engine(package, parsed, device)
+        self._grammars = _grammars_of(package)
+        engine = _build_engine(package, parsed, device, self._grammars)
         # Also the warm-up: the first request finds memory allocated and kernels loaded.
         precision = engine.stats().precision
         check_answers(package, answer_golden_prompts(engine, package), precision=precision)
@@ -56,6 +58,9 @@ class LanguageModel:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """Stream a request's tokens, one message per engine step or less."""
+        if request.sampling.grammar is not None:
+            # The engine finds it compiled: it may take longer than other streams can wait.
+            await asyncio.to_thread(self._grammars.begin, request.sampling.grammar)
         async with self._holding(request.adapter):
             outputs = self._runner.generate(request)
             if request.traceparent is not None:
@@ -123,12 +128,13 @@ def _device(options: DeploymentOptions) -> str:
     return "cuda" if options.num_gpus > 0 and torch.cuda.is_available() else "cpu"
 
 
-def _build_engine(package: ModelPackage, options: DeploymentOptions, device: str) -> Engine:
+def _build_engine(
+    package: ModelPackage, options: DeploymentOptions, device: str, grammars: Grammars
+) -> Engine:
     import torch
 
     torch.set_num_threads(options.num_threads)
     budget = CacheBudget(max_cache_bytes=options.max_cache_bytes, max_running=options.max_running)
-    grammars = _grammars_of(package)
     if options.engine != "transformers":
         engine = _build_native(package, options, budget, device, grammars)
         if engine is not None:

@@ -59,7 +59,7 @@ def grammar_of(form: ResponseFormat | None, outputs: StructuredOutputs | None) -
 async def check_formats(form: ResponseFormat | None, outputs: StructuredOutputs | None) -> None:
     """Raises InputError naming the parameter that is wrong, contradicts, or is too complex."""
     if form is not None or outputs is not None:
-        # It takes a millisecond, or fifty where somebody means harm.
+        # It takes a millisecond, or hundreds where somebody means harm.
         await asyncio.to_thread(check_formats_now, form, outputs)
 
 

@@ -53,7 +53,7 @@ async def test_a_package_that_cannot_be_opened_is_named_and_hides_no_other(gatew
 async def test_what_the_table_no_longer_finds_is_left_out(
     gateway: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def resolve(_: Any, ref: ModelRef) -> ServedVersion:
+    async def resolve(_: Any, ref: ModelRef, *_customer: str) -> ServedVersion:
         if ref.name != "talker":
             raise NotFoundError("gone a moment ago")
         return gateway.served["talker", 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import InputError, NotFoundError, PackageError, ParityError
+from cluster.generation import Grammar
 from cluster.model_package import LocalSigner, ensure_local_key, open_digest, write_package
 from cluster.processing.text import TextProcessor
 from cluster.settings import Settings
@@ -210,3 +212,28 @@ async def test_adapters_are_verified_before_they_answer(
     finally:
         for replica in (base, no_shelf):
             replica._runner.close()
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+async def test_a_replica_holds_answers_to_a_grammar(
+    language_model_dir: Path, settings: Settings, engine: str
+) -> None:
+    replica = LanguageModel(publish(language_model_dir, settings), {"engine": engine})
+    text = TextProcessor.load(language_model_dir)
+    info = open_digest(replica._description.digest, settings).manifest.language_model
+    assert info is not None
+
+    async def ask(pattern: str) -> str:
+        sampling = Sampling(
+            max_tokens=32, eos_token_ids=info.eos_token_ids, grammar=Grammar("regex", pattern)
+        )
+        outputs = replica.generate(EngineRequest("r", (5, 6, 7), sampling))
+        return text.decode([token async for output in outputs for token in output.token_ids])
+
+    try:
+        assert re.fullmatch("(sun|moon){2}", await ask("(sun|moon){2}"))
+        for wrong in ("(", "(((a{1000}){1000}){1000})"):
+            with pytest.raises(InputError, match="regular expression is refused"):
+                await ask(wrong)
+    finally:
+        replica._runner.close()
