@@ -136,7 +136,9 @@ def list_releases(as_json: JsonOption = False) -> None:
     from cluster.cli.output import print_table
 
     empty = "nothing is deployed; `heliostat deploy NAME` does it"
-    print_table(_connect().deployments(), _COLUMNS, as_json=as_json, empty=empty)
+    rows = _connect().deployments()
+    shown = rows if as_json else [{**row, "state": _shown(row)} for row in rows]
+    print_table(shown, _COLUMNS, as_json=as_json, empty=empty)
 
 
 @releases_app.command("status")
@@ -153,7 +155,8 @@ def status(
         return
     shares = (f"version {v}: {weight:.0%}" for v, weight in release["weights"].items())
     print(f"traffic   {', '.join(shares) or 'none'}\n")
-    print_table(release["deployments"], _COLUMNS[1:], as_json=False, empty="nothing is deployed")
+    rows = [{**row, "state": _shown(row)} for row in release["deployments"]]
+    print_table(rows, _COLUMNS[1:], as_json=False, empty="nothing is deployed")
     if release["evidence"]:
         print()
         columns = ("stage", "metric", "arm", "num", "mean")

@@ -134,11 +134,14 @@ def heir_of(row: Deployment, rows: Sequence[Deployment], at: str) -> Deployment 
     """Who goes on for a champion that ends: its standby, or else what is compared with it.
 
     Args:
-        at: when; UTC, ISO 8601. Whose notice is over by then does not go on.
+        at: when; UTC, ISO 8601. Whose notice is over by then, or with this one's, does not go on.
     """
     if row.state != "champion":
         return None
-    able = [o for o in rows if o.version != row.version and (o.sunset_at or at) >= at]
+    end = max(at, row.sunset_at or at)
+    able = [
+        o for o in rows if o.version != row.version and (o.sunset_at is None or o.sunset_at > end)
+    ]
     order: tuple[State, ...] = ("standby", "canary", "shadow")
     found = [other for state in order for other in able if other.state == state]
     return found[0] if found else None

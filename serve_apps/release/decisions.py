@@ -6,6 +6,7 @@ Decision("fail", "golden outputs are not reproduced")
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +22,7 @@ Action = Literal[
     "check",
     "compare",
     "promote",
+    "hand_over",
     "roll_back",
     "fail",
     "retire",
@@ -59,8 +61,8 @@ class Observation:
     its application runs."""
     evidence: Evidence = field(default_factory=dict)
     """What the phase has shown in which it is compared with the champion."""
-    is_past_sunset: bool = False
-    """Whether its users' notice is over."""
+    seconds_to_sunset: float = math.inf
+    """Until its users' notice is over."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Decision:
 
     wait: nothing; start: ask Serve for the application; enter: move to `state`; check: call a
     replica and go on if it answers; compare: begin the phase `state`; promote: make it the champion
-    as it is; roll_back, fail, retire: take it down, as worse than the champion, as broken, or
-    because its notice is over, and `successor` takes its traffic and alias; delete: end the
-    application; forget: drop the row.
+    as it is; hand_over: make `successor` the champion and this one the standby; roll_back, fail,
+    retire: take it down, as worse than the champion, as broken, or because its notice is over, and
+    `successor` takes its traffic and alias; delete: end the application; forget: drop the row.
     """
 
     action: Action

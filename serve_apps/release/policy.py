@@ -19,6 +19,9 @@ class ReleasePolicy:
 
     drain_s: float = 2.0
     """From taking traffic away until deleting: gateways must have noticed by then."""
+    hand_over_s: float = 5.0
+    """Before a champion's notice is over its traffic goes to another: nobody is to be told that
+    the model is gone who only asked for its name."""
     start_timeout_s: float = 900.0
     """Longest that replicas may take to load."""
     max_starts: int = 6
@@ -85,8 +88,11 @@ class ReleasePolicy:
         return Decision("delete", "an earlier application of this version makes way")
 
     def _keep_serving(self, seen: Observation) -> Decision:
-        if seen.is_past_sunset:
+        if seen.seconds_to_sunset <= 0:
             return Decision("retire", "its notice is over", successor=_heir(seen))
+        if seen.seconds_to_sunset <= self.hand_over_s and (heir := _heir(seen)) is not None:
+            shown = f"version {seen.deployment.version} ends at {seen.deployment.sunset_at}"
+            return Decision("hand_over", shown, successor=heir)
         if seen.application is None:
             return self._start(seen, "the cluster was restarted")
         if seen.application.phase == "failed":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -205,7 +206,7 @@ class ReleaseController:
             has_champion=any(other.state == "champion" for other in siblings),
             successor=heir_of(row, [o for o in siblings if o.application in up], now()),
             evidence=evidence,
-            is_past_sunset=row.sunset_at is not None and _seconds_since(row.sunset_at) >= 0,
+            seconds_to_sunset=-_seconds_since(row.sunset_at) if row.sunset_at else math.inf,
         )
 
     async def _act(self, row: Deployment, decision: Decision) -> None:
@@ -225,6 +226,9 @@ class ReleaseController:
                 self._begin_check(row)
             case "compare" | "promote":
                 await self._go_on(row, decision)
+            case "hand_over":
+                assert decision.successor is not None
+                await self._hand_over(row, decision.successor, reason)
             case "roll_back" | "fail" | "retire":
                 await self._take_down(row, decision)
             case "delete":
@@ -299,6 +303,10 @@ class ReleaseController:
 
     async def _go_on(self, row: Deployment, decision: Decision) -> None:
         await self._write(lambda tables: go_on(tables, row, decision))
+        self._mirror.show(row.name)
+
+    async def _hand_over(self, row: Deployment, successor: Deployment, reason: str) -> None:
+        await self._write(lambda t: t.promote(successor, actor=CONTROLLER, reason=reason))
         self._mirror.show(row.name)
 
     async def _take_down(self, row: Deployment, decision: Decision) -> None:

@@ -24,7 +24,8 @@ AT = "2026-01-01T00:00:00.000+00:00"
 
 def row(state: State, *, is_started: bool = True) -> Deployment:
     started_at = AT if is_started else None
-    return Deployment("m", 2, "sha256:0", "m.v2", state, "", {}, AT, AT, 0, started_at)
+    found = Deployment("m", 2, "sha256:0", "m.v2", state, "", {}, AT, AT, 0, started_at)
+    return replace(found, strategy="shadow", step=1)
 
 
 def application(phase: Phase | None) -> ApplicationStatus | None:
@@ -60,6 +61,15 @@ def decide(state: State, phase: Phase | None, *, is_started: bool = True, **seen
         ("champion", "failed", 99, "fail", None),
         ("standby", "running", 99, "wait", None),
         ("standby", None, 99, "start", None),
+        ("shadow", None, 0, "start", None),
+        ("shadow", "failed", 0, "fail", None),
+        ("shadow", "running", 0, "wait", None),
+        ("canary", "starting", 9999, "wait", None),
+        ("canary", "running", 9999, "wait", None),
+        ("rolled_back", "running", 1.0, "wait", None),
+        ("rolled_back", "running", 2.5, "delete", None),
+        ("rolled_back", None, 0, "wait", None),
+        ("retired", None, 0, "wait", None),
         ("failed", "failed", 0, "delete", None),
         ("failed", "deleting", 0, "wait", None),
         ("failed", None, 0, "wait", None),
@@ -169,3 +179,26 @@ def test_an_error_of_the_start_is_one_line_too() -> None:
     assert describe_error(RuntimeError("Traceback\n  File\nx.YError: worn out")) == "worn out"
     assert describe_error(TimeoutError()) == "TimeoutError"
     assert len(describe_error(RuntimeError("x" * 10_000))) == 500
+
+
+def test_a_version_with_notice_hands_over_in_time_and_ends() -> None:
+    heir = row("standby")
+    decided = decide("champion", "running", seconds_to_sunset=4, successor=heir)
+    assert (decided.action, decided.successor) == ("hand_over", heir)
+    assert decide("champion", "running", seconds_to_sunset=6, successor=heir).action == "wait"
+    assert decide("champion", "running", seconds_to_sunset=4).action == "wait"
+    assert decide("standby", "running", seconds_to_sunset=4, successor=heir).action == "wait"
+    for state in ("champion", "standby"):
+        assert decide(state, None, seconds_to_sunset=0).action == "retire"
+    assert decide("champion", "running", seconds_to_sunset=-1, successor=heir).successor == heir
+
+
+def test_a_version_whose_notice_is_over_is_remembered() -> None:
+    seen = Observation(replace(row("retiring"), sunset_at=AT), None, 0.0)
+    decided = ReleasePolicy().decide(seen)
+    assert (decided.action, decided.state) == ("enter", "retired")
+
+
+def test_what_is_compared_becomes_champion_where_there_is_none() -> None:
+    assert decide("canary", "running", has_champion=False).action == "promote"
+    assert decide("canary", "starting", has_champion=False).action == "wait"

@@ -239,6 +239,28 @@ async def test_with_notice_a_version_serves_on_and_is_gone_afterwards(world: Wor
     assert world.states() == {2: "champion"}
 
 
+async def test_a_champions_traffic_is_handed_over_before_its_notice_is_over(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    await world.controller.undeploy("m", 2, 4, "ops")
+    await world.settle()
+    assert world.states() == {1: "champion", 2: "standby"}, (
+        "whoever asks for version 2 still gets it"
+    )
+    assert world.row(2).sunset_at is not None
+    world.assert_routes_follow_champion()
+    assert world.store.champion_history("m")[-1].actor == "controller"
+
+
+async def test_of_two_that_end_together_none_goes_on_for_the_other(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    await world.controller.undeploy("m", None, 4, "ops")
+    await world.settle()
+    assert world.states() == {1: "standby", 2: "champion"}
+    assert len(world.store.champion_history("m")) == 2
+
+
 async def test_notice_may_be_taken_back_or_cut_short(world: World) -> None:
     await world.release(1)
     await world.controller.undeploy("m", None, 3600, "ops")
