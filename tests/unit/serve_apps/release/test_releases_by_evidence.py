@@ -14,6 +14,7 @@ from cluster.errors import ConflictError, NotFoundError, NotRunningError
 from cluster.release_evidence import Arm, EvidenceDelta, Metric
 from cluster.releases import Deployment, ReleaseStore, ReleaseWriter
 from serve_apps.gateway import routing_table
+from serve_apps.gateway.releases.evidence import Evidence
 from serve_apps.gateway.routing_table import RoutingTable, read_routes
 from serve_apps.release.fake_applications import FakeApplications
 from tests.release_world import World
@@ -88,6 +89,21 @@ async def test_a_bad_version_is_rolled_back_and_the_champion_stays(
     await begin(world, 2, strategy)
     assert world.row(2).state == strategy, "it may be tried again, from nothing"
     assert world.store.evidence(world.row(2)) == {}
+
+
+async def test_what_a_gateway_observes_decides(world: World) -> None:
+    await world.release(1)
+    await begin(world, 2)
+    evidence = Evidence(world.store.add_evidence)
+    release = read_routes(world.store).releases["m"]
+    for number in range(300):
+        evidence.observe(release, "champion", "errors", 0.0)
+        evidence.observe(release, "candidate", "errors", float(number % 4 == 0))
+    await evidence.flush()
+    await world.controller.reconcile()
+    assert world.row(2).state == "rolled_back"
+    assert "errors 25.0% of 300, the champion's 0.0% of 300" in world.row(2).reason
+    assert read_routes(world.store).releases == {}
 
 
 async def test_a_rollback_waits_until_gateways_know_before_the_application_ends(
