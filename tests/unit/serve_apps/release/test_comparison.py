@@ -108,10 +108,10 @@ class Release:
 @pytest.mark.parametrize(
     ("what", "candidate", "most_served", "most_requests"),
     [
-        ("wrong answers", Model(differs=0.2), 150, 3000),
-        ("wrong answers", Model(differs=0.5), 30, 600),
+        ("wrong answers", Model(differs=0.2), 100, 2000),
+        ("wrong answers", Model(differs=0.5), 15, 300),
         ("errors", Model(errors=0.2), 30, 600),
-        ("crashing", Model(errors=1.0), 10, 200),
+        ("crashing", Model(errors=1.0), 10, 100),
         ("NaN in half of the answers", Model(errors=0.5), 15, 300),
         ("three times as slow", Model(slow=0.9), 10, 200),
     ],
