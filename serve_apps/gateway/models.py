@@ -35,6 +35,7 @@ from serve_apps.gateway.batcher import Batcher, BatchLimits
 from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
 from serve_apps.gateway.drift import DriftWatch
 from serve_apps.gateway.releases.evidence import Evidence
+from serve_apps.gateway.releases.shadow import Means
 from serve_apps.gateway.releases.stream_waits import WatchedBackend
 from serve_apps.gateway.releases.watch import ReleaseWatch
 from serve_apps.gateway.releases.watched import WatchedRelease
@@ -78,9 +79,15 @@ class Models:
         self._table = table
         self._catalogue = catalogue
         self._telemetry = telemetry or Telemetry()
-        self._releases = ReleaseWatch(
-            evidence or Evidence(lambda _deltas: None), catalogue, backend, self._has_room
+        means = Means(
+            open=catalogue.get,
+            predict=lambda model, arrays: backend.predict(model.served.application, arrays),
+            stream=lambda model, request: backend.generate(
+                self._application_of(model), _for_adapter(model, request)
+            ),
+            has_room=self._has_room,
         )
+        self._releases = ReleaseWatch(evidence or Evidence(lambda _deltas: None), means)
         self._backend = WatchedBackend(backend, self._releases.observer_of)
         self._drift = drift or DriftWatch(self._telemetry.instruments)
         self._batchers: dict[ServedVersion, Batcher] = {}
@@ -227,8 +234,7 @@ class Models:
     async def _generate(
         self, model: ServedModel, request: EngineRequest
     ) -> AsyncGenerator[TokenOutput, None]:
-        if model.served.options.shares_base:
-            request = dataclasses.replace(request, adapter=model.served.digest)
+        request = _for_adapter(model, request)
         self._application_of(model)  # where there is none, trying again would be in vain
         with self._telemetry.stream(model.served, request) as watch:
             # Timed where tokens come from the replica, whenever a client reads them.
@@ -343,11 +349,20 @@ class Models:
             self._backend.forget(application)
 
 
+def _for_adapter(model: ServedModel, request: EngineRequest) -> EngineRequest:
+    """The request, to an adapter where that is served by its base's replicas."""
+    if not model.served.options.shares_base:
+        return request
+    return dataclasses.replace(request, adapter=model.served.digest)
+
+
 def _may_be_the_versions_fault(error: Exception) -> bool:
     """Also where it says that the request is wrong: another version may not."""
     if isinstance(error, OutOfTimeError):
         return False
-    return _status_of(error) >= 500 or isinstance(error, InputError | PackageError)
+    # Not found: an adapter that the replicas do not hold.
+    is_its_own = isinstance(error, InputError | PackageError | NotFoundError)
+    return is_its_own or _status_of(error) >= 500
 
 
 def _status_of(error: Exception) -> int:

@@ -21,6 +21,8 @@ class Observer:
         self.release = release
         self._evidence = evidence
         self._slowness = Slowness()
+        self.failed_requests: set[str] = set()
+        """Ids of streams under way of which a replica's failure was observed."""
 
     def observe(self, arm: Arm, metric: Metric, value: float) -> None:
         self._evidence.observe(self.release, arm, metric, value)

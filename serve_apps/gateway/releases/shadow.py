@@ -2,7 +2,7 @@
 
 What it says reaches nobody: it is on no bill, in no limit and in no customer's metrics.
 
-    shadow = Shadow(candidate, observer, catalogue, backend, has_room)
+    shadow = Shadow(champion, candidate, observer, means)
     shadow.offer_graph(inputs, outputs)             # after the customer has the answer
 """
 
@@ -13,12 +13,13 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from cluster.errors import OverloadedError, UpstreamFailedError, first_line
 from cluster.processing import Array, postprocess, preprocess
-from serve_apps.gateway.backend import Arrays, ModelBackend
-from serve_apps.gateway.catalogue import ModelCatalogue
+from serve_apps.gateway.backend import Arrays
+from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.releases.comparison import compare_outputs, compare_tokens, require_finite
 from serve_apps.gateway.releases.mirror import Mirror, Work
 from serve_apps.gateway.releases.observer import Observer
@@ -33,27 +34,28 @@ _TOKEN_BYTES = 64
 """About what a token takes in memory."""
 
 
-class Shadow:
-    """The candidate of one release, asked beside the customers.
+@dataclass(frozen=True)
+class Means:
+    """How a version is reached beside its customers: nothing here is charged or counted."""
 
-    Args:
-        has_room: whether the champion's customers leave room at this moment.
-    """
+    open: Callable[[ServedVersion], Awaitable[ServedModel]]
+    predict: Callable[[ServedModel, Arrays], Awaitable[Arrays]]
+    stream: Callable[[ServedModel, EngineRequest], AsyncGenerator[TokenOutput, None]]
+    has_room: Callable[[ServedVersion], bool]
+    """Whether a version's customers leave room for other work at this moment."""
+
+
+class Shadow:
+    """The candidate of one release, asked in what the champion's customers leave over."""
 
     def __init__(
-        self,
-        candidate: ServedVersion,
-        observer: Observer,
-        catalogue: ModelCatalogue,
-        backend: ModelBackend,
-        has_room: Callable[[], bool],
+        self, champion: ServedVersion, candidate: ServedVersion, observer: Observer, means: Means
     ) -> None:
+        self._champion = champion
         self._candidate = candidate
         self._observer = observer
-        self._catalogue = catalogue
-        self._backend = backend
-        self._has_room = has_room
-        self._mirror = Mirror(has_room, lambda: observer.mirrored("dropped"))
+        self._means = means
+        self._mirror = Mirror(self._has_room, lambda: observer.mirrored("dropped"))
 
     def offer_graph(self, inputs: Mapping[str, Array], expected: Arrays, size: int) -> None:
         """Ask with the same arrays, once the request is answered."""
@@ -68,6 +70,9 @@ class Shadow:
     def close(self) -> None:
         self._mirror.close()
 
+    def _has_room(self) -> bool:
+        return self._means.has_room(self._champion)
+
     def _offer(self, work: Work, num_bytes: int) -> None:
         when_answered(lambda: self._mirror.offer(work, num_bytes))
 
@@ -75,10 +80,10 @@ class Shadow:
         begun_s = time.perf_counter()
         try:
             async with asyncio.timeout(self._candidate.options.answer_timeout_s):
-                manifest = (await self._catalogue.get(self._candidate)).manifest
-                arrays = await asyncio.to_thread(preprocess, manifest, inputs)
-                found = await self._backend.predict(self._candidate.application, arrays)
-                outputs = await asyncio.to_thread(postprocess, manifest, found)
+                model = await self._means.open(self._candidate)
+                arrays = await asyncio.to_thread(preprocess, model.manifest, inputs)
+                found = await self._means.predict(model, arrays)
+                outputs = await asyncio.to_thread(postprocess, model.manifest, found)
             require_finite(outputs)
         except Exception as error:
             self._failed(error)
@@ -93,7 +98,7 @@ class Shadow:
 
     async def _ask_stream(self, request: EngineRequest, expected: Sequence[TokenOutput]) -> None:
         again = dataclasses.replace(
-            request, request_id=f"{request.request_id}-mirrored", traceparent=None
+            request, request_id=f"{request.request_id}-mirrored", tenant="", traceparent=None
         )
         try:
             found = await self._tokens(again)
@@ -113,9 +118,10 @@ class Shadow:
     async def _tokens(self, request: EngineRequest) -> list[TokenOutput] | None:
         """The candidate's whole answer; None where customers came to need the room."""
         options = self._candidate.options
+        model = await self._means.open(self._candidate)
         waits = StreamWaits(self._observer, "candidate", request)
         found: list[TokenOutput] = []
-        outputs = self._backend.generate(self._candidate.application, request)
+        outputs = self._means.stream(model, request)
         try:
             async with asyncio.timeout(options.answer_timeout_s) as limit:
                 async for output in outputs:

@@ -2,7 +2,7 @@
 
 Timed where they come from the replicas, so that a client that reads slowly makes no version slow.
 
-    backend = WatchedBackend(backend, watch.of_application)
+    backend = WatchedBackend(backend, watch.observer_of)
     outputs = backend.generate("talker.v2", request)
 """
 
@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable
 
-from cluster.errors import OverloadedError, ReplicaLeavingError
+from cluster.errors import OverloadedError, ReplicaLeavingError, UpstreamFailedError
 from cluster.release_evidence import Arm
 from serve_apps.gateway.backend import Arrays, ModelBackend
 from serve_apps.gateway.releases.observer import Observer
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 
 ObserverOf = Callable[[str], tuple[Observer, Arm] | None]
-"""Who observes an application, and as what; None for nearly all."""
+"""Who observes an application, or an adapter by its digest, and as what; None for nearly all."""
 
 
 class StreamWaits:
@@ -27,6 +27,7 @@ class StreamWaits:
     def __init__(self, observer: Observer, arm: Arm, request: EngineRequest) -> None:
         self._observer = observer
         self._arm = arm
+        self._request_id = request.request_id
         self._num_prompt = len(request.prompt_ids)
         self._is_continued = bool(request.answer_ids)
         self._begun_s = time.perf_counter()
@@ -44,11 +45,13 @@ class StreamWaits:
                 has_finished = output.finish_reason is not None
                 yield output
             if not has_finished:
-                self._observer.observe(self._arm, "errors", 1.0)
+                raise UpstreamFailedError("the model's stream ended early")
         except (OverloadedError, ReplicaLeavingError):
             # The answer goes on elsewhere, or its reader is told; neither is this replica's fault.
             raise
         except Exception as error:
+            # A continuation's id begins with that of the request.
+            self._observer.failed_requests.add(self._request_id.partition("-")[0])
             self._observer.failure(self._arm, error, "slow_first_token")
             raise
         finally:
@@ -90,7 +93,7 @@ class WatchedBackend:
         self, application: str, request: EngineRequest
     ) -> AsyncGenerator[TokenOutput, None]:
         outputs = self._backend.generate(application, request)
-        found = self._observer_of(application)
+        found = self._observer_of(request.adapter or application)
         return outputs if found is None else StreamWaits(*found, request).watch(outputs)
 
     async def prepare(self, application: str) -> None:

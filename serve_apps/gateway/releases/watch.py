@@ -1,42 +1,26 @@
 """Which releases concern a gateway now. Without any, it is one look into an empty dictionary.
 
-watch = ReleaseWatch(evidence, catalogue, backend, has_room)
+watch = ReleaseWatch(evidence, means)
 watch.follow(routes)
 watched = watch.of(model.served)                 # None nearly always
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 from cluster.release_evidence import Arm
-from serve_apps.gateway.backend import ModelBackend
-from serve_apps.gateway.catalogue import ModelCatalogue
 from serve_apps.gateway.releases.evidence import Evidence
 from serve_apps.gateway.releases.observer import Observer
+from serve_apps.gateway.releases.shadow import Means
 from serve_apps.gateway.releases.watched import WatchedRelease
 from serve_apps.gateway.routing_table import Routes, ServedVersion
 
 
 class ReleaseWatch:
-    """Every release under way.
+    """Every release under way."""
 
-    Args:
-        has_room: whether the customers of a version leave room for other work at this moment.
-    """
-
-    def __init__(
-        self,
-        evidence: Evidence,
-        catalogue: ModelCatalogue,
-        backend: ModelBackend,
-        has_room: Callable[[ServedVersion], bool],
-    ) -> None:
+    def __init__(self, evidence: Evidence, means: Means) -> None:
         self._evidence = evidence
-        self._catalogue = catalogue
-        self._backend = backend
-        self._has_room = has_room
+        self._means = means
         self._watched: dict[str, WatchedRelease] = {}
         self._observers: dict[str, tuple[Observer, Arm]] = {}
 
@@ -45,9 +29,9 @@ class ReleaseWatch:
         watched = self._watched.get(served.name)
         return None if watched is None or watched.arm_of(served) is None else watched
 
-    def observer_of(self, application: str) -> tuple[Observer, Arm] | None:
-        """As `of`, by the application's name."""
-        return self._observers.get(application)
+    def observer_of(self, key: str) -> tuple[Observer, Arm] | None:
+        """As `of`, by the application's name, or the digest of an adapter that has none."""
+        return self._observers.get(key)
 
     def follow(self, routes: Routes) -> None:
         """Begin with new releases, and let go of those that are over."""
@@ -61,13 +45,13 @@ class ReleaseWatch:
             if watched is not None and watched.goes_on_as(release, champion, candidate):
                 del before[name]
             else:
-                has_room = functools.partial(self._has_room, champion)
-                watched = WatchedRelease(
-                    release, champion, candidate, self._evidence, self._catalogue, self._backend,
-                    has_room,
-                )  # fmt: skip
+                watched = WatchedRelease(release, champion, candidate, self._evidence, self._means)
             self._watched[name] = watched
-            self._observers[champion.application] = watched.observer, "champion"
-            self._observers[candidate.application] = watched.observer, "candidate"
+            self._observers[_key(champion)] = watched.observer, "champion"
+            self._observers[_key(candidate)] = watched.observer, "candidate"
         for over in before.values():
             over.close()
+
+
+def _key(served: ServedVersion) -> str:
+    return served.digest if served.options.shares_base else served.application

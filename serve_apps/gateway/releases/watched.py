@@ -1,6 +1,6 @@
 """One release at a gateway: both versions' answers are observed, some of the champion's mirrored.
 
-watched = WatchedRelease(release, champion, candidate, evidence, catalogue, backend, has_room)
+watched = WatchedRelease(release, champion, candidate, evidence, means)
 outputs = await watched.infer(model, inputs, answer)
 """
 
@@ -12,16 +12,15 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
-from cluster.errors import OverloadedError, UpstreamTimeoutError
 from cluster.processing import Array
 from cluster.release_evidence import Arm
-from serve_apps.gateway.backend import Arrays, ModelBackend
-from serve_apps.gateway.catalogue import ModelCatalogue, ServedModel
+from serve_apps.gateway.backend import Arrays
+from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.releases.comparison import is_finite, require_finite
 from serve_apps.gateway.releases.evidence import Evidence
 from serve_apps.gateway.releases.observer import Observer
 from serve_apps.gateway.releases.release import Release
-from serve_apps.gateway.releases.shadow import Shadow, comparable
+from serve_apps.gateway.releases.shadow import Means, Shadow, comparable
 from serve_apps.gateway.routing_table import ServedVersion
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 
@@ -38,14 +37,12 @@ class WatchedRelease:
         champion: ServedVersion,
         candidate: ServedVersion,
         evidence: Evidence,
-        catalogue: ModelCatalogue,
-        backend: ModelBackend,
-        has_room: Callable[[], bool],
+        means: Means,
     ) -> None:
         self.champion = champion
         self.candidate = candidate
         self.observer = Observer(release, evidence)
-        self._shadow = Shadow(candidate, self.observer, catalogue, backend, has_room)
+        self._shadow = Shadow(champion, candidate, self.observer, means)
 
     def goes_on_as(
         self, release: Release, champion: ServedVersion, candidate: ServedVersion
@@ -118,11 +115,12 @@ class WatchedRelease:
                 yield dataclasses.replace(output, logprobs=()) if hides_logprobs else output
         except Exception as error:
             has_failed = True
-            if isinstance(error, OverloadedError | UpstreamTimeoutError):
+            if asked.request_id not in self.observer.failed_requests:
                 self.observer.failure(arm, error, "slow_first_token")
             raise
         finally:
             await outputs.aclose()
+            self.observer.failed_requests.discard(asked.request_id)
             if has_begun and not has_failed:
                 self.observer.observe(arm, "errors", 0.0)
             if is_mirrored and has_finished:

@@ -218,8 +218,10 @@ class Gateway:
     async def route(self, **changes: Any) -> None:
         """Other routes, which the gateway has taken when this returns."""
         self.routes = dataclasses.replace(self.routes, **changes)
-        while self.app.state.models.routes != self.routes:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        table = self.app.state.models._table
+        while table.current != self.routes:
+            table._read_at = 0.0
+            await table.refresh()
 
     def serve_graph(
         self, manifest: Manifest, predict: Callable[[Arrays], Arrays], text: Any = None

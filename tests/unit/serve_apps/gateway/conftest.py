@@ -72,16 +72,18 @@ class Trial:
         *,
         weight: float = 0.0,
         mirrored: float = 0.0,
+        digest: str = DIGEST,
+        shares_base: bool = False,
     ) -> None:
         """What the controller would write, taken by the gateway."""
         routes = self.gateway.routes
         served = ServedVersion(
             name,
             candidate,
-            DIGEST,
+            digest,
             f"{name}.v{candidate}",
             state="canary" if weight else "shadow",
-            options=DeploymentOptions(request_timeout_s=5),
+            options=DeploymentOptions(request_timeout_s=5, shares_base=shares_base),
         )
         weights = {champion: 1 - weight, candidate: weight} if weight else {champion: 1.0}
         await self.gateway.route(

@@ -69,6 +69,32 @@ async def test_an_adapter_that_its_base_cannot_take_is_the_callers_to_know(
     assert (await ask(gateway, "talker")).status_code == 200
 
 
+async def test_releases_of_adapters_are_told_from_each_other_and_from_their_base(
+    gateway: Any, helper: ServedVersion, trial: Any
+) -> None:
+    other = "sha256:" + "c" * 64
+    await gateway.route(weights={**gateway.routes.weights, "helper": {1: 1.0}})
+    await trial.begin("helper", 1, 2, mirrored=1.0, digest=other, shares_base=True)
+    gateway.engine.load_adapter(ADAPTER, Path())
+    gateway.engine.load_adapter(other, Path())
+    assert (await ask(gateway, "helper")).headers["x-model-version"] == "helper/1"
+    await trial.until_mirrored("helper/2")
+    assert trial.seen("helper/2", "pair", "token_disagreement") == (1, 0)
+    await ask(gateway, "talker")
+    assert trial.seen("helper/2", "champion", "errors") == (1, 0)
+
+
+async def test_an_adapter_that_cannot_be_reached_is_a_canary_that_fails(
+    gateway: Any, helper: ServedVersion, trial: Any
+) -> None:
+    gateway.engine.load_adapter(ADAPTER, Path())
+    other = "sha256:" + "c" * 64
+    await trial.begin("helper", 1, 2, weight=1.0, digest=other, shares_base=True)
+    answer = await ask(gateway, "helper")
+    assert (answer.status_code, answer.headers["x-model-version"]) == (200, "helper/1")
+    assert trial.seen("helper/2", "candidate", "errors") == (1, 1)
+
+
 async def test_without_its_base_it_says_what_is_missing(
     gateway: Any, helper: ServedVersion
 ) -> None:
