@@ -48,7 +48,7 @@ def test_customers_see_no_failure_whatever_is_released(releases: Releases) -> No
         assert "errors" in row["reason"]
 
         before = load.seen
-        back = releases.admin.rollback(NAME)
+        back = releases.admin.steer(NAME, "rollback")
         assert back["version"] == 1
         time.sleep(ROLLBACK_S)
         settled = load.seen.by_version[f"{NAME}/{good}"]
