@@ -105,6 +105,8 @@ def _release(
     row = admin.deploy(str(version.ref), "shadow", options)
     console.print(f"  {_load_line(load.seen)}")
     while True:
+        # Before the timeline, so that it holds how this state was come to.
+        now = admin.deployment(version.name, version.version)
         timeline = [
             event
             for event in admin.release(version.name)["timeline"]
@@ -116,7 +118,6 @@ def _release(
         if len(timeline) > num_shown:
             num_shown = len(timeline)
             console.print(f"         {_load_line(load.seen)}", style="dim")
-        now = admin.deployment(version.name, version.version)
         if now["state"] in _SETTLED and now["release_id"] == row["release_id"]:
             return now
         if time.monotonic() - started_s > _TIMEOUT_S:

@@ -16,7 +16,7 @@ from cluster.cli.live_load import LiveLoad
 from tests.live_releases import LABELS, NAME, ROWS, Releases
 from tests.stack import Stack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(500)]
 
 ROLLBACK_S = 1.0
 
@@ -48,7 +48,7 @@ def test_customers_see_no_failure_whatever_is_released(releases: Releases) -> No
         assert "errors" in row["reason"]
 
         before = load.seen
-        back = releases.admin.rollback(NAME)
+        back = releases.admin.steer(NAME, "rollback")
         assert back["version"] == 1
         time.sleep(ROLLBACK_S)
         settled = load.seen.by_version[f"{NAME}/{good}"]
@@ -62,7 +62,7 @@ def test_customers_see_no_failure_whatever_is_released(releases: Releases) -> No
 
 
 def test_the_demo_promotes_the_good_version_and_rolls_the_bad_one_back(stack: Stack) -> None:
-    demo = stack.run_cli("demo", "--release", "--fast", timeout_s=280)
+    demo = stack.run_cli("demo", "--release", "--fast", timeout_s=450)
     assert demo.returncode == 0, f"{demo.stdout[-3000:]}\n{demo.stderr[-3000:]}"
     assert re.search(r"s  shadow .*\n(.*\n)*.*s  champion ", demo.stdout)
     assert re.search(r"s  rolled_back  .*(disagreement|distance)", demo.stdout)

@@ -42,7 +42,7 @@ def test_good_and_bad_versions_in_turn(releases: Releases) -> None:
                 failing = releases.publish(0.003, fails=True)
                 row = releases.release(failing, strategy)
                 assert row["state"] == "rolled_back", row["reason"]
-            releases.admin.rollback(NAME)
+            releases.admin.steer(NAME, "rollback")
             time.sleep(2)
         assert_unharmed(load.seen)
 

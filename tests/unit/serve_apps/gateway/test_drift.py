@@ -26,7 +26,7 @@ from serve_apps.gateway.drift import DriftWatch
 from serve_apps.gateway.routing_table import Routes, ServedVersion
 from serve_apps.gateway.telemetry.instruments import Instruments
 from serve_apps.llm.engine import EngineRequest, TokenOutput
-from tests.unit.serve_apps.conftest import DIGEST, text_manifest
+from tests.unit.serve_apps.conftest import DIGEST, classify, text_manifest
 
 
 async def send(gateway: Any, rows: Any, path: str = "/v2/models/classes/infer") -> None:
@@ -84,6 +84,17 @@ async def test_requests_that_fail_are_not_counted(gateway: Any) -> None:
     assert answer.status_code == 400
     await asyncio.to_thread(gateway.drift.flush)
     assert DriftStore(open_database(gateway.database_url)).windows("classes", 2) == []
+
+
+async def test_mirrored_requests_are_not_counted(gateway: Any, trial: Any) -> None:
+    await trial.graph(classify, mirrored=1.0)
+    await send(gateway, np.ones((5, 4), dtype=np.float32))
+    await trial.until_mirrored("classes/3")
+    await asyncio.to_thread(gateway.drift.flush)
+    store = DriftStore(open_database(gateway.database_url))
+    (window,) = store.windows("classes", 2)
+    assert window.rows["inputs"] == 5.0
+    assert store.windows("classes", 3) == []
 
 
 def graph(profile: DataProfile | None) -> ServedModel:
