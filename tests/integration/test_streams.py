@@ -179,6 +179,19 @@ def test_a_replica_killed_under_streams_is_not_noticed(stack: Stack, deployed: s
     assert results(readers) == expected
     assert continuations(stack, "went away under the request") >= 1
     assert_charged(stack, deployed, (4, 4 * NUM_TOKENS))
+    assert_one_replica_answers(stack, deployed)
+
+
+def assert_one_replica_answers(stack: Stack, model: str) -> None:
+    """One after the other, prompts with the same beginning go where it is in the cache."""
+    wait_until(lambda: num_replicas(stack, model) == 2)
+    working = replicas(stack, f"{model}.v1", 2)
+    begun = [cpu_seconds(process) for process in working]
+    for number in range(8):
+        asked = {"prompt": "Once upon a time " * 8 + str(number), "max_tokens": 40}
+        results(start(stack, model, GREEDY | asked))
+    used_s = sorted(cpu_seconds(p) - s for p, s in zip(working, begun, strict=True))
+    assert used_s[0] < 0.3 * used_s[1], used_s
 
 
 @pytest.mark.parametrize("deployed", [ONE_OR_TWO], indirect=True)
