@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from cluster.session.ray_head import auth_header
 from cluster.session.record import read_record
 from tests.replica_processes import cpu_seconds, replicas
 from tests.stack import Stack
@@ -30,7 +31,7 @@ autoscaling:
   max_replicas: 2
   target_ongoing_requests: 2
   upscale_delay_s: 0.2
-  downscale_delay_s: 1
+  downscale_delay_s: 3
   look_back_s: 1
 drain_s: 0
 """
@@ -49,7 +50,7 @@ def talker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> str:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
-        max_position_embeddings=4096,
+        max_position_embeddings=8192,
     )
     done = stack.run_cli("models", "import", path, "--name", "slow-talker")
     assert done.returncode == 0, done.stderr
@@ -178,34 +179,50 @@ def test_a_replica_killed_under_streams_is_not_noticed(stack: Stack, deployed: s
     assert results(readers) == expected
     assert continuations(stack, "went away under the request") >= 1
     assert_charged(stack, deployed, (4, 4 * NUM_TOKENS))
+    assert_one_replica_answers(stack, deployed)
+
+
+def assert_one_replica_answers(stack: Stack, model: str) -> None:
+    """One after the other, prompts with the same beginning go where it is in the cache."""
+    wait_until(lambda: num_replicas(stack, model) == 2)
+    working = replicas(stack, f"{model}.v1", 2)
+    begun = [cpu_seconds(process) for process in working]
+    for number in range(8):
+        asked = {"prompt": "Once upon a time " * 8 + str(number), "max_tokens": 40}
+        results(start(stack, model, GREEDY | asked))
+    used_s = sorted(cpu_seconds(p) - s for p, s in zip(working, begun, strict=True))
+    assert used_s[0] < 0.3 * used_s[1], used_s
 
 
 @pytest.mark.parametrize("deployed", [ONE_OR_TWO], indirect=True)
 def test_streams_of_a_replica_that_scales_down_go_on(stack: Stack, deployed: str) -> None:
-    long = GREEDY | {"max_tokens": 3900}
-    stays, *others = start(stack, deployed, *[long] * 4)
+    long = GREEDY | {"max_tokens": 4000}
+    load = start(stack, deployed, *[long] * 4)
     wait_until(lambda: num_replicas(stack, deployed) == 2)
-    # The new replica is the less busy one, whatever the other has in its cache.
-    goes, *more = start(stack, deployed, *[long] * 2)
-    goes.wait_for(20)
-    for reader in (*others, *more):
+    for reader in load:
         reader.leave()
-    # Of the two that are left, each has a replica of its own, and one of these has to go.
+        reader.join()
+    # Each gets a replica of its own, and one of these has to go.
+    readers = start(stack, deployed, long, long)
     wait_until(lambda: continuations(stack, "has to go") > 0)
-    for reader in (stays, goes):
+    for reader in readers:
         reader.wait_for(len(reader.tokens) + 50)
         reader.leave()
-    num_both = min(len(stays.tokens), len(goes.tokens))
-    assert stays.tokens[:num_both] == goes.tokens[:num_both]
+    first, second = (reader.tokens for reader in readers)
+    num_both = min(len(first), len(second))
+    assert first[:num_both] == second[:num_both]
 
 
 def num_replicas(stack: Stack, model: str) -> int:
-    rows = json.loads(stack.run_cli("releases", "list", "--json").stdout)
-    return sum(row["replicas"] for row in rows if row["name"] == model)
+    """Running replicas, as Ray's own dashboard tells them."""
+    url = f"{stack.settings.dashboard_url}/api/serve/applications/"
+    applications = httpx.get(url, headers=auth_header(stack.settings)).json()["applications"]
+    (deployment,) = applications[f"{model}.v1"]["deployments"].values()
+    return Counter(replica["state"] for replica in deployment["replicas"])["RUNNING"]
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < deadline_s
-        time.sleep(0.2)
+        time.sleep(0.1)
