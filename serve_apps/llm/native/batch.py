@@ -9,7 +9,7 @@ then each prompt's chunk by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,13 +28,13 @@ Masks = dict[int | None, torch.Tensor]
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """The first rows of a batch: one token of each of `num_rows` sequences."""
+    """Rows of sequences of about the same length that get their next token."""
 
-    num_rows: int
+    rows: slice
     cache_rows: torch.Tensor
-    """[num_rows · kv heads, blocks]"""
+    """[rows · kv heads, blocks]"""
     masks: Masks
-    """[num_rows · kv heads, 1, tokens]"""
+    """[rows · kv heads, 1, tokens]"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Batch:
     positions: torch.Tensor
     write_places: torch.Tensor
     """[rows · kv heads] where the cache keeps each row's keys and values."""
-    decode: DecodeRows | None
+    decodes: tuple[DecodeRows, ...]
     prompts: tuple[PromptRows, ...]
     output_rows: torch.Tensor
     """Rows whose logits are wanted."""
@@ -99,33 +99,37 @@ def make_batch(
     num_decode = 0
     while num_decode < len(chunks) and chunks[num_decode].num_tokens == 1:
         num_decode += 1
-    tokens, positions, places, prompts = [], [], [], []
+    tokens, positions, places = [], [], []
+    decodes: list[DecodeRows] = []
+    prompts: list[PromptRows] = []
     windows = set(shape.windows)
     heads = np.arange(shape.num_kv_heads)
-    decode = None
-    if num_decode:
-        ready = chunks[:num_decode]
-        lengths = np.array([chunk.sequence.num_computed + 1 for chunk in ready])
-        blocks = tables.of(ready, -(-int(lengths.max()) // BLOCK_TOKENS))
-        last = lengths - 1
+    first_row = 0
+    for ready in _of_like_length(chunks[:num_decode]):
+        last = np.array([chunk.sequence.num_computed for chunk in ready])
+        blocks = tables.of(ready, int(last.max()) // BLOCK_TOKENS + 1)
         tokens.append(
-            np.array([chunk.sequence.tokens[chunk.sequence.num_computed] for chunk in ready])
+            np.array(
+                [chunk.sequence.tokens[place] for chunk, place in zip(ready, last, strict=True)]
+            )
         )
         positions.append(last)
-        last_blocks = blocks[np.arange(num_decode), last // BLOCK_TOKENS]
+        last_blocks = blocks[np.arange(len(ready)), last // BLOCK_TOKENS]
         places.append(_write_places(last_blocks, last, heads))
-        decode = DecodeRows(
-            num_rows=num_decode,
-            cache_rows=_cache_rows(blocks, heads).to(device),
-            masks={
-                window: _mask(last, blocks.shape[1], window, dtype)
-                .repeat_interleave(shape.num_kv_heads, dim=0)
-                .unsqueeze(1)
-                .to(device)
-                for window in windows
-            },
+        decodes.append(
+            DecodeRows(
+                rows=slice(first_row, first_row + len(ready)),
+                cache_rows=_cache_rows(blocks, heads).to(device),
+                masks={
+                    window: _mask(last, blocks.shape[1], window, dtype)
+                    .repeat_interleave(shape.num_kv_heads, dim=0)
+                    .unsqueeze(1)
+                    .to(device)
+                    for window in windows
+                },
+            )
         )
-    first_row = num_decode
+        first_row += len(ready)
     for chunk in chunks[num_decode:]:
         sequence, start = chunk.sequence, chunk.sequence.num_computed
         end = start + chunk.num_tokens
@@ -151,7 +155,7 @@ def make_batch(
         token_ids=torch.from_numpy(np.concatenate(tokens)).to(device),
         positions=torch.from_numpy(np.concatenate(positions)).to(device),
         write_places=torch.from_numpy(np.concatenate(places)).to(device),
-        decode=decode,
+        decodes=tuple(decodes),
         prompts=tuple(prompts),
         output_rows=torch.from_numpy(ends[wanted]).to(device),
         adapted=_adapted_rows(chunks, adapters, device),
@@ -172,6 +176,19 @@ def _adapted_rows(
         AdaptedRows(adapters[digest], torch.tensor(found, device=device))
         for digest, found in rows.items()
     )
+
+
+def _of_like_length(chunks: Series[Chunk]) -> Iterator[Series[Chunk]]:
+    """Runs of neighbours none of which has half the blocks of its first, or more than that has."""
+    start = 0
+    for end, chunk in enumerate(chunks):
+        most = chunks[start].sequence.num_computed // BLOCK_TOKENS + 1
+        own = chunk.sequence.num_computed // BLOCK_TOKENS + 1
+        if not most < 2 * own <= 2 * most:
+            yield chunks[start:end]
+            start = end
+    if chunks:
+        yield chunks[start:]
 
 
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]

@@ -31,6 +31,7 @@ class KeyValueCache:
             dtype=dtype,
             device=device,
         )
+        self._room = self._rows.new_empty(0)
         # One view for each layer, made once: making them costs as much as a small product.
         self._gathered = [(rows[0], rows[1]) for rows in self._rows]
         self._written = [
@@ -48,11 +49,20 @@ class KeyValueCache:
 
     def gather(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [sequences · heads, tokens, head size] of rows [sequences · heads,
-        blocks]."""
-        keys, values = self._gathered[layer]
+        blocks]; good until the next are gathered."""
         flat = rows.view(-1)
-        size = (rows.shape[0], -1, self._head_size)
-        return keys.index_select(0, flat).view(size), values.index_select(0, flat).view(size)
+        into = self._room_for(len(flat))
+        for source, target in zip(self._gathered[layer], into, strict=True):
+            torch.index_select(source, 0, flat, out=target)
+        keys, values = (target.view(rows.shape[0], -1, self._head_size) for target in into)
+        return keys, values
+
+    def _room_for(self, num_rows: int) -> torch.Tensor:
+        """[2, num_rows, …], the same memory for every layer: fresh memory would be read in anew."""
+        row_size = self._rows.shape[-1]
+        if self._room.numel() < 2 * num_rows * row_size:
+            self._room = self._rows.new_empty(2 * 2 * num_rows * row_size)
+        return self._room[: 2 * num_rows * row_size].view(2, num_rows, row_size)
 
 
 def _zeros(*size: int, dtype: torch.dtype, device: str) -> torch.Tensor:

@@ -30,7 +30,7 @@ class Choice:
 @torch.inference_mode()
 def choose(logits: torch.Tensor, sequences: Series[Sequence]) -> list[Choice]:
     """The next token of each sequence, from its row of logits [sequences, vocabulary]."""
-    best = logits.argmax(dim=-1).tolist()
+    best = logits.max(dim=-1).indices.tolist()  # argmax takes six times as long in bf16
     return [
         Choice(token) if _is_plain(sequence) else _choose_one(logits[row], sequence)
         for row, (token, sequence) in enumerate(zip(best, sequences, strict=True))

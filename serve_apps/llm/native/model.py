@@ -161,18 +161,17 @@ class NativeModel:
             values.reshape(-1, shape.head_size),
         )
         window = shape.windows[number]
-        parts = [self._attend_prompt(number, queries, part, window) for part in batch.prompts]
-        if batch.decode is not None:
-            parts.insert(0, self._attend_decode(number, queries, batch.decode, window))
+        parts = [self._attend_decode(number, queries, part, window) for part in batch.decodes]
+        parts += [self._attend_prompt(number, queries, part, window) for part in batch.prompts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_decode(
         self, number: int, queries: torch.Tensor, decode: DecodeRows, window: int | None
     ) -> torch.Tensor:
         """Query heads that share keys are the rows of one product for each sequence."""
-        shape, num_rows = self.shape, decode.num_rows
+        shape, num_rows = self.shape, decode.rows.stop - decode.rows.start
         keys, values = self._cache.gather(number, decode.cache_rows)
-        grouped = queries[:num_rows].reshape(-1, shape.group_size, shape.head_size)
+        grouped = queries[decode.rows].reshape(-1, shape.group_size, shape.head_size)
         mask = decode.masks[window]
         if num_rows == 1:  # one kernel is quicker than three; for many sequences it is not
             found = functional.scaled_dot_product_attention(

@@ -167,7 +167,8 @@ class Scheduler:
                     self._preempt(self._running[-1])
             if sequence.place >= 0:
                 chunks.append(self._charged(Chunk(sequence, 1)))
-        return chunks
+        # Those of about the same length attend together.
+        return sorted(chunks, key=lambda chunk: -len(chunk.sequence.blocks))
 
     def _admit(self) -> bool:
         """Let the next sequence run; False where none waits or the cache has no room for it."""

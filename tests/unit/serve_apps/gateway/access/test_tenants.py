@@ -16,6 +16,7 @@ from cluster.database import open_database
 from cluster.ledger import Entry, Ledger
 from cluster.model_package.manifest import Golden, Manifest
 from cluster.processing import TensorSpec
+from serve_apps.llm.engine import EngineRequest
 
 PIXELS = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]}]}
 HOSTILE = {
@@ -313,3 +314,19 @@ async def test_tokens_of_embeddings_are_limited_and_counted(gateway: Any) -> Non
     assert statuses == [200, 200, 429], answer.text
     (row,) = await usage_when_settled(gateway, headers, 2)
     assert (row["kind"], row["requests"], row["prompt_tokens"]) == ("inference", 2, 8)
+
+
+async def test_the_engine_is_told_whose_a_request_is(gateway: Any) -> None:
+    sent: list[EngineRequest] = []
+    generate = gateway.backend.generate
+
+    def remembering(application: str, request: EngineRequest) -> Any:
+        sent.append(request)
+        return generate(application, request)
+
+    gateway.backend.generate = remembering
+    body = {"model": "talker", "prompt": "a", "max_tokens": 1}
+    for tenant in ("poor", "rich"):
+        headers = HOSTILE | bearer(gateway, tenant)
+        await gateway.client.post("/v1/completions", json=body, headers=headers)
+    assert [request.tenant for request in sent] == ["poor", "rich"]

@@ -67,6 +67,19 @@ def test_answers_do_not_depend_on_how_prompts_are_cut() -> None:
     assert run(cut, *REQUESTS) == run(whole, *REQUESTS)
 
 
+def test_long_and_short_sequences_answer_as_they_would_alone() -> None:
+    together = engine(replace(BUDGET, max_batch_tokens=512))
+    requests = [
+        ask(f"r{number}", range(number + 1, number + 1 + length), max_tokens=25)
+        for number, length in enumerate((1, 90, 15, 16, 40, 2, 31))
+    ]
+    answers = run(together, *requests)
+    assert together.stats().num_preempted == 0
+    for request in requests:
+        alone = run(engine(), request)
+        assert answers[request.request_id] == alone[request.request_id]
+
+
 def test_prompts_are_computed_while_others_get_their_tokens() -> None:
     busy = engine(replace(BUDGET, max_batch_tokens=16))
     busy.add(ask("first", (1, 2, 3), max_tokens=30))

@@ -48,7 +48,7 @@ def test_a_step_stays_within_its_budget_and_tokens_come_first() -> None:
     assert sizes == [
         [("a", 1), ("b", 19)],
         [("a", 1), ("b", 11), ("c", 5)],
-        [("a", 1), ("b", 1), ("c", 1)],
+        [("b", 1), ("a", 1), ("c", 1)],  # the longest first
     ]
 
 
