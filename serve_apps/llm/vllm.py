@@ -9,13 +9,13 @@ of its own thread; its HTTP server, which has routes without a key, is never sta
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import queue
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -33,25 +33,19 @@ from cluster.generation import Grammar
 from serve_apps.llm.engine import (
     EngineRequest,
     EngineStats,
-    FinishReason,
     Sampling,
     StepOutput,
-    TokenLogprobs,
     TokenOutput,
     check_adapter,
     check_request,
 )
+from serve_apps.llm.vllm_answers import Answer
 from serve_apps.vllm_arguments import VllmArguments
 
 _IDLE_WAIT_S = 0.1
 _STOP_TIMEOUT_S = 5.0
 _OWN_ADAPTER = "the adapter that was deployed"
 _LARGEST_SEED = 2**63 - 1
-_FINISH_REASONS: dict[str | None, FinishReason | None] = {
-    None: None,
-    "stop": "stop",
-    "length": "length",
-}
 
 ResultType = TypeVar("ResultType")
 
@@ -66,9 +60,9 @@ class VllmEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
         self._lock = threading.Lock()
-        self._answers: dict[str, _Answer] = {}
-        self._steps: queue.SimpleQueue[list[tuple[_Answer, TokenOutput]]] = queue.SimpleQueue()
-        self._unsent: list[tuple[_Answer, TokenOutput]] = []
+        self._answers: dict[str, Answer] = {}
+        self._steps: queue.SimpleQueue[list[tuple[Answer, TokenOutput]]] = queue.SimpleQueue()
+        self._unsent: list[tuple[Answer, TokenOutput]] = []
         """What came since the last hand-over; touched by the loop alone."""
         self._failure: UpstreamFailedError | None = None
         try:
@@ -146,12 +140,12 @@ class VllmEngine:
         if grammar is not None and not self._has_tokenizer:
             raise InputError("this engine cannot hold an answer to a grammar", param=grammar.kind)
         check_adapter(request, self._adapters)
-        answer = _Answer(request, self._repeats(request))
+        answer = Answer(request, self._repeats(request))
         parameters = to_sampling_params(request.sampling, num_said=answer.num_given)
         with self._lock:
-            self._answers[request.request_id] = answer
             if self._failure is not None:
                 raise self._failure
+            self._answers[request.request_id] = answer
             answer.work = self._in_loop(self._generate(answer, parameters))
 
     def step(self) -> StepOutput:
@@ -212,22 +206,22 @@ class VllmEngine:
             )
         return sampling.seed is not None and (counts_tokens or not self._noise_is_by_position)
 
-    async def _generate(self, answer: _Answer, parameters: SamplingParams) -> None:
+    async def _generate(self, answer: Answer, parameters: SamplingParams) -> None:
         request = answer.request
         prompt = [*request.prompt_ids, *answer.given]
+        # vLLM makes the id unique among those it still works on.
+        outputs = self._llm.generate(
+            tokens_input(prompt),
+            parameters,
+            request.request_id,
+            lora_request=self._adapters.get(request.adapter or _OWN_ADAPTER),
+        )
         try:
-            # vLLM makes the id unique among those it still works on.
-            async for found in self._llm.generate(
-                tokens_input(prompt),
-                parameters,
-                request.request_id,
-                lora_request=self._adapters.get(request.adapter or _OWN_ADAPTER),
-            ):
-                output = answer.take(found.outputs[0])
-                if output.token_ids or output.finish_reason is not None:
-                    self._hand_over(answer, output)
-                if output.finish_reason is not None:
-                    return
+            async with contextlib.aclosing(outputs):
+                async for found in outputs:
+                    output = answer.take(found.outputs[0])
+                    if output.token_ids or output.finish_reason is not None:
+                        self._hand_over(answer, output)
         except EngineDeadError as error:
             self._failure = UpstreamFailedError(f"the engine stopped: {error}")
             self._steps.put([])
@@ -239,7 +233,7 @@ class VllmEngine:
             failed = TokenOutput(request.request_id, (), "error", shown)
             self._hand_over(answer, failed)
 
-    def _hand_over(self, answer: _Answer, output: TokenOutput) -> None:
+    def _hand_over(self, answer: Answer, output: TokenOutput) -> None:
         """Keep what one step of vLLM gave together: all of it is in the loop's queue already."""
         self._unsent.append((answer, output))
         if len(self._unsent) == 1:
@@ -249,7 +243,7 @@ class VllmEngine:
         unsent, self._unsent = self._unsent, []
         self._steps.put(unsent)
 
-    def _is_awaited(self, answer: _Answer, output: TokenOutput) -> bool:
+    def _is_awaited(self, answer: Answer, output: TokenOutput) -> bool:
         if self._answers.get(output.request_id) is not answer:
             return False  # it was aborted, and its id may be another's by now
         answer.has_begun = True
@@ -270,52 +264,6 @@ class VllmEngine:
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_TIMEOUT_S)
-
-
-@dataclass
-class _Answer:
-    """A request in flight."""
-
-    request: EngineRequest
-    repeats: bool
-    """The tokens that were already said are generated again and held back."""
-    num_taken: int = 0
-    has_begun: bool = False
-    work: Future[None] | None = None
-
-    @property
-    def given(self) -> tuple[int, ...]:
-        """Tokens of the answer that vLLM reads like the prompt."""
-        return () if self.repeats else self.request.answer_ids
-
-    @property
-    def num_given(self) -> int:
-        return len(self.given)
-
-    def take(self, completion: Any) -> TokenOutput:
-        """What a step added, without what was already said elsewhere.
-
-        Raises:
-            UpstreamFailedError: what is generated again differs from it.
-        """
-        tokens = tuple(int(token) for token in completion.token_ids)
-        said = self.request.answer_ids[self.num_taken :] if self.repeats else ()
-        num_repeated = min(len(tokens), len(said))
-        if tokens[:num_repeated] != said[:num_repeated]:
-            raise UpstreamFailedError("the answer cannot be continued: its tokens do not repeat")
-        self.num_taken += len(tokens)
-        sampling = self.request.sampling
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if sampling.num_logprobs is not None:
-            logprobs = _logprobs(tokens, completion.logprobs, sampling.num_logprobs)
-        reason = _FINISH_REASONS.get(completion.finish_reason, "error")
-        return TokenOutput(
-            self.request.request_id,
-            tokens[num_repeated:],
-            reason,
-            f"vLLM ended it: {completion.finish_reason}" if reason == "error" else None,
-            logprobs[num_repeated:],
-        )
 
 
 def to_sampling_params(sampling: Sampling, *, num_said: int = 0) -> SamplingParams:
@@ -363,18 +311,6 @@ def _structure(grammar: Grammar | None) -> StructuredOutputsParams | None:
     if grammar.kind == "regex":
         return StructuredOutputsParams(regex=grammar.source)
     return StructuredOutputsParams(json=grammar.source)
-
-
-def _logprobs(
-    tokens: tuple[int, ...], found: list[dict[int, Any]], num_top: int
-) -> tuple[TokenLogprobs, ...]:
-    """vLLM gives the likeliest and, where it is not among them, the chosen one."""
-    entries: list[TokenLogprobs] = []
-    for token, scores in zip(tokens, found, strict=True):
-        others = scores if len(scores) <= num_top else {i: scores[i] for i in scores if i != token}
-        likeliest = sorted(((i, float(s.logprob)) for i, s in others.items()), key=lambda e: -e[1])
-        entries.append(TokenLogprobs(token, float(scores[token].logprob), tuple(likeliest)))
-    return tuple(entries)
 
 
 def _engine_arguments(
