@@ -9,10 +9,10 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 NAME   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-release test soak check bench lock clean
+.PHONY: help install demo demo-release test soak conformance-vllm check bench lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## create .venv and install everything, pinned
 
@@ -41,6 +41,9 @@ test: install  ## every test that needs no GPU
 
 soak: install  ## the long versions of the fault and fuzz tests
 	@$(BIN)/python -m pytest tests -m soak
+
+conformance-vllm: install  ## the engines' tests on vLLM's unofficial CPU build, in an environment of its own
+	@$(BIN)/python -m benchmarks.llm_peers.vllm_server $(VENV)/vllm
 
 check: install  ## formatting, lint, types, architecture
 	@$(BIN)/ruff format --check .

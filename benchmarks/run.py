@@ -20,6 +20,7 @@ BENCHMARKS = (
     "goodput",
     "overload",
     "gateway",
+    "llm_engine",
 )
 
 

@@ -15,6 +15,7 @@ from cluster.config import StrictModel
 from cluster.deployments import STRATEGIES, Strategy
 from cluster.errors import InputError
 from serve_apps.release.options import Margins, ReleaseOptions
+from serve_apps.vllm_arguments import VllmArguments
 
 _DAY_S = 86_400
 _MAX_CALLS = 100_000
@@ -116,10 +117,13 @@ class DeploymentOptions(StrictModel):
     """What generates a language model's tokens; 'auto' is native where it can read the model, and
     transformers elsewhere."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number type that the native engine computes in; 'auto' is what the weights are stored as."""
+    """Number type that engines native and vllm compute in; 'auto' is what the weights are stored
+    as."""
     weights: Literal["int8"] | None = None
     """Round the layers' matrices to 8 bits when the native engine loads them: on a CPU, a stream by
     itself is quicker and the model takes half the memory, and many at once are slower."""
+    engine_arguments: VllmArguments | None = None
+    """More to say to engine 'vllm'."""
     release: ReleaseOptions = ReleaseOptions()
     """How it is compared with the champion, for the strategies canary and shadow."""
     retrain: RetrainOptions | None = None
@@ -151,6 +155,24 @@ class DeploymentOptions(StrictModel):
         if value is not None and info.data.get("engine", "auto") not in ("auto", "native"):
             raise ValueError(f"is {value!r}, which is for engine 'native'")
         return value
+
+    @field_validator("engine_arguments")
+    @classmethod
+    def _for_vllm_on_its_gpus(
+        cls, value: VllmArguments | None, info: ValidationInfo
+    ) -> VllmArguments | None:
+        if value is None:
+            return None
+        if info.data.get("engine") != "vllm":
+            raise ValueError("is for engine 'vllm' alone")
+        num_gpus, wanted = info.data.get("num_gpus", 0), value.tensor_parallel_size
+        if wanted > 1 and num_gpus != wanted:
+            raise ValueError(f"tensor_parallel_size is {wanted}, but num_gpus is {num_gpus:g}")
+        return value
+
+    @property
+    def vllm_arguments(self) -> VllmArguments:
+        return self.engine_arguments or VllmArguments()
 
     @property
     def min_replicas(self) -> int:
@@ -208,6 +230,7 @@ def read_stored_options(values: Mapping[str, Any]) -> DeploymentOptions:
 
 _SECTIONS: dict[str, type[StrictModel]] = {
     "autoscaling": AutoscalingOptions,
+    "engine_arguments": VllmArguments,
     "release": ReleaseOptions,
     "release.margins": Margins,
     "retrain": RetrainOptions,

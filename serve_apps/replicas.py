@@ -36,6 +36,9 @@ SYSTEM_OPTIONS: dict[str, Any] = {
 _HAND_OVER_S = 60.0
 """What is still under way after its time to end has so long to go on elsewhere."""
 
+_VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+"""It reports its use to its makers unless told not to; nothing is fetched where all is packaged."""
+
 
 def open_package_of(digest: str) -> ModelPackage:
     """The verified package with this digest, in a replica that begins."""
@@ -79,13 +82,29 @@ def deploy_with(
         # A package that fails once fails again: report its reason instead of trying for minutes.
         max_constructor_retry_count=1,
         **SYSTEM_OPTIONS
-        | {
-            "ray_actor_options": {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
-            "graceful_shutdown_timeout_s": options.drain_s + _HAND_OVER_S,
-        }
+        | _resources(options)
+        | {"graceful_shutdown_timeout_s": options.drain_s + _HAND_OVER_S}
         | more,
     )
     return deployment(replica).bind(digest, options.model_dump())
+
+
+def _resources(options: DeploymentOptions) -> dict[str, Any]:
+    actor: dict[str, Any] = {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus}
+    if options.engine == "vllm":
+        actor["runtime_env"] = {"env_vars": _VLLM_ENVIRONMENT}
+    num_workers = options.vllm_arguments.tensor_parallel_size
+    if num_workers == 1:
+        return {"ray_actor_options": actor}
+    # One GPU for each of vLLM's workers; the replica itself computes nothing and sits beside the
+    # first of them.
+    bundles = [{"GPU": 1.0} for _ in range(num_workers)]
+    bundles[0]["CPU"] = options.num_cpus
+    return {
+        "ray_actor_options": actor | {"num_gpus": 0},
+        "placement_group_bundles": bundles,
+        "placement_group_strategy": "STRICT_PACK",
+    }
 
 
 def _scale(options: DeploymentOptions) -> dict[str, Any]:

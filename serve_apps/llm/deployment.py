@@ -16,6 +16,7 @@ from typing import Any
 
 from ray import serve
 
+from cluster.errors import MissingToolError
 from cluster.grammars import Grammars
 from cluster.model_package import ModelPackage
 from cluster.model_package.adapter import load_merged
@@ -122,6 +123,10 @@ def answer_golden_prompts(engine: Engine, package: ModelPackage) -> list[list[in
 
 
 def _device(options: DeploymentOptions) -> str:
+    if options.engine == "vllm":
+        # Its workers may be processes elsewhere; they say it where they find no GPU.
+        return "cuda" if options.num_gpus > 0 else "cpu"
+
     import torch
 
     # Only a GPU that was reserved: another replica or a training may hold the others.
@@ -131,6 +136,9 @@ def _device(options: DeploymentOptions) -> str:
 def _build_engine(
     package: ModelPackage, options: DeploymentOptions, device: str, grammars: Grammars
 ) -> Engine:
+    if options.engine == "vllm":
+        return _build_vllm(package, options)
+
     import torch
 
     torch.set_num_threads(options.num_threads)
@@ -192,4 +200,24 @@ def _grammars_of(package: ModelPackage) -> Grammars:
     assert info is not None, "a verified package of a language model describes it"
     return Grammars.load(
         package.model_dir, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids
+    )
+
+
+def _build_vllm(package: ModelPackage, options: DeploymentOptions) -> Engine:
+    try:
+        from serve_apps.llm.vllm import VllmEngine
+    except ModuleNotFoundError:
+        raise MissingToolError(
+            "engine 'vllm' is not installed on this machine",
+            hint="install the extra `vllm` there, or deploy with engine: auto",
+        ) from None
+
+    is_adapter = package.manifest.kind == "adapter"
+    return VllmEngine.load(
+        (open_base_of(package) if is_adapter else package).model_dir,
+        options.vllm_arguments,
+        dtype=options.dtype,
+        max_cache_bytes=options.max_cache_bytes,
+        max_running=options.max_running,
+        adapter_dir=package.model_dir if is_adapter else None,
     )

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.model_package import ModelPackage, golden
 from serve_apps.llm.engine import EngineRequest, Sampling
 
-_ROUNDING = {"float32": 1, "bfloat16": 20, "int8": 50}
+_ROUNDING = {"float32": 1, "float16": 3, "bfloat16": 20, "int8": 50}
 """How much further from the fp32 reference a logit may be."""
 
 

@@ -10,6 +10,7 @@ double, halves of surrogate pairs. So is what would take memory or time out of a
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -66,7 +67,9 @@ def parse_object(body: bytes) -> dict[str, Any]:
         _refuse_duplicate_keys(values, outside)
     except ValueError as error:
         raise InputError(
-            f"the request body is not valid JSON: {error}", hint="send a JSON object"
+            f"the request body is not valid JSON: {error}",
+            hint="send a JSON object",
+            param=_surrogate_field(body, outside) if "surrogate" in str(error) else None,
         ) from None
     if not isinstance(values, dict):
         raise InputError(
@@ -121,6 +124,29 @@ def _outside_of_strings(body: bytes) -> bytes:
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     return b"".join(body.split(b'"')[::2])
+
+
+def _surrogate_field(body: bytes, outside: bytes) -> str | None:
+    """The parameter with half of a surrogate pair, which another reader of JSON lets through."""
+    try:
+        _refuse_deep_nesting(outside)
+        values = json.loads(body)
+    except ValueError:
+        return None
+    waiting: list[tuple[str, Any]] = [("", values)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, str) and _is_broken(value):
+            return name[:_MAX_SHOWN] or None
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in value.items()]
+    return None
+
+
+def _is_broken(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _refuse_deep_nesting(outside: bytes) -> None:

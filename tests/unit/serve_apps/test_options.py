@@ -126,3 +126,30 @@ def test_serve_takes_the_options() -> None:
     assert config is not None
     assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (0, 1, 4)
     assert config.metrics_interval_s < config.look_back_period_s == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"engine": "llama.cpp"}, "'engine' is 'llama.cpp': "),
+        ({"engine": "native", "engine_arguments": {}}, "'engine_arguments' is for engine 'vllm'"),
+        ({"engine_arguments": {"kv_cache_dtype": 8}}, "'engine_arguments.kv_cache_dtype' is 8: "),
+        ({"engine_arguments": {"max_model_len": 10**24}}, "'engine_arguments.max_model_len' is 1"),
+        ({"engine_arguments": {"tensor_parallel_size": 2}}, "size is 2, but num_gpus is 1"),
+    ],
+)
+def test_wrong_engine_arguments_are_named(values: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        read_options({"engine": "vllm", "num_gpus": 1, **values})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trust_remote_code", "model", "tokenizer", "download_dir", "host", "port", "master_port",
+     "worker_cls", "hf_overrides", "logits_processors", "speculative_config", "served_model_name"],
+)  # fmt: skip
+def test_vllm_is_told_of_no_code_path_or_port(name: str) -> None:
+    with pytest.raises(
+        InputError, match=f"'engine_arguments.{name}' is not known; .* max_model_len, "
+    ):
+        read_options({"engine": "vllm", "engine_arguments": {name: "x"}})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.errors import InputError, NotFoundError, PackageError, ParityError
+from cluster.errors import InputError, MissingToolError, NotFoundError, PackageError, ParityError
 from cluster.generation import Grammar
 from cluster.model_package import LocalSigner, ensure_local_key, open_digest, write_package
 from cluster.processing.text import TextProcessor
@@ -237,3 +238,12 @@ async def test_a_replica_holds_answers_to_a_grammar(
                 await ask(wrong)
     finally:
         replica._runner.close()
+
+
+def test_an_engine_that_is_not_installed_is_named(
+    language_model_dir: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = publish(language_model_dir, settings)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(MissingToolError, match=r"'vllm' is not installed .* engine: auto"):
+        LanguageModel(digest, {"engine": "vllm"})

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.errors import InputError, UpstreamFailedError
-from serve_apps.llm.engine import Engine, EngineRequest, Sampling, TokenLogprobs, TokenOutput
+from cluster.errors import InputError, NotFoundError, UpstreamFailedError
+from serve_apps.llm.engine import (
+    AdapterLoader,
+    Engine,
+    EngineRequest,
+    Sampling,
+    TokenLogprobs,
+    TokenOutput,
+)
 from serve_apps.llm.fake import FakeEngine
 
 VOCAB_SIZE = 97
@@ -42,32 +53,95 @@ def native_engine() -> Engine:
     return NativeEngine(NativeModel(model.config, model.state_dict(), budget), budget)
 
 
+def vllm_engine() -> Engine:
+    import torch
+
+    from serve_apps.llm.vllm import VllmEngine
+    from serve_apps.vllm_arguments import VllmArguments
+
+    with tempfile.TemporaryDirectory() as directory:
+        tiny_llama(torch).save_pretrained(directory)
+        return VllmEngine.load(
+            Path(directory),
+            # With all places taken, its CPU build gives the model's own rows the last adapter.
+            VllmArguments(enforce_eager=True, max_loras=3, max_lora_rank=8),
+            dtype="float32",
+            max_cache_bytes=2**24,
+            max_running=8,
+        )
+
+
 def tiny_llama(torch: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM(tiny_config()).eval()
+    # Made once: threads of engines that run already may draw from the same generator.
+    model.load_state_dict(tiny_weights())
+    return model
+
+
+@functools.cache
+def tiny_weights() -> Any:
+    import torch
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    config = LlamaConfig(
+    model = LlamaForCausalLM(tiny_config())
+    # Spread the logits, so that no two tokens are nearly tied.
+    model.lm_head.weight.data.mul_(20)
+    return model.state_dict()
+
+
+def tiny_config() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
+        head_dim=32,  # vLLM has no kernels for smaller ones
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT_TOKENS,
     )
-    model = LlamaForCausalLM(config).eval()
-    # Spread the logits, so that no two tokens are nearly tied.
-    model.lm_head.weight.data.mul_(20)
-    return model
 
 
-@pytest.fixture(params=[fake_engine, continuous_batching_engine, native_engine], scope="module")
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    build: Callable[[], Engine] = request.param
-    engine = build()
-    yield engine
-    engine.close()
+# Those that answer with tiny_llama, each where its library is installed.
+MODEL_ENGINES: list[Callable[[], Engine]] = [continuous_batching_engine, native_engine]
+if importlib.util.find_spec("vllm") is not None:
+    MODEL_ENGINES.append(vllm_engine)
+# Those whose samples are drawn by cluster/sampling.py, so that they agree among each other.
+OUR_NOISE = [engine for engine in MODEL_ENGINES if engine is not vllm_engine]
+
+
+Started = Callable[[Callable[[], Engine]], Engine]
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Started]:
+    """Engines that are started once, for vLLM's take half a minute."""
+    engines: dict[Callable[[], Engine], Engine] = {}
+
+    def start(build: Callable[[], Engine]) -> Engine:
+        if build not in engines:
+            engines[build] = build()
+        return engines[build]
+
+    yield start
+    for engine in engines.values():
+        engine.close()
+
+
+@pytest.fixture(params=[fake_engine, *MODEL_ENGINES])
+def engine(request: pytest.FixtureRequest, started: Started) -> Engine:
+    return started(request.param)
+
+
+@pytest.fixture(params=MODEL_ENGINES)
+def model_engine(request: pytest.FixtureRequest, started: Started) -> Engine:
+    return started(request.param)
 
 
 def ask(request_id: str, prompt: tuple[int, ...] = (5, 6, 7), **sampling: Any) -> EngineRequest:
@@ -180,12 +254,13 @@ def test_a_bias_forces_or_bans_a_token(engine: Engine) -> None:
     assert not {*run(engine, ask("b", logit_bias=banned))["b"]} & {*free}
 
 
-def test_a_penalty_ends_repetition(engine: Engine) -> None:
+def test_a_penalty_ends_repetition() -> None:
     # Both tokens are favoured far above all others, the first by a little.
-    biases = ((8, 1e4), (9, 1e4 - 40))
+    biases = ((8, 50.0), (9, 49.0))
+    engine = fake_engine()
     assert {*run(engine, ask("r", logit_bias=biases))["r"]} == {8}
     for penalty in ("presence_penalty", "frequency_penalty"):
-        answer = run(engine, ask("p", logit_bias=biases, **{penalty: 200.0}))["p"]
+        answer = run(engine, ask("p", logit_bias=biases, **{penalty: 2.0}))["p"]
         assert answer[:2] == [8, 9], penalty
         # One is paid once for each token, the other each time.
         assert ({*answer[2:]} == {8, 9}) == (penalty == "frequency_penalty"), penalty
@@ -240,6 +315,23 @@ def test_impossible_requests_are_refused_by_field(
     assert engine.stats().num_running == engine.stats().num_waiting == 0
 
 
+def test_a_refused_request_leaves_the_batch_alone(engine: Engine) -> None:
+    good = ask("good", max_tokens=60, temperature=0.8, seed=2)
+    alone = run(engine, good)["good"]
+    engine.add(good)
+    tokens: list[int] = []
+    reason = None
+    while reason is None:
+        for bad in (ask("bad", prompt=()), ask("bad", prompt=(1,) * CONTEXT_TOKENS)):
+            with pytest.raises(InputError):
+                engine.add(bad)
+        for output in engine.step():
+            assert output.request_id == "good"
+            tokens.extend(output.token_ids)
+            reason = output.finish_reason
+    assert tokens == alone
+
+
 def test_it_says_what_it_can_hold(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.max_context_tokens, stats.vocab_size) == (CONTEXT_TOKENS, VOCAB_SIZE)
@@ -251,39 +343,62 @@ def test_more_requests_than_places_are_all_answered(engine: Engine) -> None:
     assert {len(tokens) for tokens in answers.values()} == {30}
 
 
-def test_greedy_tokens_equal_transformers_generate() -> None:
+def reference(prompt: tuple[int, ...], sampling: Sampling, model: Any = None) -> list[int]:
+    """What transformers' model and the definition of our sampling say, one token at a time."""
     import torch
 
-    from serve_apps.llm.continuous_batching import ContinuousBatchingEngine
+    from cluster.logits import adjust
+    from cluster.sampling import perturb
 
-    prompt = [11, 45, 14, 19, 19]
-    model = tiny_llama(torch)
-    for theirs, ours in (
-        ({}, {}),
-        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
-        ({"sequence_bias": {(19,): 9.5}}, {"logit_bias": ((19, 9.5),)}),
-    ):
-        expected = model.generate(
-            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, **theirs
-        )[0, len(prompt) :]
-        engine = ContinuousBatchingEngine(tiny_llama(torch))
-        try:
-            answer = run(engine, ask("g", prompt=tuple(prompt), max_tokens=30, **ours))["g"]
-        finally:
-            engine.close()
-        assert answer == expected.tolist(), theirs
+    model, tokens = model or tiny_llama(torch), [*prompt]
+    for position in range(len(prompt), len(prompt) + sampling.max_tokens):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0, -1]
+        scores = adjust(logits, sampling, prompt, tokens[len(prompt) :])
+        scores = perturb(scores, sampling, seed=sampling.seed or 0, position=position)
+        tokens.append(int(scores.argmax()))
+    return tokens[len(prompt) :]
 
 
-def test_log_probabilities_are_the_models() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.7},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"frequency_penalty": 1.5, "presence_penalty": -1.0, "repetition_penalty": 1.2},
+        {"logit_bias": ((19, 9.5), (3, -100.0))},
+        {"logit_bias": ((19, 9.5),), "frequency_penalty": 2.0},
+    ],
+)
+def test_greedy_tokens_equal_transformers(model_engine: Engine, options: dict[str, Any]) -> None:
+    request = ask("g", prompt=(11, 45, 14, 19, 19), max_tokens=30, **options)
+    expected = reference(request.prompt_ids, request.sampling)
+    assert run(model_engine, request)["g"] == expected
+    if options:
+        assert expected != reference(request.prompt_ids, ask("f", max_tokens=30).sampling)
+
+
+@pytest.mark.parametrize("build", OUR_NOISE)
+def test_seeded_tokens_are_the_same_on_our_engines(
+    build: Callable[[], Engine], started: Started
+) -> None:
+    request = ask(
+        "s", prompt=(11, 45), max_tokens=30, temperature=1.3, seed=9, top_k=40, top_p=0.9,
+        min_p=0.01, frequency_penalty=0.5, repetition_penalty=1.1, logit_bias=((19, 2.0),),
+    )  # fmt: skip
+    assert run(started(build), request)["s"] == reference(request.prompt_ids, request.sampling)
+
+
+def test_log_probabilities_are_the_models(model_engine: Engine) -> None:
     import torch
 
-    prompt = (5, 6, 7)
-    engine = continuous_batching_engine()
+    prompt, engine = (5, 6, 7), model_engine
     engine.add(ask("l", prompt=prompt, max_tokens=8, num_logprobs=2, logit_bias=((9, 50.0),)))
     found: list[TokenLogprobs] = []
     while len(found) < 8:
         found.extend(entry for output in engine.step() for entry in output.logprobs)
-    engine.close()
     tokens = torch.tensor([[*prompt, *(entry.token_id for entry in found)]])
     with torch.no_grad():
         expected = tiny_llama(torch)(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -409,3 +524,35 @@ def test_an_answer_that_cannot_go_on_is_refused(engine: Engine, answer: tuple[in
     with pytest.raises(InputError) as caught:
         engine.add(replace(ask("x"), answer_ids=answer))
     assert caught.value.param == "answer_ids"
+
+
+@pytest.mark.parametrize("build", [e for e in MODEL_ENGINES if e is not continuous_batching_engine])
+def test_adapters_answer_beside_their_model(
+    build: Callable[[], Engine], started: Started, tmp_path: Path
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer, models
+
+    engine = started(build)
+    assert isinstance(engine, AdapterLoader)
+    requests, expected = [ask("model")], {"model": reference((5, 6, 7), ask("model").sampling)}
+    for name, rank in (("a", 2), ("b", 4)):
+        torch.manual_seed(rank)
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=rank, lora_alpha=4 * rank, init_lora_weights=False,
+            target_modules=["q_proj", "down_proj"],
+        )  # fmt: skip
+        adapted = get_peft_model(tiny_llama(torch), config)
+        adapted.save_pretrained(tmp_path / name)
+        Tokenizer(models.BPE()).save(str(tmp_path / name / "tokenizer.json"))
+        engine.load_adapter(name, tmp_path / name)
+        requests.append(replace(ask(name), adapter=name))
+        model = adapted.merge_and_unload()
+        expected[name] = reference((5, 6, 7), ask(name).sampling, model)
+    assert len({*map(tuple, expected.values())}) == 3
+    assert run(engine, *requests) == expected
+    engine.unload_adapter("a")
+    with pytest.raises(NotFoundError, match="adapter a is not loaded"):
+        engine.add(requests[1])
+    assert run(engine, requests[0], requests[2]) == {k: expected[k] for k in ("model", "b")}

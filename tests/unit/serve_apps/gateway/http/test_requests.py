@@ -90,6 +90,22 @@ def test_what_is_no_object_is_refused_in_one_line(body: bytes, words: str) -> No
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"b": "\xf0\x9f\x8c\x9e", "a": "\\ud800"}', "a"),
+        (b'{"a": [{"b": "x"}, {"b": ["y", "\\udc00z"]}]}', "a.1.b.1"),
+        (b'{"\\ud800": 1}', None),
+        (b'{"a": "\\ud800", }', None),
+        (b'{"a": ' + b"[" * 100 + b'"\\ud800"' + b"]" * 100 + b"}", None),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_named_by_its_field(body: bytes, field: str | None) -> None:
+    with pytest.raises(InputError, match="surrogate") as caught:
+        parse_object(body)
+    assert caught.value.param == field
+
+
 def test_levels_are_counted_exactly() -> None:
     def nested(levels: int) -> bytes:
         return b'{"[[": ' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"

@@ -193,7 +193,9 @@ async def test_chat_without_a_template_is_refused_with_the_way_out(gateway: Any)
         ({"prompt": [10_000]}, "prompt", "not in the vocabulary"),
         ({"prompt": [-1]}, "prompt", "not in the vocabulary"),
         ({"prompt": 5}, "prompt", "valid"),
-        ({"prompt": "\ud800"}, None, "surrogate"),
+        ({"prompt": "\ud800"}, "prompt", "surrogate"),
+        ({"prompt": ["a", "\ud800"]}, "prompt.1", "surrogate"),
+        ({"stop": ["a", "b\udfff"]}, "stop.1", "surrogate"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"stop": ["a"] * 10_000}, "stop", "at most 16"),
         ({"stop": [""]}, "stop.0", "at least 1 character"),
@@ -233,6 +235,43 @@ async def test_messages_that_are_none_are_refused(gateway: Any, messages: Any) -
     answer = await post(gateway, "chat/completions", model="talker", messages=messages)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"].startswith("messages")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"messages": [{"role": "user", "content": "x" * 50_000}]}, "messages", "50000 characters"),
+        ({"messages": [{"role": "user", "content": "x" * 400}]}, "messages", "holds 256 tokens"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "surrogate"),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "are both set"),
+        ({"max_completion_tokens": 256}, "max_completion_tokens", "holds 256 tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs 'logprobs': true"),
+        ({"logprobs": False, "top_logprobs": 3}, "top_logprobs", "needs 'logprobs': true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"logprobs": 3}, "logprobs", "valid boolean"),
+        ({"stop": ["a"] * 10_000}, "stop", "at most 16"),
+        ({"n": 65}, "n", "make 65 answers"),
+    ],
+)
+async def test_what_cannot_be_said_is_refused_by_name_and_others_go_on(
+    gateway: Any, changes: dict[str, Any], param: str, words: str
+) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    chat = {"model": "talker", "messages": messages, "max_completion_tokens": 60, "temperature": 0}
+    alone = (await post(gateway, "chat/completions", **chat)).json()["choices"]
+    beside = asyncio.create_task(post(gateway, "chat/completions", **chat))
+    while gateway.engine.stats().num_running == 0:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    bad = {"model": "talker", "messages": messages} | changes
+    answer = await gateway.client.post(
+        "/v1/chat/completions", content=json.dumps(bad), headers=gateway.headers()
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert words in error["message"]
+    assert (await beside).json()["choices"] == alone
 
 
 @pytest.mark.parametrize(
