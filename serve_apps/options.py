@@ -105,7 +105,7 @@ class DeploymentOptions(StrictModel):
     go on at another one."""
     max_cache_bytes: int = Field(512 * 1024**2, ge=1024**2, le=1024**5)
     """Memory for a language model's key-value cache, per replica."""
-    shares_base: bool = False
+    shares_base: bool = Field(False, strict=True)
     """An adapter is answered for by the replicas that serve its base, beside others, instead of by
     replicas of its own that it is merged into."""
     max_adapters: int = Field(8, ge=0, le=1024)
