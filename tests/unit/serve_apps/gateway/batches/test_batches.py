@@ -289,7 +289,7 @@ async def test_a_completion_batch_takes_text_and_tokens(house: House) -> None:
         line("one", url, prompt=["Once"], temperature=0),
         line("many", url, prompt=["Once", "upon"], n=3, temperature=1, seed=4),
         line("penalised", url, prompt="Once", temperature=0, frequency_penalty=2),
-        line("held", url, prompt="Once", structured_outputs={"regex": "(sun|moon)!"}),
+        line("held", url, prompt="Once", max_tokens=8, structured_outputs={"regex": "(sun|moon)!"}),
         line("wrong", url, prompt="Once", structured_outputs={"regex": "("}),
         line("long", url, prompt=["Once", "x" * 200], temperature=0),
         line("none", url, prompt=[]),
