@@ -7,6 +7,7 @@ twice the same, and 64 new ones; the same client, in rounds whose order alternat
 
     python -m benchmarks.run llm_engine
     python -m benchmarks.llm_engine --quick        # a tiny model, few rounds: does it run?
+    python -m benchmarks.llm_engine --threads 1    # for our engine; prints only
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Plan:
     starts: int = 2
     """Of ours and of vLLM, each from nothing to its first token."""
     streams: tuple[int, ...] = _STREAMS
+    num_threads: int = os.cpu_count() or 1
+    """That our engine computes with; transformers' has all processors, and vLLM as it chooses."""
 
 
 QUICK_PLAN = Plan(QUICK, rounds=2, answers_per_stream=1)
@@ -110,10 +113,10 @@ class _Benchmark:
             )
 
     def _beside_engines(self) -> Iterator[Row]:
-        most = self._plan.streams[-1]
+        most, threads = self._plan.streams[-1], self._plan.num_threads
         with (
-            EngineChild("transformers", self._model_dir) as transformers,
-            EngineChild("native", self._model_dir) as native,
+            EngineChild("transformers", self._model_dir, os.cpu_count() or 1) as transformers,
+            EngineChild("native", self._model_dir, threads) as native,
         ):
             ways = {
                 "ours": self._through_gateway,
@@ -136,7 +139,8 @@ class _Benchmark:
 
     def _alone(self) -> Iterator[Row]:
         """Without the stack, whose idle processes would take their share of a small machine."""
-        with EngineChild("native", self._model_dir) as plain:
+        threads = self._plan.num_threads
+        with EngineChild("native", self._model_dir, threads) as plain:
             weight_bytes = self._plan.shape.num_weights * torch.bfloat16.itemsize
             pairs = [
                 (
@@ -150,7 +154,7 @@ class _Benchmark:
                 pairs=pairs,
                 peer_name="a sum over 1 GiB, the machine's memory bandwidth",
             )
-            with EngineChild("native-int8", self._model_dir) as in_8_bits:
+            with EngineChild("native-int8", self._model_dir, threads) as in_8_bits:
                 found = self._rounds({"int8": in_8_bits.run, "bf16": plain.run}, 1)
         yield row_of(
             "tokens/s of 1 stream, weights in int8",
@@ -175,7 +179,7 @@ class _Benchmark:
     def _deploy(self) -> list[float]:
         """Seconds to the first token, of each start."""
         config = self._directory / "serve.yaml"
-        config.write_text(yaml.safe_dump({"num_threads": os.cpu_count() or 1}), encoding="utf-8")
+        config.write_text(yaml.safe_dump({"num_threads": self._plan.num_threads}), encoding="utf-8")
         found: list[float] = []
         for number in range(self._plan.starts):
             if number:
@@ -279,4 +283,6 @@ def _free_port() -> int:
 
 if __name__ == "__main__":
     chosen = QUICK_PLAN if "--quick" in sys.argv[1:] else Plan()
+    if "--threads" in sys.argv[1:]:
+        chosen = replace(chosen, num_threads=int(sys.argv[sys.argv.index("--threads") + 1]))
     print(json.dumps([row.model_dump(mode="json") for row in measure(chosen)], indent=2))

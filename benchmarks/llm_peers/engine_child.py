@@ -1,13 +1,13 @@
 """An engine alone in a process: `EngineChild` starts it, asks for runs and reads their figures.
 
-with EngineChild("native", model_dir) as child:
+with EngineChild("native", model_dir, num_threads=2) as child:
     figures = child.run(load)
 """
 
 from __future__ import annotations
 
 import json
-import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,11 +21,11 @@ from benchmarks.llm_peers.figures import Figures, StreamTimes, figures_of
 
 
 class EngineChild:
-    """The process; idle while nobody asks."""
+    """The process; stopped while it is not its turn, for an idle engine may look for work."""
 
-    def __init__(self, engine: str, model_dir: Path) -> None:
+    def __init__(self, engine: str, model_dir: Path, num_threads: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, engine, str(model_dir)],
+            [sys.executable, "-m", __name__, engine, str(model_dir), str(num_threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -35,10 +35,12 @@ class EngineChild:
         """Raises RuntimeError when the process has failed, after what it printed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(asdict(load)) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith('{"tokens_per_s"'):
+                self._process.send_signal(signal.SIGSTOP)
                 return Figures(**json.loads(line))
         raise RuntimeError(f"the engine's process ended with {self._process.wait()}")
 
@@ -55,13 +57,13 @@ class EngineChild:
         self._process.wait()
 
 
-def build_engine(name: str, model_dir: Path) -> Any:
+def build_engine(name: str, model_dir: Path, num_threads: int) -> Any:
     """transformers, native or native-int8, as the deployment builds it; activations in bf16."""
     import torch
 
     from serve_apps.llm.budget import CacheBudget
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(num_threads)
     budget = CacheBudget()
     if name == "transformers":
         from transformers import AutoModelForCausalLM
@@ -104,11 +106,11 @@ def run(engine: Any, load: Load) -> Figures:
     return figures_of(found, time.perf_counter() - began_s)
 
 
-def main(name: str, model_dir: Path) -> None:
-    engine = build_engine(name, model_dir)
+def main(name: str, model_dir: Path, num_threads: int) -> None:
+    engine = build_engine(name, model_dir, num_threads)
     for line in sys.stdin:
         print(json.dumps(asdict(run(engine, Load(**json.loads(line))))), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
