@@ -31,7 +31,7 @@ autoscaling:
   max_replicas: 2
   target_ongoing_requests: 2
   upscale_delay_s: 0.2
-  downscale_delay_s: 3
+  downscale_delay_s: 6
   look_back_s: 1
 drain_s: 0
 """
@@ -202,8 +202,10 @@ def test_streams_of_a_replica_that_scales_down_go_on(stack: Stack, deployed: str
     for reader in load:
         reader.leave()
         reader.join()
-    # Each gets a replica of its own, and one of these has to go.
-    readers = start(stack, deployed, long, long)
+    # One after the other, each gets a replica of its own, and one of these has to go.
+    readers = [*start(stack, deployed, long)]
+    readers[0].wait_for(10)
+    readers += start(stack, deployed, long)
     wait_until(lambda: continuations(stack, "has to go") > 0)
     for reader in readers:
         reader.wait_for(len(reader.tokens) + 50)
