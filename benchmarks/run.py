@@ -21,6 +21,7 @@ BENCHMARKS = (
     "overload",
     "gateway",
     "llm_engine",
+    "release",
 )
 
 
