@@ -374,6 +374,15 @@ def begin_alone(engine: Engine, lock: int) -> Iterator[Connection]:
         yield connection
 
 
+def read_one_moment(connection: Connection) -> None:
+    """Let all that a new transaction reads be of one moment, whoever writes meanwhile."""
+    if connection.dialect.name == "sqlite":
+        # Its driver begins no transaction for reading.
+        connection.exec_driver_sql("BEGIN")
+    else:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+
+
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_S * 1000}")

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.aliases import ALIASES_LOCK, AliasChange
-from cluster.database import aliases, begin_alone, deployments, routes
+from cluster.database import aliases, begin_alone, deployments, read_one_moment, routes
 from cluster.deployments import (
     COMPARED,
     CONTROLLER,
@@ -81,6 +81,7 @@ class ReleaseStore:
         gone = sa.and_(states.in_(("retiring", "retired")), deployments.c.sunset_at.is_not(None))
         query = sa.select(deployments).where(sa.or_(states.in_(SERVING), gone))
         with self._engine.connect() as connection:
+            read_one_moment(connection)
             rows = [Deployment(**row._mapping) for row in connection.execute(query)]
             weights = connection.execute(sa.select(routes.c.name, routes.c.weights)).all()
             pointers = connection.execute(sa.select(aliases)).all()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import sqlalchemy as sa
 
 from cluster.aliases import AliasChange, move_alias
 from cluster.database import now, open_database
@@ -65,6 +66,30 @@ def test_promotion_moves_states_traffic_and_alias_together(store: ReleaseStore) 
     history = store.champion_history("m")
     assert [(c.from_version, c.to_version) for c in history] == [(None, 1), (1, 2), (2, 3)]
     assert history[-1].reason == "release 3"
+
+
+def test_a_promotion_while_the_tables_are_read_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
+    engine = open_database(f"sqlite:///{tmp_path / 'read.db'}")
+    store, has_promoted = ReleaseStore(engine), False
+    promote(store, 1)
+    row = ask(store, 2)
+
+    @sa.event.listens_for(engine, "after_cursor_execute")
+    def promote_meanwhile(*told: Any) -> None:
+        nonlocal has_promoted
+        if told[2].startswith("SELECT deployments") and not has_promoted:
+            has_promoted = True
+            with ReleaseStore(engine).writing() as tables:
+                tables.promote(row, actor="tester", reason="meanwhile")
+
+    before, after = store.snapshot(), store.snapshot()
+    assert has_promoted
+    for snapshot, version in ((before, 1), (after, 2)):
+        assert snapshot.weights == {"m": {version: 1.0}}
+        assert snapshot.aliases == {("m", "champion"): version}
+        assert [r.version for r in snapshot.serving if r.state == "champion"] == [version]
+    engine.dispose()
+    open_database.cache_clear()
 
 
 def test_a_promotion_that_cannot_finish_changes_nothing(store: ReleaseStore) -> None:
