@@ -136,6 +136,8 @@ deployments = sa.Table(
     sa.Column("is_paused", sa.Boolean, nullable=False, server_default=sa.false()),
     # When it ends, for a version that its users were given notice of.
     sa.Column("sunset_at", sa.String(32)),
+    # Since when they have known.
+    sa.Column("noticed_at", sa.String(32)),
 )
 
 # Each state that a release has come to, and why; only ever added to.

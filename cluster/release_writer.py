@@ -214,6 +214,8 @@ class ReleaseWriter:
 
     def _change(self, row: Deployment, actor: str, **values: Any) -> Deployment:
         changed = replace(row, **values, revision=row.revision + 1, updated_at=now())
+        noticed_at = (row.noticed_at or changed.updated_at) if changed.sunset_at else None
+        changed = replace(changed, noticed_at=noticed_at)
         if changed.state not in COMPARED:
             changed = replace(changed, share=0.0, mirror_share=0.0)
         if changed.state not in (*STARTING, *COMPARED):
