@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -250,6 +251,21 @@ def test_gateways_add_to_the_same_evidence_at_once(store: ReleaseStore) -> None:
         ("candidate", "errors"): Sample(40, 20.0),
         ("candidate", "slow"): Sample(40, 20.0),
     }
+
+
+def test_evidence_whose_commit_has_no_reply_is_not_handed_in_again(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = ask(store, 1)
+
+    def commit(connection: Any) -> None:
+        connection.commit()
+        raise sqlite3.DatabaseError("the server closed the connection")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._engine.dialect, "do_commit", commit)
+        store.add_evidence([observed(row, 2, 1.0)])
+    assert store.evidence(row) == {("candidate", "errors"): Sample(2, 1.0)}
 
 
 def test_each_phase_has_evidence_of_its_own(store: ReleaseStore) -> None:
