@@ -296,6 +296,8 @@ retrainings = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("requested_at", sa.String(32), nullable=False),
     sa.Column("updated_at", sa.String(32), nullable=False),
+    # The version that came of it, once its gate is asked.
+    sa.Column("candidate", sa.Integer),
     sa.Index("retrainings_by_name", "name", "requested_at"),
 )
 
