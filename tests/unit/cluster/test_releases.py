@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from cluster.aliases import AliasChange, move_alias
-from cluster.database import now, open_database
+from cluster.database import now, open_database, release_evidence
 from cluster.errors import ConflictError, InputError
 from cluster.release_evidence import EvidenceDelta
 from cluster.releases import Deployment, ReleaseStore, ReleaseWriter
@@ -251,6 +251,20 @@ def test_gateways_add_to_the_same_evidence_at_once(store: ReleaseStore) -> None:
         ("candidate", "errors"): Sample(40, 20.0),
         ("candidate", "slow"): Sample(40, 20.0),
     }
+
+
+def test_a_new_release_forgets_what_earlier_ones_have_shown(store: ReleaseStore) -> None:
+    promote(store, 1)
+    old = ask(store, 2)
+    store.add_evidence([observed(old, 2, 1.0)])
+    ask(store, 2)
+    assert store.evidence(old), "a gateway may still be adding to it"
+    with store.writing() as tables:
+        tables.connection.execute(sa.update(release_evidence).values(updated_at="2020-01-01"))
+    new = ask(store, 2)
+    assert store.evidence(old) == {}
+    store.add_evidence([observed(new, 3, 0.0)])
+    assert store.evidence(new) == {("candidate", "errors"): Sample(3, 0.0)}
 
 
 def test_evidence_whose_commit_has_no_reply_is_not_handed_in_again(
