@@ -29,7 +29,6 @@ from typing import Any, BinaryIO
 
 import sqlalchemy as sa
 from pydantic import Field
-from sqlalchemy.engine import Connection
 
 from cluster import database
 from cluster.config import StrictModel
@@ -141,7 +140,7 @@ class _Writer:
     def _add_tables(self) -> None:
         engine = database.open_database(self._settings.database)
         with engine.connect() as connection:
-            _begin_snapshot(connection)
+            database.read_one_moment(connection)
             for table in database.metadata.sorted_tables:
                 rows = connection.execute(sa.select(table)).mappings()
                 lines = (json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
@@ -184,15 +183,6 @@ class _Writer:
         digesting = _Digesting(source)
         self._tar.addfile(member, digesting)
         self._members[name] = MemberInfo(size_bytes=size_bytes, sha256=digesting.hexdigest())
-
-
-def _begin_snapshot(connection: Connection) -> None:
-    """Let all that is read from now on be of one moment."""
-    if connection.dialect.name == "sqlite":
-        # Its driver begins no transaction for reading.
-        connection.exec_driver_sql("BEGIN")
-    else:
-        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
 
 class _Digesting:

@@ -54,14 +54,14 @@ class ControllerLease:
             row = connection.execute(self._row()).first()
             if row is not None and row.owner != self.owner and _text(moment) < row.expires_at:
                 return False
-            connection.execute(sa.delete(controller_leases).where(self._is_mine()))
-            connection.execute(
-                sa.insert(controller_leases).values(
-                    name=self._name,
-                    owner=self.owner,
-                    expires_at=_text(moment + timedelta(seconds=self._lease_s)),
-                )
-            )
+            values = {
+                "owner": self.owner,
+                "expires_at": _text(moment + timedelta(seconds=self._lease_s)),
+            }
+            # Not deleted and inserted: who waits in `require` meanwhile would find no row.
+            table = sa.update(controller_leases).where(self._is_mine())
+            if connection.execute(table.values(values)).rowcount == 0:
+                connection.execute(sa.insert(controller_leases).values(name=self._name, **values))
         self._renew_at = moment + timedelta(seconds=self._lease_s / 3)
         return True
 
@@ -80,13 +80,6 @@ class ControllerLease:
         """As `require`, in a transaction of its own."""
         with self._engine.connect() as connection:
             self.require(connection)
-
-    def release(self) -> None:
-        """Let the next one take over at once."""
-        with self._engine.begin() as connection:
-            mine = sa.and_(self._is_mine(), controller_leases.c.owner == self.owner)
-            connection.execute(sa.delete(controller_leases).where(mine))
-        self._renew_at = None
 
     def _row(self) -> sa.Select[tuple[str, str]]:
         return sa.select(controller_leases.c.owner, controller_leases.c.expires_at).where(

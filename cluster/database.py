@@ -136,6 +136,8 @@ deployments = sa.Table(
     sa.Column("is_paused", sa.Boolean, nullable=False, server_default=sa.false()),
     # When it ends, for a version that its users were given notice of.
     sa.Column("sunset_at", sa.String(32)),
+    # Since when they have known.
+    sa.Column("noticed_at", sa.String(32)),
 )
 
 # Each state that a release has come to, and why; only ever added to.
@@ -294,6 +296,8 @@ retrainings = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("requested_at", sa.String(32), nullable=False),
     sa.Column("updated_at", sa.String(32), nullable=False),
+    # The version that came of it, once its gate is asked.
+    sa.Column("candidate", sa.Integer),
     sa.Index("retrainings_by_name", "name", "requested_at"),
 )
 
@@ -372,6 +376,15 @@ def begin_alone(engine: Engine, lock: int) -> Iterator[Connection]:
         else:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield connection
+
+
+def read_one_moment(connection: Connection) -> None:
+    """Let all that a new transaction reads be of one moment, whoever writes meanwhile."""
+    if connection.dialect.name == "sqlite":
+        # Its driver begins no transaction for reading.
+        connection.exec_driver_sql("BEGIN")
+    else:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

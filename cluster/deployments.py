@@ -74,6 +74,8 @@ class Deployment:
     """Whether it takes no step towards champion until somebody says so."""
     sunset_at: str | None = None
     """When it ends, or ended, for a version whose users were given notice."""
+    noticed_at: str | None = None
+    """Since when they have known that; it stays when the end is moved."""
 
     @property
     def stage(self) -> str:

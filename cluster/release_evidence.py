@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from cluster.database import now, release_evidence
+from cluster.database import later, now, release_evidence
 from cluster.errors import InputError
 from cluster.statistics.sequential import Sample
 
@@ -38,6 +38,7 @@ Metric = Literal[
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
 METRICS: tuple[Metric, ...] = get_args(Metric)
+_KEPT_S = 60.0
 
 
 Evidence = Mapping[tuple[Arm, Metric], Sample]
@@ -82,6 +83,13 @@ def add_evidence(connection: Connection, deltas: Iterable[EvidenceDelta]) -> Non
         connection.execute(
             statement.values(row).on_conflict_do_update(index_elements=primary, set_=added)
         )
+
+
+def forget_evidence(connection: Connection, name: str) -> None:
+    """Remove what a model's earlier releases have shown; the timeline has what came of it."""
+    # What a gateway may be adding to at this moment is left for the next time.
+    is_old = release_evidence.c.updated_at < later(-_KEPT_S)
+    connection.execute(sa.delete(release_evidence).where(release_evidence.c.name == name, is_old))
 
 
 def read_evidence(

@@ -33,6 +33,7 @@ from cluster.deployments import (
 from cluster.errors import ConflictError
 from cluster.model_ref import CHAMPION
 from cluster.release_events import ReleaseEvent, record_event
+from cluster.release_evidence import forget_evidence
 
 
 class ReleaseWriter:
@@ -79,6 +80,7 @@ class ReleaseWriter:
             release_id=_new_release_id(),
             strategy=strategy,
         )
+        forget_evidence(self.connection, name)
         self.connection.execute(sa.delete(deployments).where(_is(name, version)))
         self.connection.execute(sa.insert(deployments).values(asdict(row)))
         self._record(row, requested_by)
@@ -104,6 +106,7 @@ class ReleaseWriter:
         strategy: Strategy,
     ) -> Deployment:
         """Begin a release of a version whose replicas are still up."""
+        forget_evidence(self.connection, row.name)
         return self._change(
             row,
             actor,
@@ -214,6 +217,8 @@ class ReleaseWriter:
 
     def _change(self, row: Deployment, actor: str, **values: Any) -> Deployment:
         changed = replace(row, **values, revision=row.revision + 1, updated_at=now())
+        noticed_at = (row.noticed_at or changed.updated_at) if changed.sunset_at else None
+        changed = replace(changed, noticed_at=noticed_at)
         if changed.state not in COMPARED:
             changed = replace(changed, share=0.0, mirror_share=0.0)
         if changed.state not in (*STARTING, *COMPARED):

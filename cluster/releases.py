@@ -14,6 +14,7 @@ Knows nothing of Ray and HTTP.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.aliases import ALIASES_LOCK, AliasChange
-from cluster.database import aliases, begin_alone, deployments, routes
+from cluster.database import aliases, begin_alone, deployments, read_one_moment, routes
 from cluster.deployments import (
     COMPARED,
     CONTROLLER,
@@ -34,6 +35,7 @@ from cluster.deployments import (
     Strategy,
     application_name,
 )
+from cluster.errors import first_line
 from cluster.release_events import ReleaseEvent, read_events
 from cluster.release_evidence import Evidence, EvidenceDelta, add_evidence, read_evidence
 from cluster.release_writer import (
@@ -43,6 +45,8 @@ from cluster.release_writer import (
     read_deployments,
     read_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "COMPARED",
@@ -81,6 +85,7 @@ class ReleaseStore:
         gone = sa.and_(states.in_(("retiring", "retired")), deployments.c.sunset_at.is_not(None))
         query = sa.select(deployments).where(sa.or_(states.in_(SERVING), gone))
         with self._engine.connect() as connection:
+            read_one_moment(connection)
             rows = [Deployment(**row._mapping) for row in connection.execute(query)]
             weights = connection.execute(sa.select(routes.c.name, routes.c.weights)).all()
             pointers = connection.execute(sa.select(aliases)).all()
@@ -115,11 +120,18 @@ class ReleaseStore:
     def add_evidence(self, deltas: Iterable[EvidenceDelta]) -> None:
         """Add what was observed; several gateways may do so at once.
 
+        Whoever sees an error may hand the same in again. A commit whose reply was lost is none:
+        observations that are missing speak for nobody, those that count twice might.
+
         Raises:
             InputError: a delta's observations are not in [0, 1].
         """
-        with self._engine.begin() as connection:
+        with self._engine.connect() as connection:
             add_evidence(connection, deltas)
+            try:
+                connection.commit()
+            except sa.exc.DBAPIError as error:
+                logger.warning("evidence may be lost, its commit failed: %s", first_line(error))
 
     def evidence(self, row: Deployment) -> Evidence:
         """What the phase that a release is in has shown so far."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -40,6 +40,8 @@ class Retraining:
     reason: str
     requested_at: str
     updated_at: str
+    candidate: int | None = None
+    """The version that the gate decides on; None before there is one."""
 
     @property
     def gate_job_id(self) -> str:
@@ -77,6 +79,19 @@ class RetrainingStore:
             )
             connection.execute(sa.insert(retrainings).values(vars(row)))
         return row
+
+    def name_candidate(self, row: Retraining, version: int) -> Retraining | None:
+        """Write down which version the gate is to decide on; None where somebody has done so."""
+        at = _text(self._clock())
+        change = (
+            sa.update(retrainings)
+            .where(retrainings.c.job_id == row.job_id, retrainings.c.candidate.is_(None))
+            .values(candidate=version, updated_at=at)
+        )
+        with self._engine.begin() as connection:
+            if connection.execute(change).rowcount != 1:
+                return None
+        return replace(row, candidate=version, updated_at=at)
 
     def enter(self, row: Retraining, state: RetrainingState, reason: str) -> bool:
         """Move a row on; False where another controller has done so meanwhile."""

@@ -134,10 +134,12 @@ class Jobs:
         )
         return submitted
 
-    def submit_once(self, verb: str, config: Path, *, job_id: str) -> None:
+    def submit_once(
+        self, verb: str, config: Path, overrides: Sequence[str] = (), *, job_id: str
+    ) -> None:
         """As `submit`, unless a job of this id has been submitted already."""
         try:
-            self.submit(verb, config, job_id=job_id)
+            self.submit(verb, config, overrides, job_id=job_id)
         except NotRunningError:
             # Ray refuses an id that it knows: somebody else has submitted it.
             if self.state(job_id) == "unknown":

@@ -158,16 +158,22 @@ class DriftWatch:
 async def _counted(
     watched: _Watched, request: EngineRequest, outputs: AsyncGenerator[TokenOutput, None]
 ) -> AsyncGenerator[TokenOutput, None]:
+    """What a client leaves is counted as far as it came; what fails is not."""
     answer: list[int] = []
+    has_failed = False
     try:
         async for output in outputs:
             answer += output.token_ids
             yield output
+    except Exception:
+        has_failed = True
+        raise
     finally:
         await outputs.aclose()
-        watched.sample.offer(
-            _Call({TOKENS: np.array(request.prompt_ids)}, {TOKENS: np.array(answer, dtype=int)})
-        )
+        if not has_failed:
+            watched.sample.offer(
+                _Call({TOKENS: np.array(request.prompt_ids)}, {TOKENS: np.array(answer, dtype=int)})
+            )
 
 
 def _add(watched: _Watched, calls: list[_Call]) -> None:

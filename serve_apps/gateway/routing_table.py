@@ -213,9 +213,9 @@ def read_routes(store: ReleaseStore) -> Routes:
         aliases=snapshot.aliases,
         releases=_releases(snapshot),
         notices={
-            (row.name, row.version): Notice.read(row.updated_at, row.sunset_at)
+            (row.name, row.version): Notice.read(row.noticed_at, row.sunset_at)
             for row in (*snapshot.serving, *snapshot.retired)
-            if row.sunset_at is not None
+            if row.sunset_at is not None and row.noticed_at is not None
         },
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -44,7 +44,7 @@ Record = Callable[[str, str, str, dict[str, Any]], None]
 class TrainingJobs(Protocol):
     """Runs jobs of configs that lie in the checkout. Both may raise NotRunningError."""
 
-    def start(self, job_id: str, verb: str, config: str) -> None:
+    def start(self, job_id: str, verb: str, config: str, overrides: Sequence[str] = ()) -> None:
         """Submit it, unless a job of this id has been submitted already."""
 
     def state(self, job_id: str) -> JobState:
@@ -157,8 +157,23 @@ class Retrainer:
         elif state == "succeeded":
             assert options is not None
             assert options.service is not None
-            self._parts.jobs.start(retraining.gate_job_id, "promote", options.service)
-            self._parts.retrainings.enter(retraining, "gating", retraining.reason)
+            self._ask_gate(retraining, options.service)
+
+    def _ask_gate(self, retraining: Retraining, service: str) -> None:
+        """About one version, which is also the one that is released if it passes."""
+        name = retraining.name
+        if retraining.candidate is None:
+            found = self._parts.registry.get_alias(name, CANDIDATE)
+            if found is None or found.version <= retraining.version:
+                self._end(retraining, "failed", "the training has made no new candidate")
+                return
+            named = self._parts.retrainings.name_candidate(retraining, found.version)
+            if named is None:
+                return
+            retraining = named
+        candidate = f"candidate={name}/{retraining.candidate}"
+        self._parts.jobs.start(retraining.gate_job_id, "promote", service, [candidate])
+        self._parts.retrainings.enter(retraining, "gating", retraining.reason)
 
     def _after_gate(
         self, retraining: Retraining, champion: Deployment | None, options: RetrainOptions | None
@@ -169,13 +184,10 @@ class Retrainer:
             return
         if state != "succeeded":
             return
-        candidate = self._parts.registry.get_alias(retraining.name, CANDIDATE)
-        if champion is None or options is None or candidate is None:
+        if champion is None or options is None:
             self._end(retraining, "trained", "the model is not served any more")
-        elif candidate.version <= retraining.version:
-            self._end(retraining, "failed", f"candidate is still version {candidate.version}")
         else:
-            ref = f"{retraining.name}/{candidate.version}"
+            ref = f"{retraining.name}/{retraining.candidate}"
             self._parts.deploy(ref, options.strategy, dict(champion.options), _ACTOR)
             self._end(retraining, "released", f"{ref} passed the gate, strategy {options.strategy}")
 

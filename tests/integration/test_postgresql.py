@@ -212,6 +212,42 @@ def test_gateways_add_evidence_at_once_and_one_controller_acts(postgresql_url: s
                 lease.require(tables.connection)
 
 
+def test_a_lease_is_not_missed_while_it_is_renewed(postgresql_url: str) -> None:
+    engine = database.open_database(postgresql_url)
+    lease = ControllerLease(engine, "renewed", lease_s=0)
+    assert lease.hold()
+    with ThreadPoolExecutor(1) as pool:
+        checking = pool.submit(lambda: [lease.check() for _ in range(300)])
+        while not checking.done():
+            assert lease.hold()
+        checking.result()
+
+
+def test_routes_are_read_as_of_one_moment(postgresql_url: str) -> None:
+    store = ReleaseStore(database.open_database(postgresql_url))
+    for version in (1, 2):
+        with store.writing() as tables:
+            asked = tables.create("read", version, "sha256:0", {}, "asked", requested_by="ops")
+            tables.promote(asked, actor="tester", reason="ready")
+
+    def switch() -> None:
+        for number in range(100):
+            with store.writing() as tables:
+                (row,) = (r for r in tables.deployments("read") if r.version == 1 + number % 2)
+                tables.promote(row, actor="tester", reason="to and fro")
+
+    with ThreadPoolExecutor(1) as pool:
+        switching = pool.submit(switch)
+        while not switching.done():
+            found = store.snapshot()
+            (champion,) = (
+                r.version for r in found.serving if (r.name, r.state) == ("read", "champion")
+            )
+            assert found.weights["read"] == {champion: 1.0}
+            assert found.aliases["read", "champion"] == champion
+        switching.result()
+
+
 @pytest.fixture
 def settings(postgresql_url: str, tmp_path: Path) -> Settings:
     """A home on that server with three versions of a model, and no MLflow."""

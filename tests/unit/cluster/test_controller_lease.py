@@ -65,12 +65,3 @@ def test_of_many_at_once_one_gets_it(engine: Engine) -> None:
     leases = [ControllerLease(engine, "release") for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
         assert sorted(pool.map(ControllerLease.hold, leases)) == [False] * 5 + [True]
-
-
-def test_one_that_ends_in_good_order_leaves_it_to_the_next(engine: Engine) -> None:
-    first, second = (ControllerLease(engine, "release") for _ in range(2))
-    assert first.hold()
-    second.release()
-    assert second.hold() is False
-    first.release()
-    assert second.hold()

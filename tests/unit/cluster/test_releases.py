@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import sqlalchemy as sa
 
 from cluster.aliases import AliasChange, move_alias
-from cluster.database import now, open_database
+from cluster.database import now, open_database, release_evidence
 from cluster.errors import ConflictError, InputError
 from cluster.release_evidence import EvidenceDelta
 from cluster.releases import Deployment, ReleaseStore, ReleaseWriter
@@ -65,6 +67,30 @@ def test_promotion_moves_states_traffic_and_alias_together(store: ReleaseStore) 
     history = store.champion_history("m")
     assert [(c.from_version, c.to_version) for c in history] == [(None, 1), (1, 2), (2, 3)]
     assert history[-1].reason == "release 3"
+
+
+def test_a_promotion_while_the_tables_are_read_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
+    engine = open_database(f"sqlite:///{tmp_path / 'read.db'}")
+    store, has_promoted = ReleaseStore(engine), False
+    promote(store, 1)
+    row = ask(store, 2)
+
+    @sa.event.listens_for(engine, "after_cursor_execute")
+    def promote_meanwhile(*told: Any) -> None:
+        nonlocal has_promoted
+        if told[2].startswith("SELECT deployments") and not has_promoted:
+            has_promoted = True
+            with ReleaseStore(engine).writing() as tables:
+                tables.promote(row, actor="tester", reason="meanwhile")
+
+    before, after = store.snapshot(), store.snapshot()
+    assert has_promoted
+    for snapshot, version in ((before, 1), (after, 2)):
+        assert snapshot.weights == {"m": {version: 1.0}}
+        assert snapshot.aliases == {("m", "champion"): version}
+        assert [r.version for r in snapshot.serving if r.state == "champion"] == [version]
+    engine.dispose()
+    open_database.cache_clear()
 
 
 def test_a_promotion_that_cannot_finish_changes_nothing(store: ReleaseStore) -> None:
@@ -225,6 +251,35 @@ def test_gateways_add_to_the_same_evidence_at_once(store: ReleaseStore) -> None:
         ("candidate", "errors"): Sample(40, 20.0),
         ("candidate", "slow"): Sample(40, 20.0),
     }
+
+
+def test_a_new_release_forgets_what_earlier_ones_have_shown(store: ReleaseStore) -> None:
+    promote(store, 1)
+    old = ask(store, 2)
+    store.add_evidence([observed(old, 2, 1.0)])
+    ask(store, 2)
+    assert store.evidence(old), "a gateway may still be adding to it"
+    with store.writing() as tables:
+        tables.connection.execute(sa.update(release_evidence).values(updated_at="2020-01-01"))
+    new = ask(store, 2)
+    assert store.evidence(old) == {}
+    store.add_evidence([observed(new, 3, 0.0)])
+    assert store.evidence(new) == {("candidate", "errors"): Sample(3, 0.0)}
+
+
+def test_evidence_whose_commit_has_no_reply_is_not_handed_in_again(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = ask(store, 1)
+
+    def commit(connection: Any) -> None:
+        connection.commit()
+        raise sqlite3.DatabaseError("the server closed the connection")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._engine.dialect, "do_commit", commit)
+        store.add_evidence([observed(row, 2, 1.0)])
+    assert store.evidence(row) == {("candidate", "errors"): Sample(2, 1.0)}
 
 
 def test_each_phase_has_evidence_of_its_own(store: ReleaseStore) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.database import open_database
 from cluster.drift_counts import DriftStore
+from cluster.errors import OverloadedError
 from cluster.generation import Sampling
 from cluster.model_package.manifest import Manifest
 from cluster.statistics.drift import measure
@@ -176,12 +177,19 @@ async def test_prompts_and_answers_of_a_language_model() -> None:
     broken = watch.stream(talker, request, two_messages())
     await anext(broken)
     await broken.aclose()
+    with pytest.raises(OverloadedError):
+        await anext(watch.stream(talker, request, refused()))
     watch.flush()
     (counts,) = written
     assert counts.rows == {"inputs": 2.0, "outputs": 2.0}
     assert counts.counts["inputs"]["length"].sum() == 2
     assert counts.counts["inputs"]["tokens"].sum() == 6
     assert counts.counts["outputs"]["tokens"].sum() == 5
+
+
+async def refused() -> AsyncGenerator[TokenOutput, None]:
+    raise OverloadedError("too many streams are open")
+    yield TokenOutput("r")
 
 
 async def two_messages() -> AsyncGenerator[TokenOutput, None]:

@@ -157,7 +157,13 @@ async def test_a_release_under_way_and_a_notice_are_read(store: ReleaseStore) ->
     assert routes.notices == {}
     with store.writing() as tables:
         tables.set_sunset(champion, "2026-01-08T00:00:00+00:00", "asked", actor="ops")
-    assert read_routes(store).notices["m", 1].ends_at == "Thu, 08 Jan 2026 00:00:00 GMT"
+    given = read_routes(store).notices["m", 1]
+    assert given.ends_at == "Thu, 08 Jan 2026 00:00:00 GMT"
+    with store.writing() as tables:
+        noticed = tables.deployments("m")[0]
+        tables.enter(noticed, "standby", "version 2 took over")
+    assert store.get("m", 1) != noticed
+    assert read_routes(store).notices["m", 1] == given, "it was given when it was given"
 
 
 async def test_a_database_that_goes_away_leaves_the_last_routes() -> None:

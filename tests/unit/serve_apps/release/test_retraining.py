@@ -3,7 +3,7 @@ hands; a controller may be killed between any two steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,16 @@ class Jobs:
 
     def __init__(self) -> None:
         self.started: list[tuple[str, str, str]] = []
+        self.overrides: list[Sequence[str]] = []
         self.states: dict[str, JobState] = {}
         self.error: Exception | None = None
 
-    def start(self, job_id: str, verb: str, config: str) -> None:
+    def start(self, job_id: str, verb: str, config: str, overrides: Sequence[str] = ()) -> None:
         if self.error is not None:
             raise self.error
         if job_id not in self.states:
             self.started.append((job_id, verb, config))
+            self.overrides.append(overrides)
             self.states[job_id] = "running"
 
     def state(self, job_id: str) -> JobState:
@@ -206,6 +208,41 @@ def test_a_release_under_way_is_waited_for(world: World) -> None:
     world.deploy_error = None
     world.step()
     assert world.states == ["released"]
+
+
+def test_only_what_the_gate_was_asked_about_is_released(world: World) -> None:
+    world.drift()
+    world.step()
+    world.register(2)
+    world.jobs.end()
+    world.step()
+    assert world.jobs.overrides == [(), ["candidate=digits/2"]]
+    world.register(3)
+    world.jobs.end()
+    world.step()
+    assert [ref for ref, *_ in world.deployed] == ["digits/2"], "nobody has measured version 3"
+
+
+def test_a_controller_killed_before_the_gate_asks_about_the_same_version(world: World) -> None:
+    world.drift()
+    world.step()
+    world.register(2)
+    world.jobs.end()
+    world.jobs.error = NotRunningError("killed here")
+    world.step()
+    world.register(3)
+    world.jobs.error = None
+    world.step()
+    assert world.jobs.overrides[1:] == [["candidate=digits/2"]]
+
+
+def test_a_training_that_made_no_version_has_nothing_for_the_gate(world: World) -> None:
+    world.drift()
+    world.step()
+    world.jobs.end()
+    world.step(2)
+    assert world.states == ["failed"]
+    assert len(world.jobs.started) == 1
 
 
 def test_what_the_gate_refuses_is_not_released(world: World) -> None:
