@@ -13,7 +13,7 @@ import torch
 from cluster.errors import InputError
 from cluster.logits import adjust, describe_choice
 from cluster.sampling import perturb
-from serve_apps.llm.engine import TokenLogprobs
+from serve_apps.llm.engine import FinishReason, TokenLogprobs
 from serve_apps.llm.native.scheduler import Sequence
 
 
@@ -23,18 +23,24 @@ class Choice:
 
     token_id: int
     logprobs: tuple[TokenLogprobs, ...] = ()
-    refusal: str | None = None
-    """Why there is none: its grammar cannot be followed any further."""
+    failure: tuple[FinishReason, str] | None = None
+    """Why there is none: its grammar cannot be followed any further, or no logit is a number."""
 
 
 @torch.inference_mode()
 def choose(logits: torch.Tensor, sequences: Series[Sequence]) -> list[Choice]:
     """The next token of each sequence, from its row of logits [sequences, vocabulary]."""
-    best = logits.max(dim=-1).indices.tolist()  # argmax takes six times as long in bf16
-    return [
-        Choice(token) if _is_plain(sequence) else _choose_one(logits[row], sequence)
-        for row, (token, sequence) in enumerate(zip(best, sequences, strict=True))
-    ]
+    largest = logits.max(dim=-1)  # argmax takes six times as long in bf16
+    best, is_broken = largest.indices.tolist(), largest.values.isnan().tolist()
+    choices: list[Choice] = []
+    for row, sequence in enumerate(sequences):
+        if is_broken[row]:
+            choices.append(Choice(-1, failure=("error", "the model's logits are not numbers")))
+        elif _is_plain(sequence):
+            choices.append(Choice(best[row]))
+        else:
+            choices.append(_choose_one(logits[row], sequence))
+    return choices
 
 
 def _is_plain(sequence: Sequence) -> bool:
@@ -52,7 +58,7 @@ def _choose_one(logits: torch.Tensor, sequence: Sequence) -> Choice:
             if sequence.grammar is not None:
                 allowed = sequence.grammar.allowed_after(answer)
         except InputError as error:
-            return Choice(-1, refusal=error.message)
+            return Choice(-1, failure=("refused", error.message))
         scores = adjust(scores, sampling, prompt, answer, allowed)
     scores = perturb(scores, sampling, seed=sequence.seed, position=len(tokens))
     token = int(scores.argmax())

@@ -139,10 +139,10 @@ class NativeEngine:
             if sequence.place < 0:
                 continue
             request_id = sequence.request.request_id
-            if choice.refusal is not None:
+            if choice.failure is not None:
                 self._scheduler.remove(sequence)
                 del self._sequences[request_id]
-                outputs.append(TokenOutput(request_id, (), "refused", choice.refusal))
+                outputs.append(TokenOutput(request_id, (), *choice.failure))
                 continue
             sequence.tokens.append(choice.token_id)
             reason = sequence.finish_reason

@@ -147,6 +147,8 @@ class NativeModel:
         shape = self.shape
         num_rows, num_rotated = x.shape[0], shape.num_heads + shape.num_kv_heads
         heads = layer.query_key_value(x).view(num_rows, -1, shape.head_size)
+        # Once in the cache, what is no number would reach others through blocks that they mask.
+        heads[:, shape.num_heads :].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
         if layer.head_norm is not None:
             rotated = functional.rms_norm(

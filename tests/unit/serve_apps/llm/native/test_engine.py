@@ -193,3 +193,21 @@ def test_all_choose_in_one_message() -> None:
         working.add(ask(f"r{number}", (number + 1,)))
     outputs = working.step()
     assert len(outputs) == 6
+
+
+def test_what_is_no_number_ends_its_own_answer_and_reaches_no_other() -> None:
+    def with_broken_token() -> NativeEngine:
+        theirs = build("qwen3")
+        weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+        weights["lm_head.weight"] *= 5
+        weights["model.embed_tokens.weight"][90] = torch.nan
+        return NativeEngine(NativeModel(theirs.config, weights, BUDGET), BUDGET)
+
+    later = ask("later", (3, 4, 5, 6), max_tokens=4)
+    expected = run(with_broken_token(), later)
+    engine = with_broken_token()
+    # The block that it leaves is the next one's, which sees less of it than was written.
+    engine.add(ask("broken", (*range(1, 12), 90)))
+    (output,) = engine.step()
+    assert (output.token_ids, output.finish_reason) == ((), "error")
+    assert run(engine, later) == expected
