@@ -17,6 +17,8 @@ from cluster.generation import Sampling
 _MIX_1 = 0x9E3779B97F4A7C15
 _MIX_2 = 0xBF58476D1CE4E5B9
 _MASK = (1 << 64) - 1
+_LEAST_TEMPERATURE = 1e-6
+"""Below it the most likely token is as good as certain; logits divided by less overflow."""
 
 
 def perturb(
@@ -29,7 +31,7 @@ def perturb(
     """Scores whose argmax is the token: the logits themselves for a greedy request."""
     if sampling.is_greedy:
         return logits_V
-    scores_V = logits_V.float() / sampling.temperature  # noqa: N806
+    scores_V = logits_V.float() / max(sampling.temperature, _LEAST_TEMPERATURE)  # noqa: N806
     scores_V = _keep_top_k(scores_V, sampling.top_k)  # noqa: N806
     scores_V = _keep_top_p(scores_V, sampling.top_p)  # noqa: N806
     generator = torch.Generator().manual_seed(mix(seed, position))
