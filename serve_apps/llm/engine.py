@@ -140,7 +140,7 @@ def begin_grammar(request: EngineRequest, grammars: Grammars | None) -> GrammarS
         return None
     if grammars is None:
         raise InputError("this engine cannot hold an answer to a grammar", param=grammar.kind)
-    return grammars.begin(grammar)
+    return grammars.begin(grammar, request.sampling.eos_token_ids)
 
 
 def check_request(request: EngineRequest, *, max_context_tokens: int, vocab_size: int) -> None:

@@ -201,3 +201,12 @@ def test_the_cuts_are_among_what_is_allowed() -> None:
     sampling = Sampling(1, temperature=1.0, min_p=0.9, top_k=1, grammar=Grammar("regex", "a"))
     scores = perturb(adjust(logits, sampling, [], [], allowed), sampling, seed=1, position=0)
     assert torch.isfinite(scores).tolist() == [False, True, False, False]
+
+
+def test_an_adapter_ends_its_answers_in_its_own_way() -> None:
+    state = GRAMMARS.begin(Grammar("regex", "a?"), eos_token_ids=(SPECIAL,))
+    (a,) = TOKENIZER.encode("a").ids
+    assert {*np.flatnonzero(state.allowed_after([]))} == {a, SPECIAL}
+    assert {*np.flatnonzero(state.allowed_after([a]))} == {SPECIAL}
+    begun = GRAMMARS.begin(Grammar("regex", "ab"), eos_token_ids=(SPECIAL,))
+    assert not begun.allowed_after([a])[[EOS, SPECIAL]].any()
