@@ -152,13 +152,15 @@ class _Answer:
     async def outputs(self) -> AsyncGenerator[TokenOutput, None]:
         while True:
             try:
-                async for output in _with_timeouts(self._generate(self._next()), self._options):
-                    if output.token_ids:
-                        self._token_ids.extend(output.token_ids)
-                        self._num_in_vain = 0
-                    yield output
-                    if output.finish_reason is not None:
-                        return
+                found = _with_timeouts(self._generate(self._next()), self._options)
+                async with contextlib.aclosing(found) as outputs:
+                    async for output in outputs:
+                        if output.token_ids:
+                            self._token_ids.extend(output.token_ids)
+                            self._num_in_vain = 0
+                        yield output
+                        if output.finish_reason is not None:
+                            return
                 raise UpstreamFailedError("the model's stream ended early")
             except (UpstreamFailedError, OverloadedError) as error:
                 await self._pause_after(error)

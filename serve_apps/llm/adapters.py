@@ -57,15 +57,17 @@ class AdapterShelf:
         if task is None:
             self._make_room()
             task = self._loading[digest] = asyncio.ensure_future(self._load(digest))
+            task.add_done_callback(lambda task: self._note(digest, task))
         self._loading.move_to_end(digest)
-        try:
-            # Shielded, so that one client leaving does not cancel the others' loading.
-            await asyncio.shield(task)
-        except Exception:
-            if self._loading.get(digest) is task:
-                del self._loading[digest]
-                self._unload(digest)
-            raise
+        # Shielded, so that one client leaving does not cancel the others' loading.
+        await asyncio.shield(task)
+
+    def _note(self, digest: str, task: asyncio.Task[None]) -> None:
+        """Forget one that failed, also where all who asked for it have left."""
+        has_failed = task.cancelled() or task.exception() is not None
+        if has_failed and self._loading.get(digest) is task:
+            del self._loading[digest]
+            self._unload(digest)
 
     def _make_room(self) -> None:
         while len(self._loading) >= self._max_adapters:

@@ -73,8 +73,10 @@ class Placements:
     def failed(self, placement: Placement) -> None:
         """The replica failed under a stream: for a while others are preferred."""
         if placement.application is not None and placement.replica is not None:
-            until_s = self._clock() + _SUSPECT_S
-            self._suspects[placement.application, placement.replica] = until_s
+            now_s = self._clock()
+            # Nobody asks again about one that is gone for good.
+            self._suspects = dict(each for each in [*self._suspects.items()] if each[1] > now_s)
+            self._suspects[placement.application, placement.replica] = now_s + _SUSPECT_S
 
     def is_suspect(self, application: str, replica: str) -> bool:
         """Whether it failed a moment ago."""

@@ -72,6 +72,22 @@ async def test_many_who_ask_at_once_load_it_once_and_one_who_leaves_disturbs_nob
     assert loads.log == ["+a"]
 
 
+async def test_a_failure_that_nobody_waits_for_any_more_is_tried_anew() -> None:
+    loads = Loads()
+    loads.gate.clear()
+    loads.error = PackageError("changed")
+    shelf = loads.shelf(1)
+    asking = asyncio.create_task(ask(shelf, "a"))
+    await asyncio.sleep(0)
+    asking.cancel()
+    await asyncio.wait({asking})
+    loads.gate.set()
+    await asyncio.sleep(0.01)
+    loads.error = None
+    await ask(shelf, "a")
+    assert loads.log == ["+a", "-a", "+a"]
+
+
 async def test_a_failure_is_everybodys_and_is_tried_anew() -> None:
     loads = Loads()
     loads.error = PackageError("changed")
