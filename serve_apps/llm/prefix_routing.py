@@ -22,13 +22,15 @@ BLOCK_TOKENS = 32
 _MAX_BLOCKS = 8192
 
 
-def block_hashes(token_ids: Sequence[int], adapter: str | None = None) -> tuple[int, ...]:
+def block_hashes(
+    token_ids: Sequence[int], adapter: str | None = None, tenant: str = ""
+) -> tuple[int, ...]:
     """One number for each whole block, of it and all before it: the same in every process.
 
-    With another adapter the same tokens leave something else in the cache.
+    With another adapter the same tokens leave something else in the cache, and tenants share none.
     """
     found: list[int] = []
-    chained = zlib.crc32((adapter or "").encode())
+    chained = zlib.crc32(f"{tenant}\n{adapter or ''}".encode())
     for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         # Of numbers alone, Python's hash does not depend on the process.
         chained = hash((chained, *token_ids[start : start + BLOCK_TOKENS]))

@@ -62,7 +62,8 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         request = _engine_request(pending_request)
         if request is None:
             return [candidate_replicas]
-        blocks = block_hashes((*request.prompt_ids, *request.answer_ids), request.adapter)
+        given = (*request.prompt_ids, *request.answer_ids)
+        blocks = block_hashes(given, request.adapter, request.tenant)
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         decision = self._policy.decide(
             [

@@ -211,7 +211,8 @@ class VllmEngine:
         prompt = [*request.prompt_ids, *answer.given]
         # vLLM makes the id unique among those it still works on.
         outputs = self._llm.generate(
-            tokens_input(prompt),
+            # Tenants share no cache: the time of an answer would tell one what another asked.
+            tokens_input(prompt, cache_salt=request.tenant or None),
             parameters,
             request.request_id,
             lora_request=self._adapters.get(request.adapter or _OWN_ADAPTER),

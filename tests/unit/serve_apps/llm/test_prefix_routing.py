@@ -94,6 +94,7 @@ def test_the_longest_common_beginning_counts() -> None:
 def test_less_than_a_block_and_another_adapter_share_nothing() -> None:
     assert block_hashes(SHARED[: BLOCK_TOKENS - 1]) == ()
     assert not set(block_hashes(SHARED)) & set(block_hashes(SHARED, "sha256:1"))
+    assert not set(block_hashes(SHARED)) & set(block_hashes(SHARED, tenant="another"))
 
 
 def test_what_was_not_sent_for_long_is_forgotten_from_its_end() -> None:
