@@ -40,6 +40,7 @@ OnContinuation = Callable[[str], None]
 PAUSES_S = (0.05, 1.0, 5.0)
 """Before each continuation in a row that brought no token; then the answer is given up. A replica
 whose engine broke is replaced within seconds, and one that is asked too soon is asked in vain."""
+_MAX_MOVES = 200
 MAX_FAILURES = 10
 """Of one answer, however much each replica generated: it may be what kills them."""
 
@@ -147,7 +148,7 @@ class _Answer:
         self._options = options
         self._on_continuation = on_continuation
         self._token_ids: list[int] = []
-        self._num_tries = self._num_failures = self._num_in_vain = 0
+        self._num_tries = self._num_failures = self._num_in_vain = self._num_moves = 0
 
     async def outputs(self) -> AsyncGenerator[TokenOutput, None]:
         while True:
@@ -180,13 +181,18 @@ class _Answer:
     async def _pause_after(self, error: HeliostatError) -> None:
         """Raises the error where the answer is not to go on."""
         has_moved = isinstance(error, ReplicaLeavingError)
-        self._num_failures += not has_moved
-        self._num_in_vain += 1
+        if has_moved:
+            # Nobody is at fault: however often it has to move on, that is no try in vain.
+            self._num_moves += 1
+        else:
+            self._num_failures += 1
+            self._num_in_vain += 1
         # Without a token it is a new request, which is tried once more; a replica without room
         # refuses it at once.
         is_begun = bool(self._token_ids)
         allowed = len(PAUSES_S) if is_begun else int(not isinstance(error, OverloadedError))
-        if self._num_in_vain > allowed or self._num_failures > MAX_FAILURES:
+        is_hopeless = self._num_in_vain > allowed or self._num_failures > MAX_FAILURES
+        if is_hopeless or self._num_moves > _MAX_MOVES:
             raise error
         reason = "moved" if has_moved else "failed"
         logger.info(
@@ -196,8 +202,7 @@ class _Answer:
             error,
         )
         self._on_continuation(reason)
-        if not has_moved:
-            await asyncio.sleep(PAUSES_S[self._num_in_vain - 1])
+        await asyncio.sleep(PAUSES_S[0 if has_moved else self._num_in_vain - 1])
 
 
 def _with_settled_seed(request: EngineRequest) -> EngineRequest:

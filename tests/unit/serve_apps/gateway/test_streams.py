@@ -115,9 +115,11 @@ async def test_what_kills_replica_after_replica_is_given_up() -> None:
     assert len(replicas.asked) == streams.MAX_FAILURES + 1
 
 
-async def test_replicas_that_leave_hand_over_as_often_as_they_like() -> None:
+@pytest.mark.parametrize("num_between", [1, 0])
+async def test_replicas_that_leave_hand_over_as_often_as_they_like(num_between: int) -> None:
     num_moves = streams.MAX_FAILURES + 5
-    replicas = Replicas(*[1] * num_moves, None, error=ReplicaLeavingError)
+    moves = [1, *[num_between] * (num_moves - 1)]
+    replicas = Replicas(*moves, None, error=ReplicaLeavingError)
     request = replace(REQUEST, sampling=replace(REQUEST.sampling, max_tokens=100))
     reasons: list[str] = []
     outputs = read_ahead(replicas.generate, request, places(), reasons.append)
