@@ -59,6 +59,9 @@ def judge(evidence: Evidence, options: ReleaseOptions, *, num_phases: int) -> Ve
     shown = "; ".join(comparison.shown for comparison in found)
     is_enough = math.log(1 / options.alpha)
     if num and all(comparison.log_no_worse >= is_enough for comparison in found):
+        # Where gateways are too busy to mirror, only the phase's end may go on without this.
+        if not any(arm == "pair" for arm, _ in evidence):
+            return Verdict("undecided", f"{num} requests, no answers compared yet: {shown}", num)
         return Verdict("no_worse", f"no worse in {num} requests: {shown}", num)
     return Verdict("undecided", f"{num} requests so far: {shown}" if found else "no requests", num)
 

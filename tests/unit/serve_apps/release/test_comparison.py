@@ -72,6 +72,7 @@ def test_phases_follow_each_other_with_the_shares_that_are_asked_for() -> None:
     good: Evidence = {
         ("candidate", "errors"): Sample(2000, 0.0),
         ("champion", "errors"): Sample(2000, 0.0),
+        ("pair", "label_disagreement"): Sample(500, 0.0),
     }
     seen = []
     found = row("shadow", asked)
@@ -85,11 +86,15 @@ def test_phases_follow_each_other_with_the_shares_that_are_asked_for() -> None:
     assert (decision.action, decision.reason) == (
         "promote",
         "canary 60%: no worse in 2000 requests: errors 0.0% of 2000, the champion's 0.0% of 2000, "
-        "margin 2%",
+        "margin 2%; label disagreement 0.0% of 500, limit 10%",
     )
 
 
-GOOD: Evidence = {("candidate", "errors"): Sample(3000, 0), ("champion", "errors"): Sample(3000, 0)}
+UNMIRRORED: Evidence = {
+    ("candidate", "errors"): Sample(3000, 0),
+    ("champion", "errors"): Sample(3000, 0),
+}
+GOOD: Evidence = UNMIRRORED | {("pair", "label_disagreement"): Sample(500, 0)}
 BAD: Evidence = {("candidate", "errors"): Sample(60, 30), ("champion", "errors"): Sample(3000, 0)}
 FEW: Evidence = {("candidate", "errors"): Sample(20, 0), ("champion", "errors"): Sample(300, 0)}
 SOME: Evidence = {("candidate", "errors"): Sample(120, 1), ("champion", "errors"): Sample(300, 0)}
@@ -100,6 +105,8 @@ SOME: Evidence = {("candidate", "errors"): Sample(120, 1), ("champion", "errors"
     [
         ({}, {}, 0, "wait", "no requests"),
         (GOOD, {}, 0, "compare", "no worse in 3000 requests"),
+        (UNMIRRORED, {}, 0, "wait", "3000 requests, no answers compared yet"),
+        (UNMIRRORED, {}, 9999, "compare", "nothing decided within"),
         (GOOD, {"min_observations": 5000}, 0, "wait", "3000 requests so far|no worse"),
         (BAD, {}, 0, "roll_back", "errors 50.0% of 60, the champion's 0.0% of 3000"),
         (BAD, {}, 9999, "roll_back", "worse"),
