@@ -51,7 +51,6 @@ class Work:
             self.outcome = "ended"
             raise
 
-
     async def answer_sent(self) -> None:
         """What is left to do then."""
 
