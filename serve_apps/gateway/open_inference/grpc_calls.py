@@ -1,7 +1,7 @@
 """What surrounds every gRPC call: a key, an id, and errors as gRPC's own statuses.
 
-The counterpart of `access/authentication.py` and `http/middleware.py`. The key is checked before the first byte
-of a message is read.
+The counterpart of `access/authentication.py` and `http/middleware.py`. The key is checked before
+the first byte of a message is read.
 
     server = grpc.aio.server(interceptors=[Door(keys, callers, telemetry)])
     handler = grpc.unary_unary_rpc_method_handler(answering(work), …)
