@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from typing import cast
@@ -19,13 +20,21 @@ from typing import cast
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import AuthenticationError, HeliostatError, PermissionDeniedError
+from cluster.errors import (
+    AuthenticationError,
+    HeliostatError,
+    OverloadedError,
+    PermissionDeniedError,
+    first_line,
+)
 from cluster.security.api_keys import Identity
 from serve_apps.gateway.access.callers import Caller, Callers
 from serve_apps.gateway.http.errors import render
 from serve_apps.gateway.http.headers import header_of
 from serve_apps.gateway.page.files import PAGE_PATHS
 from serve_apps.gateway.stickiness import SESSION_HEADER
+
+logger = logging.getLogger(__name__)
 
 PUBLIC_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"}) | PAGE_PATHS
 """Health, and the files of the page that the key is typed into; everything else needs a key,
@@ -49,7 +58,12 @@ class KeyCache:
         self._asking: dict[bytes, asyncio.Task[Identity]] = {}
 
     async def identify(self, key: str) -> Identity:
-        """Raises AuthenticationError for a key that is missing, unknown, expired or revoked."""
+        """Who the key stands for.
+
+        Raises:
+            AuthenticationError: it is missing, unknown, expired or revoked.
+            OverloadedError: that cannot be found out now.
+        """
         digest = hashlib.sha256(key.encode()).digest()
         # The age counts from before the look-up: its answer may be that old already.
         asked_at = self._clock()
@@ -77,6 +91,14 @@ class KeyCache:
         except AuthenticationError:
             self._known.pop(digest, None)
             raise
+        except HeliostatError:
+            raise
+        # Whatever the database raises.
+        except Exception as error:
+            logger.warning("keys cannot be looked up: %s", first_line(error))
+            raise OverloadedError(
+                "keys cannot be looked up now", hint="try again in a moment"
+            ) from None
         if len(self._known) >= _MAX_REMEMBERED:
             self._known.clear()
         self._known[digest] = (asked_at, identity)
@@ -135,7 +157,7 @@ class Authentication:
                 await caller.count_request()
             with caller.entered():
                 await self._app(scope, receive, send_with_limits)
-        except HeliostatError as error:
+        except Exception as error:
             if has_started:
                 raise
             await render(error, scope["path"])(scope, receive, send_with_limits)

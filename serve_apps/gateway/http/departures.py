@@ -30,10 +30,10 @@ class Departures:
         if scope["type"] != "http" or task is None:
             await self._app(scope, receive, send)
             return
-        watch = _Watch(receive, task)
+        watch = _Watch(receive, send, task)
         self._sweep.add(watch)
         try:
-            await self._app(scope, watch.receive, send)
+            await self._app(scope, watch.receive, watch.send)
         except asyncio.CancelledError:
             if not watch.has_left or task.uncancel():
                 raise
@@ -45,19 +45,29 @@ class Departures:
 class _Watch:
     """One request's client."""
 
-    def __init__(self, receive: Receive, task: asyncio.Task[None]) -> None:
-        self._receive = receive
+    def __init__(self, receive: Receive, send: Send, task: asyncio.Task[None]) -> None:
+        self._receive, self._send = receive, send
         self._request = task
         self._is_body_complete = False
+        self._is_answered = False
         self._task: asyncio.Task[None] | None = None
         self._since_s = asyncio.get_running_loop().time()
         self.has_left = False
 
     async def receive(self) -> Message:
         message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._is_body_complete:
+            # Whoever reads would take it for a fault of ours.
+            self.has_left = True
+            raise asyncio.CancelledError
         if not message.get("more_body", False):
             self._is_body_complete = True
         return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._is_answered = True
+        await self._send(message)
 
     def end(self) -> None:
         if self._task is not None:
@@ -72,5 +82,7 @@ class _Watch:
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.has_left = True
-        self._request.cancel()
+        # Servers say so after each whole answer too.
+        if not self._is_answered:
+            self.has_left = True
+            self._request.cancel()

@@ -1,6 +1,6 @@
 """How the answers of the Open Inference Protocol look.
 
-`describe_model` of open_inference.py makes a ModelMetadata.
+`describe_model` of routes.py makes a ModelMetadata.
 """
 
 from __future__ import annotations

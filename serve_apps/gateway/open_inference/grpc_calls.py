@@ -1,7 +1,7 @@
 """What surrounds every gRPC call: a key, an id, and errors as gRPC's own statuses.
 
-The counterpart of `authentication.py` and `middleware.py`. The key is checked before the first byte
-of a message is read.
+The counterpart of `access/authentication.py` and `http/middleware.py`. The key is checked before
+the first byte of a message is read.
 
     server = grpc.aio.server(interceptors=[Door(keys, callers, telemetry)])
     handler = grpc.unary_unary_rpc_method_handler(answering(work), …)
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from cluster.errors import AuthenticationError, HeliostatError
+from cluster.errors import HeliostatError
 from cluster.security.api_keys import Identity
 from serve_apps.gateway.access.authentication import KeyCache, bearer_key, require_scope
 from serve_apps.gateway.access.callers import Caller, Callers
@@ -180,7 +180,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if not call.is_public:
             try:
                 await call.identity()
-            except AuthenticationError as error:
+            except HeliostatError as error:
                 return _refusal(call, error)
         handler = await continuation(details)
         if handler is None:

@@ -5,16 +5,14 @@ routes = build_routes(models)
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from cluster.errors import HeliostatError, UsageError
+from cluster.errors import HeliostatError
 from serve_apps.gateway.access.authentication import require_any
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.http.errors import server_sent
@@ -45,15 +43,6 @@ from serve_apps.gateway.openai.schema import (
 )
 from serve_apps.gateway.openai.text_generation import Piece, TextAnswers
 from serve_apps.gateway.tensorflow_serving.routes import version_status
-
-ResultType = TypeVar("ResultType")
-
-
-class ClientGoneError(UsageError):
-    """The client closed the connection before its answer was ready; nobody reads this."""
-
-    code = "client_closed_request"
-    http_status = 499
 
 
 def build_routes(models: Models, limits: TextLimits) -> list[Route]:
@@ -146,10 +135,10 @@ class _Started:
 
 async def _respond(request: Request, shape: AnswerShape, answers: TextAnswers) -> Response:
     if not shape.asked.stream:
-        pieces = await _unless_client_leaves(request, answers.whole)
+        pieces = await answers.whole()
         return JsonResponse(shape.whole(answers, pieces))
     rest = answers.pieces()
-    first = await _unless_client_leaves(request, lambda: anext(rest, None))
+    first = await anext(rest, None)
     events = _events(shape, answers, _Started(first, rest), request.url.path)
     headers = {"cache-control": "no-cache"}
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
@@ -177,29 +166,6 @@ async def _events(
     finally:
         await pieces.aclose()
     yield b"data: [DONE]\n\n"
-
-
-async def _unless_client_leaves(
-    request: Request, work: Callable[[], Awaitable[ResultType]]
-) -> ResultType:
-    """The result of `work`, which is cancelled when the client closes the connection."""
-    task = asyncio.ensure_future(work())
-    leaving = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGoneError("the client closed the connection")
-    finally:
-        leaving.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _find_or_none(models: Models, name: str) -> ServedModel | None:

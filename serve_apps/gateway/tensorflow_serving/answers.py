@@ -1,6 +1,6 @@
 """How the answers of TensorFlow Serving's REST look.
 
-`write_predict` of tensorflow_bodies.py makes a Prediction.
+`write_predict` of bodies.py makes a Prediction.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TensorFlow Serving's REST: predictions, the state of versions, and metadata.
 
 Paths are https://www.tensorflow.org/tfx/serving/api_rest; a label is one of our aliases. The state
-of a model without a version is a path of OpenAI's as well: `openai.py` answers both at once.
+of a model without a version is a path of OpenAI's as well: `openai/routes.py` answers both at once.
 
     routes = build_routes(models)           # before OpenAI's, whose path of a model takes any
 """

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import tritonclient.grpc.aio as triton
 from starlette.routing import Route
+from tritonclient.utils import InferenceServerException
 
 from cluster.database import audit_log, open_database
 from cluster.errors import AuthenticationError
@@ -162,6 +164,21 @@ async def test_a_key_in_use_is_looked_up_again_while_nobody_waits() -> None:
     may_answer.set()
     with pytest.raises(AuthenticationError):
         await cache.identify("k")
+
+
+async def test_without_the_database_everybody_is_turned_away_in_each_protocol(
+    gateway: Any, grpc_address: str
+) -> None:
+    headers = gateway.headers()
+    with gateway.database.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE api_keys RENAME TO away"))
+    answer = await gateway.client.get("/v1/models", headers=headers)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "keys cannot be looked up" in answer.json()["error"]["message"]
+    async with triton.InferenceServerClient(grpc_address) as client:
+        with pytest.raises(InferenceServerException, match="keys cannot be looked up") as refused:
+            await client.get_server_metadata(headers=headers)
+    assert refused.value.status() == "StatusCode.UNAVAILABLE"
 
 
 async def test_many_requests_with_one_key_ask_once() -> None:

@@ -138,9 +138,16 @@ async def test_answers_that_are_errors_carry_the_limits_too(gateway: Any) -> Non
         await gateway.client.get("/v1/completions", headers=headers),
         await gateway.client.get("/admin/deployments", headers=headers),
     ]
-    assert [answer.status_code for answer in answers] == [400, 413, 405, 403]
+
+    async def break_down(*_: object) -> Any:
+        raise RuntimeError("boom")
+
+    gateway.backend.predict = break_down
+    answers.append(await infer(gateway, headers))
+    assert [answer.status_code for answer in answers] == [400, 413, 405, 403, 500]
     for answer in answers:
         assert answer.headers["x-ratelimit-limit-tokens"] == "1000"
+    del gateway.backend.predict
     assert "x-ratelimit-limit-tokens" not in (await infer(gateway, bearer(gateway, "b"))).headers
 
 

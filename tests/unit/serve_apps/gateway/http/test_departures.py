@@ -34,7 +34,7 @@ class Work:
         self.has_begun, self.may_end = asyncio.Event(), asyncio.Event()
         self.body, self.outcome = b"", "none"
 
-    async def __call__(self, _scope: Scope, receive: Receive, _send: Send) -> None:
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         try:
             more = True
             while more:
@@ -43,10 +43,16 @@ class Work:
                 more = message["more_body"]
             self.has_begun.set()
             await self.may_end.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body"})
+            await self.answer_sent()
             self.outcome = "done"
         except asyncio.CancelledError:
             self.outcome = "ended"
             raise
+
+    async def answer_sent(self) -> None:
+        """What is left to do then."""
 
 
 async def send(_message: Message) -> None:
@@ -88,3 +94,28 @@ async def test_the_servers_own_end_is_not_taken_for_the_clients() -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     assert work.outcome == "ended"
+
+
+async def test_who_leaves_in_the_middle_of_a_body_is_no_error_either() -> None:
+    work, client = Work(), Client()
+    running = run(work, client)
+    client.send(b"a", more=True)
+    client.leave()
+    await asyncio.wait_for(running, 5)
+    assert (work.body, work.outcome) == (b"a", "ended")
+
+
+async def test_what_is_done_after_the_answer_goes_on_when_the_client_leaves() -> None:
+    client = Client(b"")
+
+    class Tidying(Work):
+        async def answer_sent(self) -> None:
+            client.leave()
+            await asyncio.sleep(0.3)
+
+    work = Tidying()
+    running = run(work, client)
+    await asyncio.sleep(0.4)  # it is being listened for
+    work.may_end.set()
+    await asyncio.wait_for(running, 5)
+    assert work.outcome == "done"
