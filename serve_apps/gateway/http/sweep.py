@@ -11,6 +11,7 @@ are answered before the first look.
 from __future__ import annotations
 
 import asyncio
+from contextvars import Context
 from typing import Protocol
 
 _PERIOD_S = 0.2
@@ -33,7 +34,7 @@ class Sweep:
     def add(self, watched: Watched) -> None:
         self._watched.add(watched)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_PERIOD_S, self._look)
+            self._begin()
 
     def discard(self, watched: Watched) -> None:
         self._watched.discard(watched)
@@ -44,4 +45,9 @@ class Sweep:
         for watched in list(self._watched):
             watched.look(now_s)
         if self._watched and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_PERIOD_S, self._look)
+            self._begin()
+
+    def _begin(self) -> None:
+        # In a context of its own: that of the first request would stay for as long as any comes.
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_PERIOD_S, self._look, context=Context())
