@@ -96,6 +96,7 @@ def _build(database: Any, keys: ApiKeys, telemetry: Telemetry) -> Starlette:
             exchange=LeaseStore(database).exchange,
             totals=Ledger(database).totals,
             telemetry=telemetry,
+            add_evidence=lambda _deltas: None,
         )
     )
 
