@@ -339,7 +339,7 @@ async def test_calls_are_counted_like_requests(gateway: Any, channel: Any) -> No
 
     # A client may hear of an error a moment before it is counted.
     async with asyncio.timeout(5):
-        while count("unmatched", 401) is None or count("unmatched", 501) is None:
+        while count("unmatched", 401) is None or count("unmatched", 501) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert count("ModelInfer", 200) == 1
     assert count("ModelStreamInfer", 200) == 1
