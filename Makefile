@@ -37,7 +37,7 @@ demo-release: install  ## under load, release a good version and roll a bad one 
 	@$(BIN)/heliostat demo --release
 
 test: install  ## every test that needs no GPU
-	@$(BIN)/python -m pytest tests -m 'not soak'
+	@$(BIN)/python -m pytest tests -m 'not soak' --durations=30 --durations-min=5
 
 soak: install  ## the long versions of the fault and fuzz tests
 	@$(BIN)/python -m pytest tests -m soak
