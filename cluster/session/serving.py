@@ -18,6 +18,7 @@ from cluster.session.ray_head import auth_header
 from cluster.settings import LOOPBACK, Settings
 
 _POLL_INTERVAL_S = 0.1
+_RETRY_INTERVAL_S = 0.5
 DEPLOY_FAILED = "DEPLOY_FAILED"
 APPLICATIONS: tuple[dict[str, Any], ...] = (
     {
@@ -63,15 +64,22 @@ def _put(settings: Settings, applications: Sequence[dict[str, Any]], timeout_s: 
         "http_options": {"host": LOOPBACK, "port": settings.gateway_port},
         "applications": list(applications),
     }
-    try:
-        # The first call starts Serve itself.
-        answer = httpx.put(
-            _url(settings), json=body, headers=auth_header(settings), timeout=timeout_s
-        )
-    except httpx.HTTPError as error:
-        raise StartError(
-            f"Ray Serve did not take the applications: {error}", hint="see `heliostat status`"
-        ) from None
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            # The first call starts Serve itself.
+            answer = httpx.put(
+                _url(settings), json=body, headers=auth_header(settings), timeout=timeout_s
+            )
+            break
+        except httpx.HTTPError as error:
+            # On a machine with much else to do, Ray's dashboard drops calls while Serve starts.
+            if isinstance(error, httpx.TimeoutException) or time.monotonic() > deadline_s:
+                raise StartError(
+                    f"Ray Serve did not take the applications: {error}",
+                    hint="see `heliostat status`",
+                ) from None
+        time.sleep(_RETRY_INTERVAL_S)
     if answer.status_code != 200:
         raise StartError(
             f"Ray Serve refused the applications: {answer.text[-300:]}",
