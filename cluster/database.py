@@ -200,7 +200,7 @@ audit_log = sa.Table(
     sa.Column("detail", sa.JSON, nullable=False),
 )
 
-# Who used what, training and serving alike; only ever added to. `key` makes an entry count once.
+# Who used what, training and serving alike. `key` makes an entry count once; old ones become sums.
 ledger_entries = sa.Table(
     "ledger_entries",
     metadata,

@@ -1,8 +1,8 @@
 """The ledger: who used how many requests, tokens and seconds of CPU and GPU, and what for.
 
-One table for training and serving alike, only ever added to. An entry's key makes it count once,
-however often it is handed in, so whoever is not sure that it was taken hands it in again. Knows
-nothing of what is metered.
+One table for training and serving alike. An entry's key makes it count once, however often it is
+handed in, so whoever is not sure that it was taken hands it in again. What gateways hand in each
+second is summed up by months, once it is old. Knows nothing of what is metered.
 
     ledger = Ledger(open_database(settings.database))
     ledger.record([Entry(key="run/4f1c/1", tenant="local", kind="training", model="pydoc-lm",
@@ -12,17 +12,19 @@ nothing of what is metered.
 
 from __future__ import annotations
 
+import calendar
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 
-from cluster.database import begin_alone, budgets, ledger_entries, now
+from cluster.database import begin_alone, budgets, later, ledger_entries, now
 
 LEDGER_LOCK = 7233543
 """Held by whoever adds to the ledger or counts what a tenant has spent."""
@@ -30,6 +32,9 @@ LEDGER_LOCK = 7233543
 COMPLETION = "completion"
 INFERENCE = "inference"
 """Kinds of what the gateway answers: text by language models, tensors by graphs."""
+
+SUMMED_AFTER_S = 30 * 86_400.0
+"""How long after its end a month's entries by gateways may be summed up."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Total:
     kind: str
     model: str
     num_entries: int
+    """Rows, of which there are fewer once a month is summed up."""
     cpu_s: float
     gpu_s: float
     prompt_tokens: int
@@ -77,12 +83,40 @@ class Total:
     """Set where totals are by source."""
 
 
+@dataclass(frozen=True)
+class Month:
+    """A calendar month in UTC, and how much of the ledger lies in it."""
+
+    name: str
+    """As times begin: 2026-01."""
+    num_entries: int = 0
+
+    @property
+    def last_moment(self) -> str:
+        year, month = map(int, self.name.split("-"))
+        return f"{self.name}-{calendar.monthrange(year, month)[1]}T23:59:59.999+00:00"
+
+    @property
+    def ended_at_s(self) -> float:
+        """In seconds since 1970."""
+        return datetime.fromisoformat(self.last_moment).timestamp()
+
+
 Detail = Literal["version", "source"]
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "num_requests")
 # SQLite takes no more than 32,766 values in a statement.
 _ROWS_PER_STATEMENT = 500
 _UNITS = ("cpu_s", "gpu_s", *_COUNTS)
+_SUM = "month/"
+"""How the keys of sums begin, and no others."""
+_IS_SUMMABLE = sa.and_(
+    ledger_entries.c.kind.in_((COMPLETION, INFERENCE)),
+    sa.not_(ledger_entries.c.key.startswith(_SUM)),
+)
+"""What nobody hands in again, once it is old. A job that is taken up again does, however old its
+beginning is; a gateway only while it does not know whether its last entries were taken."""
+_ROWS_SUMMED_AT_ONCE = 10_000
 
 
 class Ledger:
@@ -109,8 +143,7 @@ class Ledger:
         """Sums by tenant, kind and model, and by what else is named, of the entries that match."""
         columns = ledger_entries.c
         groups = (columns.tenant, columns.kind, columns.model, *(columns[name] for name in by))
-        sums = (sa.func.sum(columns[unit]).label(unit) for unit in _UNITS)
-        query = sa.select(*groups, sa.func.count().label("num_entries"), *sums)
+        query = sa.select(*groups, sa.func.count().label("num_entries"), *_sums())
         if tenant is not None:
             query = query.where(columns.tenant == tenant)
         if source is not None:
@@ -122,17 +155,57 @@ class Ledger:
             rows = connection.execute(query.group_by(*groups).order_by(*groups)).mappings()
             return [_total(row) for row in rows]
 
+    def months_to_sum(self) -> list[Month]:
+        """The months that ended a while ago, as far as gateways' entries lie there one by one."""
+        month = sa.func.substr(ledger_entries.c.at, 1, 7).label("month")
+        is_over = ledger_entries.c.at < later(-SUMMED_AFTER_S)[:7]
+        query = sa.select(month, sa.func.count()).where(_IS_SUMMABLE, is_over)
+        with self._engine.connect() as connection:
+            found = connection.execute(query.group_by("month").order_by("month")).all()
+        return [Month(name, num_entries) for name, num_entries in found]
+
+    def sum_up(self, month: str) -> int:
+        """Put sums in the place of gateways' entries of a month: one for each tenant, kind, model,
+        version and key, dated to the month's last moment. Returns how many entries went."""
+        num_gone = 0
+        while num := self._sum_some(month):
+            num_gone += num
+        return num_gone
+
+    def _sum_some(self, month: str) -> int:
+        """A transaction's worth: gateways wait for it."""
+        columns = ledger_entries.c
+        some = (
+            sa.select(columns.key)
+            .where(_IS_SUMMABLE, _is_in(month))
+            .order_by(columns.tenant, columns.at, columns.key)
+            .limit(_ROWS_SUMMED_AT_ONCE)
+            .correlate(None)
+        )
+        groups = [columns[name] for name in ("tenant", "kind", "model", "source", "version")]
+        with begin_alone(self._engine, LEDGER_LOCK) as connection:
+            query = sa.select(*groups, *_sums()).where(columns.key.in_(some)).group_by(*groups)
+            rows = connection.execute(query).mappings().all()
+            gone = connection.execute(sa.delete(ledger_entries).where(columns.key.in_(some)))
+            for row in rows:
+                digest = hashlib.sha256(repr([row[group.name] for group in groups]).encode())
+                key, at = f"{_SUM}{month}/{digest.hexdigest()}", Month(month).last_moment
+                statement = _insert(connection).values(key=key, at=at, **row)
+                more = {unit: columns[unit] + statement.excluded[unit] for unit in _UNITS}
+                statement = statement.on_conflict_do_update(index_elements=["key"], set_=more)
+                connection.execute(statement)
+        return gone.rowcount
+
 
 def add_entries(connection: Connection, entries: Sequence[Entry]) -> int:
     """Add entries within a transaction that holds LEDGER_LOCK; returns how many were new.
 
     What limited tenants have spent of their month is counted with them.
     """
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     new: set[str] = set()
     for start in range(0, len(entries), _ROWS_PER_STATEMENT):
         rows = [asdict(entry) for entry in entries[start : start + _ROWS_PER_STATEMENT]]
-        statement = dialect.insert(ledger_entries).values(rows).on_conflict_do_nothing()
+        statement = _insert(connection).values(rows).on_conflict_do_nothing()
         new.update(connection.scalars(statement.returning(ledger_entries.c.key)))
     spent: Counter[tuple[str, str]] = Counter()
     for entry in {entry.key: entry for entry in reversed(entries) if entry.key in new}.values():
@@ -151,11 +224,23 @@ def month_tokens(connection: Connection, tenant: str, month: str) -> int:
     """Tokens in a tenant's entries of a month, as in 2026-01; reads them all."""
     columns = ledger_entries.c
     tokens = sa.func.sum(columns.prompt_tokens + columns.completion_tokens)
-    # Days begin with '-', which sorts below '~'.
-    query = sa.select(tokens).where(
-        columns.tenant == tenant, columns.at >= month, columns.at < f"{month}~"
-    )
+    query = sa.select(tokens).where(columns.tenant == tenant, _is_in(month))
     return int(connection.scalar(query) or 0)
+
+
+def _is_in(month: str) -> sa.ColumnElement[bool]:
+    # Days begin with '-', which sorts below '~'.
+    at = ledger_entries.c.at
+    return sa.and_(at >= month, at < f"{month}~")
+
+
+def _sums() -> list[sa.Label[Any]]:
+    return [sa.func.sum(ledger_entries.c[unit]).label(unit) for unit in _UNITS]
+
+
+def _insert(connection: Connection) -> Any:
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    return dialect.insert(ledger_entries)
 
 
 def _total(row: sa.RowMapping) -> Total:

@@ -46,13 +46,13 @@ OBJECT_STORES = ("s3", "gs", "gcs")
 
 
 @dataclass(frozen=True)
-class StoredDirectory:
-    """A directory in storage, whole or not."""
+class Stored:
+    """A file in storage, or a directory, whole or not."""
 
     key: str
     size_bytes: int
     modified_at_s: float
-    """When its newest file was written, in seconds since 1970."""
+    """When it, or its newest file, was written, in seconds since 1970."""
 
 
 class Storage:
@@ -183,12 +183,19 @@ class Storage:
 
     def list(self, prefix: str = "") -> list[str]:
         """Keys of all files below `prefix`, sorted; staging and markers left out."""
-        keys = (self._key(info) for info in self._files(prefix))
-        return sorted(
-            key for key in keys if not key.startswith(_STAGING) and not key.endswith(_MARKER)
-        )
+        return [file.key for file in self.files(prefix)]
 
-    def directories(self, prefix: str) -> builtins.list[StoredDirectory]:
+    def files(self, prefix: str) -> builtins.list[Stored]:
+        """The files that `list` names."""
+        infos = ((self._key(info), info) for info in self._files(prefix))
+        found = [
+            Stored(key, info.size, info.mtime_ns / 1e9)
+            for key, info in infos
+            if not key.startswith(_STAGING) and not key.endswith(_MARKER)
+        ]
+        return sorted(found, key=lambda file: file.key)
+
+    def directories(self, prefix: str) -> builtins.list[Stored]:
         """The directories that lie directly below `prefix`, by key, unfinished ones included."""
         sizes: dict[str, int] = defaultdict(int)
         times_ns: dict[str, int] = defaultdict(int)
@@ -199,20 +206,21 @@ class Storage:
                 directory = f"{prefix}/{name.removesuffix(_MARKER)}"
                 sizes[directory] += info.size
                 times_ns[directory] = max(times_ns[directory], info.mtime_ns)
-        return [StoredDirectory(key, sizes[key], times_ns[key] / 1e9) for key in sorted(sizes)]
+        return [Stored(key, sizes[key], times_ns[key] / 1e9) for key in sorted(sizes)]
 
     def modified_at_s(self, key: str) -> float | None:
-        """When a directory's newest file was written, in seconds since 1970; None without any."""
+        """When a file, or a directory's newest one, was written, in seconds since 1970; None if
+        there is none."""
         from pyarrow import fs
 
         with _errors_named(self.path(key)):
-            marker = self._filesystem.get_file_info(self._full(key + _MARKER))
-        infos = self._files(key)
-        if marker.type == fs.FileType.File:
-            infos.append(marker)
+            ends = self._filesystem.get_file_info([self._full(key), self._full(key + _MARKER)])
+        infos = [info for info in ends if info.type == fs.FileType.File]
+        if ends[0].type != fs.FileType.File:
+            infos += self._files(key)
         return max(info.mtime_ns for info in infos) / 1e9 if infos else None
 
-    def stages(self) -> builtins.list[StoredDirectory]:
+    def stages(self) -> builtins.list[Stored]:
         """Staging directories, of writers at work and of such as were killed."""
         return self.directories(_STAGING)
 

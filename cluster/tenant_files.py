@@ -15,6 +15,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -23,6 +24,9 @@ from sqlalchemy.engine import Engine
 from cluster.database import now, tenant_files
 from cluster.errors import NotFoundError
 from cluster.storage import Storage
+
+KEPT_S = 30 * 86_400.0
+"""How long a file is there for sure, unless its tenant deletes it."""
 
 _BLOCK_BYTES = 256 * 1024
 _MAX_NAME_CHARACTERS = 200
@@ -39,6 +43,11 @@ class TenantFile:
     """batch, or batch_output."""
     num_bytes: int
     created_at: str
+
+    @property
+    def created_at_s(self) -> float:
+        """In seconds since 1970."""
+        return datetime.fromisoformat(self.created_at).timestamp()
 
     @property
     def key(self) -> str:

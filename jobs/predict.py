@@ -12,18 +12,18 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 from cluster.database import open_database
 from cluster.errors import InputError, NotRunningError
-from cluster.ledger import Entry, Ledger
+from cluster.ledger import Ledger
 from cluster.model_ref import ModelRef
 from cluster.predictions import PartSummary
 from cluster.registry import ModelRegistry, ModelVersion
 from cluster.settings import Settings
 from cluster.tracking import RunTracker, has_run
 from jobs._entrypoint import run_job
+from jobs.prediction.bill import KIND, Bill, Unlimited
 from jobs.prediction.config import PredictConfig
 from jobs.prediction.output import Output
 from jobs.prediction.predictor import open_predictor, require_kind
@@ -32,7 +32,6 @@ from jobs.prediction.source import InputPlan, plan_input, read_task
 from jobs.prediction.work import Executor, Job, PartDone, in_process, predict_part, stand_back
 
 FORMAT_VERSION = 1
-_KIND = "prediction"
 _SAY_EVERY_S = 5.0
 
 
@@ -52,14 +51,16 @@ def predict(config: PredictConfig, settings: Settings) -> None:
         run = {"id": run.get("id") or uuid.uuid4().hex, "run_id": tracker.run_id}
         output.keep_run(run)
         print(f"run {tracker.url}", flush=True)
-        tracker.log_dataset(config.input, plan.digest, source=config.input, context=_KIND)
-        books = Books(config, settings, version, **run)
-        books.book([PartDone(summary, 0.0) for summary in done.values()])
+        tracker.log_dataset(config.input, plan.digest, source=config.input, context=KIND)
+        bill = Bill(run["id"], run["run_id"], version.name, version.version)
+        ledger = Ledger(open_database(settings.database))
+        ledger.record([bill.entry(summary, 0.0, config) for summary in done.values()])
         progress = Progress(plan, config, done)
         started = time.monotonic()
         progress.check()
-        for part in _work(Job(version.digest, plan.format, config, settings), plan, done):
-            books.book([part])
+        job = Job(version.digest, plan.format, config, settings, bill)
+        for part in _work(job, plan, done):
+            ledger.record([bill.entry(part.summary, part.seconds, config)])
             progress.add(part)
         plan.require_unchanged()
         errors = [row for number in sorted(done) for row in done[number].bad_rows]
@@ -90,7 +91,7 @@ def check(config: PredictConfig, settings: Settings) -> None:
     readable = [row for row in rows if isinstance(row, Row)][: config.batch_size]
     predictor = open_predictor(version.digest, config, settings)
     started = time.monotonic()
-    summary, _ = predict_part(predictor, part.number, readable, config)
+    summary, _ = predict_part(predictor, part.number, readable, config, Unlimited())
     seconds = time.monotonic() - started
     print(
         f"{plan.num_rows:,} rows of {plan.format} in {len(plan.files)} files "
@@ -121,44 +122,6 @@ def manifest(version: ModelVersion, plan: InputPlan, config: PredictConfig) -> d
         "num_parts": len(plan.parts),
         "config": config.identity(),
     }
-
-
-class Books:
-    """Each part in the ledger once, however often the job is started."""
-
-    def __init__(
-        self,
-        config: PredictConfig,
-        settings: Settings,
-        version: ModelVersion,
-        *,
-        id: str,
-        run_id: str,
-    ) -> None:
-        self._config = config
-        self._ledger = Ledger(open_database(settings.database))
-        self._version = version
-        self._id = id
-        self._run_id = run_id
-
-    def book(self, parts: Sequence[PartDone]) -> None:
-        self._ledger.record([self._entry(part) for part in parts])
-
-    def _entry(self, part: PartDone) -> Entry:
-        summary = part.summary
-        return Entry(
-            key=f"{_KIND}/{self._id}/{summary.number}",
-            tenant=self._config.tenant,
-            kind=_KIND,
-            model=self._version.name,
-            source=self._config.api_key_id or self._run_id,
-            cpu_s=part.seconds * self._config.num_threads,
-            gpu_s=part.seconds * self._config.num_gpus,
-            prompt_tokens=summary.prompt_tokens,
-            completion_tokens=summary.completion_tokens,
-            version=self._version.version,
-            num_requests=summary.num_rows,
-        )
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""`gc`: remove what nothing refers to."""
+"""`gc`: remove what nothing refers to or nobody needs any more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def collect(
     older_than: Annotated[str, typer.Option(help="30d, 12h or 45m; younger things stay.")] = "1d",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Remove packages no version lists, checkpoints of finished runs, and interrupted writes."""
+    """Remove packages no version lists, checkpoints of finished runs, files of tenants after 30
+    days, work of ended batches and interrupted writes; sum up old months of usage."""
     from cluster.cli.output import print_table
     from cluster.garbage import find_garbage, remove
 

@@ -49,15 +49,6 @@ class LeaseStore:
                 _write_budget(connection, tenant, budget, is_new)
             return leases
 
-    def may_spend(self, tenant: str) -> bool:
-        """Whether a tenant has any of its month's tokens left, as far as they are handed in."""
-        with self._engine.connect() as connection:
-            limits = _read_limits(connection, {tenant: Ask()}).get(tenant)
-            if limits is None or limits.monthly_tokens is None:
-                return True
-            month = month_of(self._clock())
-            return month_tokens(connection, tenant, month) < limits.monthly_tokens
-
 
 def _read_limits(connection: Connection, asks: Mapping[str, Ask]) -> dict[str, TenantLimits]:
     if not asks:

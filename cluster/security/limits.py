@@ -88,6 +88,8 @@ class Ask:
     """What is given back, by the slot it was leased in."""
     keeps: Mapping[Holding, int] = field(default_factory=dict)
     """What is held and in use, which is granted again."""
+    spent: int = 0
+    """Of the month's tokens that are kept, those that do not come back."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def decide(
         held[unit] += amount
         left[unit] = max(0, room - amount)
         if not amount and need > room:
-            is_spent = unit == "month_tokens" and limit - settled < need
+            is_spent = unit == "month_tokens" and limit - settled - ask.spent < need
             retry_after_s[unit] = seconds_to_next_month(now_s) if is_spent else 1.0
     if any(held.values()):
         holders[holder] = Holdings(held, now_s + HOLDING_S)

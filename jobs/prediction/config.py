@@ -56,6 +56,8 @@ class PredictConfig(StrictModel):
     """A folder, s3://BUCKET/PATH, gs://BUCKET/PATH, or `storage://KEY` in our storage."""
     columns: dict[str, str] = Field(default_factory=dict)
     """The model's input → the column that holds it, where their names differ."""
+    tokens: str = ""
+    """Column with the number of tokens that a row is charged; a language model counts its own."""
     keep: tuple[str, ...] = ()
     """Columns that are copied into the output, and to what is said of bad rows."""
     generation: GenerationConfig = GenerationConfig()
@@ -78,7 +80,8 @@ class PredictConfig(StrictModel):
     tenant: str = "local"
     """Who is charged."""
     api_key_id: str = ""
-    """The key on which it is charged; empty means the MLflow run."""
+    """The key on which it is charged, within its tenant's budget for the month: a row without room
+    is a bad one. Empty means the MLflow run."""
     experiment: str = "predict"
     """MLflow experiment."""
 

@@ -2,7 +2,8 @@
 
 What is sent by name over HTTP is here a column of that name. It knows nothing of files.
 
-    GraphPredictor(package, config).predict(rows)
+    predictor = GraphPredictor(package, config)
+    predictor.answer(predictor.prepare(rows))
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import binascii
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from cluster.processing import (
 )
 from cluster.runtimes.onnx import OnnxRuntime
 from jobs.prediction.config import PredictConfig
-from jobs.prediction.predictor import Answer
+from jobs.prediction.predictor import Answer, Prepared
 from jobs.prediction.rows import Row, Values
 
 
@@ -41,6 +43,7 @@ class GraphPredictor:
         self._inputs = {spec.name: spec for spec in public_inputs(package.manifest)}
         self._outputs = public_outputs(package.manifest)
         self._columns = config.columns
+        self._tokens = config.tokens
         if unknown := sorted(config.columns.keys() - self._inputs.keys()):
             raise InputError(
                 f"the model has no input '{unknown[0]}'",
@@ -51,27 +54,41 @@ class GraphPredictor:
             package.graph_path, config.num_threads, use_gpu=config.num_gpus > 0
         )
 
-    def predict(self, rows: Sequence[Row]) -> list[Answer | InputError]:
-        samples = [self._sample(row.values) for row in rows]
-        good = [sample for sample in samples if not isinstance(sample, InputError)]
-        answers = iter(self._answer(good))
-        return [s if isinstance(s, InputError) else next(answers) for s in samples]
+    def prepare(self, rows: Sequence[Row]) -> list[Prepared | InputError]:
+        return [self._try_sample(row.values) for row in rows]
 
-    def _sample(self, values: Values) -> dict[str, Array] | InputError:
-        """A row's tensors, without the batch dimension."""
-        found: dict[str, Array] = {}
+    def answer(self, prepared: Sequence[Prepared]) -> list[Answer | InputError]:
+        found = self._answer([each.work for each in prepared])
+        return [
+            replace(answer, prompt_tokens=each.max_tokens) if isinstance(answer, Answer) else answer
+            for answer, each in zip(found, prepared, strict=True)
+        ]
+
+    def _try_sample(self, values: Values) -> Prepared | InputError:
         try:
-            for name, spec in self._inputs.items():
-                value = values.get(self._columns.get(name, name))
-                if value is not None:
-                    found[name] = self._element(spec, value)
-            if not found:
-                raise InputError(
-                    f"the row has none of the model's inputs: {', '.join(self._inputs)}",
-                    hint="name its columns in `columns`",
-                )
+            return Prepared(self._sample(values), self._num_tokens(values))
         except InputError as error:
             return error
+
+    def _num_tokens(self, values: Values) -> int:
+        """What the row is charged."""
+        num_tokens = values.get(self._tokens) if self._tokens else 0
+        if type(num_tokens) is not int or num_tokens < 0:
+            raise InputError(f"column '{self._tokens}' is no number of tokens", param="tokens")
+        return num_tokens
+
+    def _sample(self, values: Values) -> dict[str, Array]:
+        """A row's tensors, without the batch dimension."""
+        found: dict[str, Array] = {}
+        for name, spec in self._inputs.items():
+            value = values.get(self._columns.get(name, name))
+            if value is not None:
+                found[name] = self._element(spec, value)
+        if not found:
+            raise InputError(
+                f"the row has none of the model's inputs: {', '.join(self._inputs)}",
+                hint="name its columns in `columns`",
+            )
         return found
 
     def _element(self, spec: TensorSpec, value: Any) -> Array:

@@ -4,7 +4,8 @@ A row has `prompt` (text or token ids) or `messages`, and may have values of its
 `generation` says. Tokenizer, chat template, stop strings and the choice
 of tokens are those of serving. It knows nothing of files.
 
-    TextPredictor(package, model, config).predict(rows)
+    predictor = TextPredictor(package, model, config)
+    predictor.answer(predictor.prepare(rows))
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cluster.processing.text import TextProcessor
 from cluster.sampling import mix
 from jobs.prediction.config import MAX_DEFAULT_TOKENS, GenerationConfig, PredictConfig
 from jobs.prediction.generation import Continuation, Prompt, generate
-from jobs.prediction.predictor import Answer
+from jobs.prediction.predictor import Answer, Prepared
 from jobs.prediction.rows import Row, Values
 
 _PROMPT, _MESSAGES = "prompt", "messages"
@@ -52,12 +53,13 @@ class TextPredictor:
         torch.set_num_threads(config.num_threads)
         self._model = model.to("cuda") if config.num_gpus > 0 else model
 
-    def predict(self, rows: Sequence[Row]) -> list[Answer | InputError]:
-        prompts = [self._try_prompt(row) for row in rows]
-        good = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-        found = generate(self._model, good, self._text.detokenizer)
-        answers = iter(found)
-        return [_answer(p, next(answers)) if isinstance(p, Prompt) else p for p in prompts]
+    def prepare(self, rows: Sequence[Row]) -> list[Prepared | InputError]:
+        return [self._try_prompt(row) for row in rows]
+
+    def answer(self, prepared: Sequence[Prepared]) -> list[Answer | InputError]:
+        prompts = [each.work for each in prepared]
+        found = generate(self._model, prompts, self._text.detokenizer)
+        return [_answer(prompt, text) for prompt, text in zip(prompts, found, strict=True)]
 
     @functools.cached_property
     def _grammars(self) -> Grammars:
@@ -66,11 +68,12 @@ class TextPredictor:
             self._model_dir, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids
         )
 
-    def _try_prompt(self, row: Row) -> Prompt | InputError:
+    def _try_prompt(self, row: Row) -> Prepared | InputError:
         try:
-            return self._prompt(row)
+            prompt = self._prompt(row)
         except InputError as error:
             return error
+        return Prepared(prompt, len(prompt.token_ids) + prompt.sampling.max_tokens)
 
     def _prompt(self, row: Row) -> Prompt:
         values = {

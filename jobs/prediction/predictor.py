@@ -1,14 +1,15 @@
 """What answers rows, whatever kind of model it is.
 
 predictor = open_predictor(version, config, settings)
-answers = predictor.predict([Row(1, "rows.jsonl:1", {"pixels": [0, 5, …]})])
+(prepared,) = predictor.prepare([Row(1, "rows.jsonl:1", {"pixels": [0, 5, …]})])
+answers = predictor.answer([prepared])
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.errors import InputError
 from cluster.model_package import ModelPackage, open_base, open_digest
@@ -28,11 +29,24 @@ class Answer:
     completion_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A row that can be answered."""
+
+    work: Any
+    """As the predictor that made it understands it."""
+    max_tokens: int = 0
+    """What it may use at most, its prompt included."""
+
+
 class Predictor(Protocol):
     """A loaded model with its processing."""
 
-    def predict(self, rows: Sequence[Row]) -> list[Answer | InputError]:
-        """An answer for each row, or why it gets none."""
+    def prepare(self, rows: Sequence[Row]) -> list[Prepared | InputError]:
+        """Each row as the model takes it, or why it does not."""
+
+    def answer(self, prepared: Sequence[Prepared]) -> list[Answer | InputError]:
+        """An answer for each, or why it gets none."""
 
 
 def open_predictor(digest: str, config: PredictConfig, settings: Settings) -> Predictor:

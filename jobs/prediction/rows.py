@@ -36,9 +36,12 @@ class BadRow:
     reason: str
     kept: Values = field(default_factory=dict)
     """The columns that are kept, where the row could be read."""
+    code: str = ""
+    """`insufficient_quota` where the row is right, but nobody may pay for it now."""
 
     def record(self) -> Values:
-        return {**_plain(self.kept), "row": self.number, "where": self.where, "reason": self.reason}
+        record = {"row": self.number, "where": self.where, "reason": self.reason}
+        return {**_plain(self.kept), **record, **({"code": self.code} if self.code else {})}
 
 
 def parse_line(line: bytes) -> Values:

@@ -116,5 +116,4 @@ def _batch_parts(settings: Settings, config: GatewayConfig) -> BatchParts:
         storage=storage,
         runner=RayRunner(settings),
         options=config.batches,
-        has_budget=LeaseStore(database).may_spend,
     )

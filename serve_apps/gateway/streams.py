@@ -144,7 +144,7 @@ class _Answer:
         on_continuation: OnContinuation,
     ) -> None:
         self._generate = generate
-        self._request = _with_settled_seed(request)
+        self._request = with_settled_seed(request)
         self._options = options
         self._on_continuation = on_continuation
         self._token_ids: list[int] = []
@@ -205,8 +205,8 @@ class _Answer:
         await asyncio.sleep(PAUSES_S[0 if has_moved else self._num_in_vain - 1])
 
 
-def _with_settled_seed(request: EngineRequest) -> EngineRequest:
-    """Every replica that generates a part of the answer draws the same noise."""
+def with_settled_seed(request: EngineRequest) -> EngineRequest:
+    """With a seed: every replica that generates a part of the answer draws the same noise."""
     sampling = request.sampling
     if sampling.is_greedy or sampling.seed is not None:
         return request

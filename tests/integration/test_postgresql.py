@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,19 @@ def test_what_was_used_counts_once(postgresql_url: str) -> None:
     assert ledger.record([entry]) == 0
     (total,) = ledger.totals(tenant="acme")
     assert (total.gpu_s, total.prompt_tokens, total.num_entries) == (1.5, 2**40, 1)
+
+
+def test_old_months_become_sums(postgresql_url: str) -> None:
+    ledger = Ledger(database.open_database(postgresql_url))
+    entry = Entry("", "summed", "completion", "lm", "r", prompt_tokens=2**40, num_requests=1,
+                  at="2020-01-05T00:00:00.000+00:00")  # fmt: skip
+    for batch in (range(3), range(3, 5)):
+        ledger.record([replace(entry, key=f"g/{number}") for number in batch])
+        (month,) = ledger.months_to_sum()
+        assert ledger.sum_up(month.name) == len(batch)
+    (total,) = ledger.totals(tenant="summed")
+    assert (total.num_entries, total.prompt_tokens, total.num_requests) == (1, 5 * 2**40, 5)
+    assert ledger.months_to_sum() == []
 
 
 def test_replicas_that_race_for_a_budget_never_get_more_than_there_is(postgresql_url: str) -> None:

@@ -44,8 +44,6 @@ class BatchParts:
     storage: Storage
     runner: JobRunner
     options: BatchOptions = field(default_factory=BatchOptions)
-    has_budget: Callable[[str], bool] = lambda _tenant: True
-    """Whether a tenant may spend any more tokens."""
 
 
 class BatchDriver:
@@ -166,12 +164,10 @@ class BatchDriver:
         if self._is_late(batch):
             self._follow(self._change(batch, reason="batch_expired"))
             return
-        if not self.parts.has_budget(batch.tenant):
-            self._follow(self._change(batch, reason="insufficient_quota"))
-            return
         match self.parts.runner.state(batch.job_id):
             case "succeeded":
-                self._change(batch, status="finalizing")
+                reason = self._work.reason_of_gaps(batch)
+                self._change(batch, status="finalizing", reason=reason)
             case "running":
                 if (counts := self._work.counts(batch)) != batch.counts:
                     self._change(batch, counts=counts)
@@ -198,7 +194,7 @@ class BatchDriver:
         """Write the files of what was answered and of what was not, and end the batch."""
         output_id, error_id, counts = self._work.write_files(batch, reason)
         if reason == "insufficient_quota":
-            errors = [batch_error(reason, "the tenant's budget of tokens is spent")]
+            errors = [batch_error(reason, "the tenant's budget of tokens for this month is spent")]
         self._change(
             batch,
             status=status,

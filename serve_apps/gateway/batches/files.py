@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from datetime import datetime
 from typing import IO, Any, Literal
 
 from starlette.requests import Request
@@ -20,7 +19,7 @@ from werkzeug.http import parse_options_header
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
 from cluster.errors import InputError, PayloadTooLargeError
-from cluster.tenant_files import TenantFile, TenantFiles
+from cluster.tenant_files import KEPT_S, TenantFile, TenantFiles
 from serve_apps.gateway.access.authentication import require_any
 from serve_apps.gateway.http.openapi import describes
 
@@ -252,8 +251,8 @@ def _to_json(file: TenantFile) -> dict[str, Any]:
         "id": file.id,
         "object": "file",
         "bytes": file.num_bytes,
-        "created_at": int(datetime.fromisoformat(file.created_at).timestamp()),
-        "expires_at": None,
+        "created_at": int(file.created_at_s),
+        "expires_at": int(file.created_at_s + KEPT_S),
         "filename": file.name,
         "purpose": file.purpose,
         "status": "processed",

@@ -34,8 +34,9 @@ from serve_apps.gateway.openai.prompts import (
 )
 from serve_apps.gateway.openai.schema import Generation, TextLimits, read_chat, read_completion
 
-CUSTOM_ID, META = "custom_id", "_batch"
-"""Columns of a row that come back with its answer: the client's id, and what we must know."""
+CUSTOM_ID, META, TOKENS = "custom_id", "_batch", "_tokens"
+"""Columns of a row that come back with its answer: the client's id, what we must know, and, of what
+a graph reads, how many tokens it is."""
 _MAX_CUSTOM_ID_CHARACTERS = 512
 
 # What live requests may ask for and lines of a batch cannot, with the values that change nothing.
@@ -213,8 +214,8 @@ def _embedding_rows(body: bytes, model: ServedModel, limits: TextLimits) -> list
         for index, place in enumerate(places):
             values = {name: _plain(array[index]) for name, array in arrays.items()}
             num_tokens = arrays[graph.main.name][index].size if graph.takes_tokens else 0
-            meta = {"tokens": num_tokens, "format": asked.encoding_format}
-            rows[place] = {**values, META: {**meta, "output": graph.output.name}}
+            meta = {"format": asked.encoding_format, "output": graph.output.name}
+            rows[place] = {**values, TOKENS: int(num_tokens), META: meta}
     return [rows[place] for place in sorted(rows)]
 
 
@@ -226,7 +227,7 @@ def _plain(array: Any) -> Any:
 
 
 def _embedding_body(batch: Batch, rows: Sequence[Row]) -> dict[str, Any]:
-    num_tokens = sum(row[META]["tokens"] for row in rows)
+    num_tokens = sum(row[TOKENS] for row in rows)
     return {
         "object": "list",
         "data": [
@@ -297,7 +298,7 @@ def unanswered_line(batch: Batch, row: Row, reason: str) -> dict[str, Any]:
     messages = {
         "batch_expired": "This request could not be executed before the completion window expired.",
         "batch_cancelled": "This request was not executed, because the batch was cancelled.",
-        "insufficient_quota": "This request was not executed: the tenant's budget is spent.",
+        "insufficient_quota": "This request was not executed: the tenant has no tokens left.",
     }
     return _line(batch, row, None, {"code": reason, "message": messages[reason]})
 

@@ -24,7 +24,9 @@ from cluster.storage import Storage
 from cluster.tenant_files import TenantFiles
 from serve_apps.gateway.batches.lines import (
     CUSTOM_ID,
+    ENDPOINTS,
     META,
+    TOKENS,
     LineError,
     answer_line,
     line_of,
@@ -147,11 +149,13 @@ class BatchWork:
     def job(self, batch: Batch) -> dict[str, Any]:
         """The config of the batch's job."""
         options = self._options
+        tokens = [] if ENDPOINTS[batch.endpoint].is_text else [TOKENS]
         return {
             "model": batch.version,
             "input": f"storage://{_place(batch, 'input.jsonl')}",
             "output": f"storage://{_place(batch, 'output')}",
-            "keep": [CUSTOM_ID, META],
+            "keep": [CUSTOM_ID, META, *tokens],
+            "tokens": "".join(tokens),
             "generation": {"seed": int(hashlib.sha256(batch.id.encode()).hexdigest()[:15], 16)},
             "rows_per_part": options.rows_per_part,
             "batch_size": options.batch_size,
@@ -180,6 +184,12 @@ class BatchWork:
             "prompt_tokens": sum(part.prompt_tokens for part in parts),
             "completion_tokens": sum(part.completion_tokens for part in parts),
         }
+
+    def reason_of_gaps(self, batch: Batch) -> str:
+        """Why rows were passed over by a job that came to its end; empty where none were."""
+        parts = self._prediction(batch).done().values()
+        codes = (row.get("code", "") for part in parts for row in part.bad_rows)
+        return next(filter(None, codes), "")
 
     def write_files(
         self, batch: Batch, reason: str
@@ -216,8 +226,10 @@ class BatchWork:
             found[line.pop(META)["line"]] = line
         for part in self._prediction(batch).done().values():
             for row in part.bad_rows:
-                error = InputError(row["reason"])
-                found[line_of(row)] = refused_line(batch, row, error)
+                if code := row.get("code"):
+                    found[line_of(row)] = unanswered_line(batch, row, code)
+                else:
+                    found[line_of(row)] = refused_line(batch, row, InputError(row["reason"]))
         if reason:
             for row in self._stored_lines(batch, "input.jsonl"):
                 if (number := line_of(row)) not in answered and number not in found:

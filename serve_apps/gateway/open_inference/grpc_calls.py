@@ -48,7 +48,7 @@ PUBLIC_METHODS = frozenset(
 """Everything else needs a key, unknown methods included."""
 
 _PROTOCOL = "open_inference_grpc"
-_OK = 200
+OK = 200
 """As HTTP has it: what telemetry knows."""
 _MAX_DETAILS_BYTES = 2000
 """Of a status: it travels in headers, for which clients have little room."""
@@ -123,12 +123,12 @@ class Call:
         with self.caller.entered():
             yield
 
-    def recorded(self) -> AbstractContextManager[RequestRecord]:
-        """The time in which it is answered."""
+    def recorded(self, number: int = 1) -> AbstractContextManager[RequestRecord]:
+        """The time in which it is answered, or a request of this number in its stream."""
         return self.telemetry.request(
             _PROTOCOL,
             self.route,
-            request_id=self.request_id,
+            request_id=self.request_id if number == 1 else f"{self.request_id}-{number}",
             traceparent=self.traceparent,
             # Who watches the gateway's health asks each second.
             is_traced=not self.is_public,
@@ -207,7 +207,7 @@ def answering(work: Work) -> Callable[[Any, Any], Awaitable[Any]]:
                 answer = await work(request, call)
             except Exception as error:
                 await _abort(context, call, error)
-            record.status, record.is_complete = _OK, True
+            record.status, record.is_complete = OK, True
         context.set_trailing_metadata(call.trailing_metadata)
         return answer
 
@@ -215,19 +215,17 @@ def answering(work: Work) -> Callable[[Any, Any], Awaitable[Any]]:
 
 
 def streaming(work: StreamWork) -> Callable[[AsyncIterator[Any], Any], Awaitable[None]]:
-    """A method with a stream of answers, whose errors become statuses and end it."""
+    """A method with a stream of answers, whose errors become statuses and end it; each request of
+    it has a record of its own, which `work` opens."""
 
     async def behave(requests: AsyncIterator[Any], context: Any) -> None:
         call = _call.get()
-        with call.recorded() as record:
-            call.record = record
-            try:
-                async with aclosing(work(requests, call)) as answers:
-                    async for answer in answers:
-                        await context.write(answer)
-            except Exception as error:
-                await _abort(context, call, error)
-            record.status, record.is_complete = _OK, True
+        try:
+            async with aclosing(work(requests, call)) as answers:
+                async for answer in answers:
+                    await context.write(answer)
+        except Exception as error:
+            await _abort(context, call, error)
         context.set_trailing_metadata(call.trailing_metadata)
 
     return behave

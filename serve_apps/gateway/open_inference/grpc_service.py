@@ -23,10 +23,17 @@ from cluster.errors import (
 from cluster.processing import Array
 from serve_apps.gateway.backend import Arrays
 from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.http.errors import as_heliostat_error
 from serve_apps.gateway.http.requests import off_loop_if_large
 from serve_apps.gateway.models import Models
 from serve_apps.gateway.open_inference import messages
-from serve_apps.gateway.open_inference.grpc_calls import Call, answering, message_of, streaming
+from serve_apps.gateway.open_inference.grpc_calls import (
+    OK,
+    Call,
+    answering,
+    message_of,
+    streaming,
+)
 from serve_apps.gateway.open_inference.requests import (
     InferenceRequest,
     Output,
@@ -43,6 +50,7 @@ from serve_apps.gateway.open_inference.routes import (
     describe_model,
     server_version,
 )
+from serve_apps.gateway.telemetry.telemetry import note_error
 from serve_apps.gateway.tensors import declare, from_bytes, from_values, to_bytes
 
 _SERVING, _NOT_SERVING = 1, 2
@@ -132,23 +140,25 @@ class InferenceService:
     ) -> AsyncGenerator[Any, None]:
         """One answer to each request, in order; an error answers its own request only, but a key
         that is not good any more ends the stream."""
+        number = 0
         async for data in stream:
-            request = _parse(messages.ModelInferRequest, data)
-            try:
-                async with call.entered("infer", counts=True):
-                    response = await self._infer(request, len(data))
-            except (AuthenticationError, PermissionDeniedError):
-                raise
-            except Exception as error:
-                # The client knows by the id which of its requests failed.
-                yield messages.ModelStreamInferResponse(
-                    error_message=message_of(error),
-                    infer_response=messages.ModelInferResponse(id=request.id),
-                )
-            else:
-                yield messages.ModelStreamInferResponse(infer_response=response)
-                if call.record is not None:
-                    call.record.answered()
+            number += 1
+            with call.recorded(number) as record:
+                call.record = record
+                request = _parse(messages.ModelInferRequest, data)
+                told = ""
+                try:
+                    async with call.entered("infer", counts=True):
+                        response = await self._infer(request, len(data))
+                except (AuthenticationError, PermissionDeniedError):
+                    raise
+                except Exception as error:
+                    note_error(as_heliostat_error(error))
+                    told = message_of(error)
+                    # The client knows by the id which of its requests failed.
+                    response = messages.ModelInferResponse(id=request.id)
+                yield messages.ModelStreamInferResponse(error_message=told, infer_response=response)
+                record.status, record.is_complete = OK, True
 
     async def _infer(self, request: Any, size_bytes: int) -> Any:
         async def work(model: ServedModel) -> Any:

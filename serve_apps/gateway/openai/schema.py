@@ -7,6 +7,7 @@ A parameter is never ignored: it is used, or harmless at the value sent, or an e
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -148,7 +149,7 @@ class Generation(_Request):
         """Most likely tokens to report beside each; None reports nothing."""
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def grammar(self) -> Grammar | None:
         """What the answers are held to."""
         return grammar_of(self.response_format, self.structured_outputs)

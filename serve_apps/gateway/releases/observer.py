@@ -1,7 +1,7 @@
 """What is observed of one release's two versions: each observation lies between 0 and 1.
 
 observer = Observer(release, evidence)
-observer.outcome("candidate", 0.0)
+observer.observe("candidate", "errors", 0.0)
 observer.wait("candidate", "slow", num_samples, seconds)
 """
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from serve_apps.gateway.releases.mirror import Mirror, Work
 from serve_apps.gateway.releases.observer import Observer
 from serve_apps.gateway.releases.stream_waits import StreamWaits
 from serve_apps.gateway.routing_table import ServedVersion
+from serve_apps.gateway.streams import with_settled_seed
 from serve_apps.gateway.telemetry.telemetry import when_answered
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 
@@ -150,9 +150,9 @@ class Shadow:
 
 def comparable(request: EngineRequest) -> EngineRequest:
     """The same request with what a comparison needs: a seed, and the tokens' log-probabilities."""
-    sampling = request.sampling
-    if sampling.seed is None and not sampling.is_greedy:
-        sampling = dataclasses.replace(sampling, seed=secrets.randbits(63))
-    if sampling.num_logprobs is None:
-        sampling = dataclasses.replace(sampling, num_logprobs=0)
-    return dataclasses.replace(request, sampling=sampling)
+    settled = with_settled_seed(request)
+    if settled.sampling.num_logprobs is not None:
+        return settled
+    return dataclasses.replace(
+        settled, sampling=dataclasses.replace(settled.sampling, num_logprobs=0)
+    )

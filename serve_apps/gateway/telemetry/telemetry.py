@@ -83,12 +83,6 @@ class RequestRecord:
         identity: Identity | None = self.state.get("identity")
         return identity
 
-    def answered(self) -> None:
-        """Do what was left for after the answer."""
-        actions, self.afterwards = self.afterwards or (), None
-        for action in actions:
-            action()
-
     def outcome(self) -> int:
         """The status; of an answer that broke off, what it would have been had that come first."""
         if self.error is not None:
@@ -302,8 +296,8 @@ class _Watched:
                 self._span.__exit__(kind, error, trace)
             _current.reset(self._tokens[0])
             request_id_of_logs.reset(self._tokens[1])
-            if record.afterwards is not None:
-                record.answered()
+            for action in record.afterwards or ():
+                action()
 
 
 class StreamWatch:

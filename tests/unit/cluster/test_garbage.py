@@ -7,16 +7,21 @@ import json
 import os
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from cluster import database
-from cluster.database import deployments, model_versions, open_database
+from cluster.batches import Batch, BatchStore
+from cluster.database import deployments, model_versions, open_database, tenant_files
 from cluster.garbage import find_garbage, remove
+from cluster.ledger import Entry, Ledger
 from cluster.settings import Settings
 from cluster.storage import Storage
+from cluster.tenant_files import TenantFiles
 
 DAY_S = 86_400.0
 
@@ -185,3 +190,87 @@ def test_checkpoints_that_cannot_be_reached_do_not_stop_the_rest(
     (run / "run.json").write_text(json.dumps({**state, "result": {"version": 1}}))
     assert [found.kind for found in find_garbage(settings, older_than_s=0)] == ["package"]
     assert "checkpoints of run done are left alone" in caplog.text
+
+
+def age(settings: Settings, file_id: str, days: float) -> None:
+    created_at = database.later(-days * DAY_S)
+    with open_database(settings.database).begin() as connection:
+        itself = tenant_files.c.id == file_id
+        connection.execute(sa.update(tenant_files).where(itself).values(created_at=created_at))
+
+
+def add_batch(settings: Settings, batch_id: str, input_file_id: str, status: Any) -> BatchStore:
+    store = BatchStore(open_database(settings.database))
+    values = ("acme", "key_1", "/v1/embeddings", "m", "m/1", input_file_id, status)
+    store.add(Batch(batch_id, *values))
+    return store
+
+
+def test_old_files_and_broken_uploads_go_and_those_of_batches_under_way_stay(
+    settings: Settings,
+) -> None:
+    storage = Storage.open(settings.storage_root)
+    files = TenantFiles(open_database(settings.database), storage)
+    old, used, young = (files.add("acme", n, "batch", [b"12345"]) for n in ("old", "used", "young"))
+    storage.write_bytes("files/acme/file-lost", b"1234567")
+    for file, days in ((old, 31), (used, 31), (young, 29)):
+        age(settings, file.id, days)
+    add_batch(settings, "batch_1", used.id, "in_progress")
+    found = {each.key: each for each in find_garbage(settings, older_than_s=0)}
+    assert sorted(found) == sorted([old.key, "files/acme/file-lost"])
+    assert {each.kind for each in found.values()} == {"file"}
+    assert [found[key].size_bytes for key in (old.key, "files/acme/file-lost")] == [5, 7]
+    assert [each.key for each in find_garbage(settings, older_than_s=DAY_S)] == [old.key]
+    assert all(remove(each, settings) for each in found.values())
+    assert storage.list("files") == sorted([used.key, young.key])
+    assert {file.id for file in files.list("acme")} == {used.id, young.id}
+    assert find_garbage(settings, older_than_s=0) == []
+
+
+def test_a_file_that_is_wanted_after_it_was_found_stays(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    storage = Storage.open(settings.storage_root)
+    files = TenantFiles(open_database(settings.database), storage)
+    file = files.add("acme", "old", "batch", [b"12345"])
+    age(settings, file.id, 31)
+    storage.write_bytes("files/acme/file-lost", b"1234567")
+    lost, expired = sorted(
+        find_garbage(settings, older_than_s=0), key=lambda each: each.key != "files/acme/file-lost"
+    )
+    add_batch(settings, "batch_1", file.id, "validating")
+    files.add("acme", "again", "batch_output", [b"1"], file_id="file-lost")
+    assert not remove(expired, settings)
+    assert not remove(lost, settings)
+    assert len(storage.list("files")) == 2
+
+
+def test_the_work_of_ended_batches_goes(settings: Settings) -> None:
+    storage = Storage.open(settings.storage_root)
+    for name in ("batch_active", "batch_ended", "batch_unknown"):
+        storage.write_bytes(f"batches/{name}/input.jsonl", b"{}")
+    add_batch(settings, "batch_active", "file-1", "finalizing")
+    store = add_batch(settings, "batch_ended", "file-1", "finalizing")
+    store.change(store.get("acme", "batch_ended"), status="completed")
+    found = find_garbage(settings, older_than_s=0)
+    assert [(each.kind, each.key) for each in found] == [
+        ("batch", "batches/batch_ended"), ("batch", "batches/batch_unknown"),
+    ]  # fmt: skip
+    add_batch(settings, "batch_unknown", "file-1", "validating")
+    assert [remove(each, settings) for each in found] == [True, False]
+    assert storage.list("batches") == [
+        "batches/batch_active/input.jsonl", "batches/batch_unknown/input.jsonl",
+    ]  # fmt: skip
+
+
+def test_old_usage_becomes_sums(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    ledger = Ledger(open_database(settings.database))
+    for n in range(3):
+        entry = Entry(f"g/{n}", "acme", "completion", "m", "key_1", completion_tokens=5)
+        ledger.record([replace(entry, at="2020-01-15T00:00:00.000+00:00")])
+    (found,) = find_garbage(settings, older_than_s=DAY_S)
+    assert (found.kind, found.key) == ("usage", "ledger/2020-01")
+    assert remove(found, settings)
+    (total,) = ledger.totals()
+    assert (total.num_entries, total.completion_tokens) == (1, 15)
+    assert find_garbage(settings, older_than_s=0) == []

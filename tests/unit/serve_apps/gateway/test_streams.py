@@ -52,12 +52,6 @@ async def fill(given: list[int], outputs: AsyncGenerator[TokenOutput, None]) -> 
         given.extend(output.token_ids)
 
 
-async def tokens_of(replicas: Replicas, places: StreamPlaces) -> list[int]:
-    given: list[int] = []
-    await fill(given, read_ahead(replicas.generate, REQUEST, places))
-    return given
-
-
 def places(**options: float) -> StreamPlaces:
     return StreamPlaces(DeploymentOptions.model_validate(options))
 

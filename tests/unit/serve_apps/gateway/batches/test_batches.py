@@ -24,7 +24,7 @@ from cluster.batches import Batch, BatchStore
 from cluster.config import parse_config
 from cluster.database import open_database
 from cluster.errors import HeliostatError
-from cluster.ledger import Entry, Ledger
+from cluster.ledger import Ledger
 from cluster.model_package import open_version
 from cluster.model_ref import ModelRef
 from cluster.processing.text import TextProcessor
@@ -162,7 +162,6 @@ def build(
         storage,
         runner,
         options,
-        has_budget=LeaseStore(database).may_spend,
     )
     app = build_asgi(
         GatewayParts(
@@ -341,6 +340,8 @@ async def test_an_embedding_batch_gives_the_vectors_of_live_requests(house: Hous
     assert vectors["several"] == [[4.0, 1.0], [11.0, 2.0], [7.0, 1.0]]
     assert vectors["base64"] == [base64.b64encode(np.array([6, 3], "<f4").tobytes()).decode()]
     assert bodies["several"]["usage"] == {"prompt_tokens": 4, "total_tokens": 4}
+    (used,) = Ledger(open_database(house.settings.database)).totals(tenant="acme")
+    assert (used.prompt_tokens, used.num_requests, done.usage.input_tokens) == (10, 5, 10)
     openai.types.CreateEmbeddingResponse.model_validate(bodies["several"])
     (refused,) = await read_lines(client, done.error_file_id)
     assert "has no tokenizer" in refused["response"]["body"]["error"]["message"]
@@ -555,9 +556,7 @@ async def test_batches_wait_their_turn(house: House) -> None:
     await until(client, second.id, "completed")
 
 
-async def test_a_batch_that_is_late_or_over_budget_ends_with_what_there_is(
-    settings: Settings,
-) -> None:
+async def test_a_batch_that_is_late_ends_with_what_there_is(settings: Settings) -> None:
     options = OPTIONS.model_copy(update={"completion_window_s": 1.0})
     house = build(settings, ThreadRunner(settings), options=options)
     house.runner.is_paused = True
@@ -567,15 +566,31 @@ async def test_a_batch_that_is_late_or_over_budget_ends_with_what_there_is(
         (rest,) = await read_lines(client, late.error_file_id)
         assert rest["error"]["code"] == "batch_expired"
         assert late.expired_at >= late.expires_at
-        poor = house.client("poor")
-        database = open_database(settings.database)
-        ApiKeys(database).set_tenant("poor", limits={"monthly_tokens": 10})
-        spent = Entry("spent", "poor", "completion", "talker", "key_1", completion_tokens=10)
-        Ledger(database).record([spent])
-        over = await until(poor, (await create(poor, [line("a")])).id, "failed")
-        assert over.errors.data[0].code == "insufficient_quota"
-        (rest,) = await read_lines(poor, over.error_file_id)
-        assert rest["error"]["code"] == "insufficient_quota"
+
+
+async def test_a_batch_spends_no_more_than_its_tenant_has(house: House) -> None:
+    client, database = house.client("poor"), open_database(house.settings.database)
+    prompt = house.tokens("Once")
+    limit = 3 * (prompt + 4) + prompt + 3
+    ApiKeys(database).set_tenant("poor", limits={"monthly_tokens": limit})
+    url = "/v1/completions"
+    lines = [
+        line(f"r{n}", url, prompt="Once", structured_outputs={"regex": "[a-z]{40}"})
+        for n in range(9)
+    ]
+    done = await until(client, (await create(client, lines, url)).id, "completed", "failed")
+    assert (done.status, done.errors.data[0].code) == ("failed", "insufficient_quota")
+    answers = await read_lines(client, done.output_file_id)
+    assert [each["custom_id"] for each in answers] == ["r0", "r1", "r2"]
+    errors = await read_lines(client, done.error_file_id)
+    assert [each["custom_id"] for each in errors] == [f"r{n}" for n in range(3, 9)]
+    assert {each["error"]["code"] for each in errors} == {"insufficient_quota"}
+    assert "has no tokens left" in errors[0]["error"]["message"]
+    (used,) = Ledger(database).totals(tenant="poor")
+    assert used.prompt_tokens + used.completion_tokens == 3 * (prompt + 4)
+    ApiKeys(database).set_tenant("poor", limits={"monthly_tokens": 10_000})
+    again = await until(client, (await create(client, lines, url)).id, "completed", "failed")
+    assert (again.status, again.request_counts.completed) == ("completed", 9)
 
 
 async def test_a_batch_survives_its_gateway_and_has_one_job(settings: Settings) -> None:

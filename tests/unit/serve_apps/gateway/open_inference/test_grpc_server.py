@@ -354,3 +354,33 @@ async def test_calls_are_counted_like_requests(gateway: Any, channel: Any) -> No
 
 async def one_request() -> AsyncIterator[Any]:
     yield infer_request()
+
+
+async def test_each_request_of_a_stream_is_written_down_by_itself(
+    gateway: Any, channel: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    metadata = (*gateway.headers().items(), ("x-request-id", "mine"))
+
+    async def requests() -> AsyncIterator[Any]:
+        yield infer_request()
+        yield infer_request("absent")
+        await asyncio.sleep(0.3)
+        yield infer_request("classes@previous")
+
+    with caplog.at_level("INFO", logger="heliostat.access"):
+        answers = [a async for a in stub.ModelStreamInfer(requests(), metadata=metadata)]
+    assert [bool(answer.error_message) for answer in answers] == [False, True, False]
+    found = [r for r in caplog.records if r.name == "heliostat.access"]
+    first, absent, last = (record.__dict__ for record in found)
+    assert [r["request_id"] for r in (first, absent, last)] == ["mine", "mine-2", "mine-3"]
+    assert [r["status"] for r in (first, absent, last)] == [200, 404, 200]
+    assert (first["model_version"], last["model_version"]) == ("classes/2", "classes/1")
+    assert "model_version" not in absent
+    assert absent["error"] == "not_found"
+    assert last["duration_ms"] < 300, "what the client waited before it asked is not counted"
+    registry = gateway.telemetry.instruments.registry
+    for version in ("1", "2"):
+        labels = {"model": "classes", "version": version}
+        name = "heliostat_model_request_duration_seconds_count"
+        assert registry.get_sample_value(name, labels) == 1
