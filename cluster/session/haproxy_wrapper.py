@@ -19,14 +19,14 @@ HTTP_REQUEST_TIMEOUT_S = 10
 # Silence of the client while it is expected to speak. A stream that waits for the server's next
 # token is not cut: measured with HAProxy 2.8, 5 s of server silence under a client timeout of 2 s.
 CLIENT_TIMEOUT_S = 60
-# Serve sends back whatever id a client sent, while our logs and traces refuse an odd one; of several
-# it may take another than was looked at.
+# Serve sends back whatever id a client sent, while our logs and traces refuse an odd one; of
+# several it may take another than was looked at.
 ODD_REQUEST_ID = (
     "http-request del-header x-request-id if { req.fhdr_cnt(x-request-id) gt 1 } "
     "|| !{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }"
 )
-# Serve obeys these before any key is looked at, in either spelling: they cut answers off, or make it
-# fail on bytes that are no UTF-8.
+# Serve obeys these before any key is looked at, in either spelling: they cut answers off, or make
+# it fail on bytes that are no UTF-8.
 SERVES_OWN = (
     "http-request del-header x-request-timeout-seconds",
     "http-request del-header ^serve[-_]multiplexed[-_]model[-_]id$ -m reg",

@@ -278,8 +278,8 @@ def _check_line(number: int, request: LineRequest, batch: Batch, seen: set[str])
 def _too_large(line: int, max_bytes: int) -> dict[str, Any]:
     return batch_error(
         _TOO_MANY,
-        f"up to line {line} the requests have more than {max_bytes:,} bytes, each prompt as often as "
-        "it is to be answered",
+        f"up to line {line} the requests have more than {max_bytes:,} bytes, each prompt as "
+        "often as it is to be answered",
         line,
     )
 

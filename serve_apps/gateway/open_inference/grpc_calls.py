@@ -56,6 +56,8 @@ _MAX_DETAILS_BYTES = 2000
 """Of a status: it travels in headers, for which clients have little room."""
 _MAX_MESSAGE_S = 60.0
 """For a message to arrive in, as long as for a body over HTTP."""
+_MAX_PUBLIC_S = 10.0
+"""For the empty message of a call without a key."""
 _MAX_SILENCE_S = 600.0
 """Between the messages of a stream."""
 
@@ -253,7 +255,8 @@ def answering(work: Work) -> Callable[[AsyncIterator[bytes], Any], Awaitable[Any
         with call.recorded() as record:
             call.record = record
             try:
-                data = await call.message(context, _MAX_MESSAGE_S)
+                max_s = _MAX_PUBLIC_S if call.is_public else _MAX_MESSAGE_S
+                data = await call.message(context, max_s)
                 if data is None:
                     raise InputError("the call has no message")
                 answer = await work(data, call)

@@ -79,6 +79,7 @@ async def test_a_message_that_does_not_come_ends_its_call(
     gateway: Any, channel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grpc_calls, "_MAX_MESSAGE_S", 0.1)
+    monkeypatch.setattr(grpc_calls, "_MAX_PUBLIC_S", 0.1)
 
     async def endless() -> AsyncIterator[bytes]:
         await asyncio.sleep(60)
