@@ -85,7 +85,8 @@ class BatchStore:
         """Raises NotFoundError, for another tenant's batch too."""
         query = sa.select(batches).where(batches.c.id == batch_id, batches.c.tenant == tenant)
         with self._engine.connect() as connection:
-            row = connection.execute(query).one_or_none()
+            # PostgreSQL takes no NUL in a text.
+            row = None if "\0" in batch_id else connection.execute(query).one_or_none()
         if row is None:
             raise NotFoundError(
                 f"there is no batch {batch_id[:80]!r}", hint="see GET /v1/batches", param="batch_id"

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 
-from cluster.errors import ConfigError, NotRunningError, OverloadedError
+from cluster.errors import ConfigError, DatabaseBusyError, NotRunningError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 7233542
@@ -317,7 +317,7 @@ def later(seconds: float) -> str:
 def open_database(url: str) -> Engine:
     """Connect and bring the schema to its newest version; one engine per URL and process.
 
-    Any use of it raises OverloadedError while another process keeps SQLite's file to itself.
+    Any use of it raises DatabaseBusyError while another process keeps SQLite's file to itself.
 
     Raises:
         NotRunningError: the database cannot be reached.
@@ -401,7 +401,7 @@ def _name_busy(context: sa.engine.ExceptionContext) -> None:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if isinstance(error, sqlite3.OperationalError) and code in _BUSY_CODES:
         location = context.engine.url.database if context.engine is not None else "SQLite"
-        raise OverloadedError(
+        raise DatabaseBusyError(
             f"the database {location} is busy: another process has kept it locked for "
             f"{_BUSY_TIMEOUT_S} s",
             hint="try again once that is done, or use PostgreSQL: HELIOSTAT_DATABASE_URL",

@@ -15,6 +15,7 @@
     ├── RateLimitedError             the tenant's limit is reached; try again when it says
     │   └── QuotaExceededError       the tenant's budget of this month is spent
     ├── OverloadedError              no room now; try again later
+    │   └── DatabaseBusyError        another process keeps it locked
     ├── UpstreamTimeoutError         a part did not answer in time
     ├── UpstreamFailedError          a part failed under the request; trying again may help
     │   └── ReplicaLeavingError      a replica that has to go leaves the rest to another
@@ -165,6 +166,10 @@ class QuotaExceededError(RateLimitedError):
 class OverloadedError(HeliostatError):
     code = "overloaded"
     http_status = 503
+
+
+class DatabaseBusyError(OverloadedError):
+    code = "database_busy"
 
 
 class UpstreamTimeoutError(HeliostatError):

@@ -38,6 +38,7 @@ from cluster.errors import (
 _MARKER = ".complete"
 _STAGING = ".staging"
 _COPY_BYTES = 1024**2
+_BLOCK_BYTES = 256 * 1024
 _BROKEN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.]*:/")
 _ROOT_HINT = "expected a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
 
@@ -238,6 +239,21 @@ class Storage:
             self._filesystem.open_input_stream(self._full(key)) as stream,
         ):
             yield stream
+
+    def lines(self, key: str, *, max_bytes: int) -> Iterator[bytes]:
+        """A file's lines without their ends, a block of it in memory at a time; of a line that is
+        longer than `max_bytes` the beginning, which is longer than that too."""
+        line = bytearray()
+        with self.reading(key) as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                *ends, rest = bytes(block).split(b"\n")
+                for end in ends:
+                    line += end[: max_bytes + 1 - len(line)]
+                    yield bytes(line)
+                    line.clear()
+                line += rest[: max_bytes + 1 - len(line)]
+        if line:
+            yield bytes(line)
 
     def write_file(self, key: str, source: BinaryIO) -> None:
         """Write or replace one file from a stream, without holding it."""

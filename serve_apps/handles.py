@@ -9,7 +9,8 @@ Used by the gateway and the release controller, always from inside a replica.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextvars import Context
 from typing import Any
 
 from ray import serve
@@ -45,7 +46,7 @@ class Handles:
                 UpstreamTimeoutError if it is silent.
         """
         handle = await self._get(application)
-        response = getattr(handle, method).remote(*arguments)
+        response = _alone(getattr(handle, method).remote, *arguments)
         try:
             async with asyncio.timeout(timeout_s):
                 return await response
@@ -66,7 +67,7 @@ class Handles:
     ) -> AsyncGenerator[Any, None]:
         """The items of a streaming method; closing the generator ends the call."""
         handle = await self._get(application)
-        items = getattr(handle.options(stream=True), method).remote(*arguments)
+        items = _alone(getattr(handle.options(stream=True), method).remote, *arguments)
         is_exhausted = False
         try:
             async for item in items:
@@ -93,6 +94,15 @@ class Handles:
         except (RayError, RayServeException) as error:
             self._handles.pop(application, None)
             raise as_heliostat_error(error, application) from None
+
+
+def _alone(remote: Callable[..., Any], *arguments: Any) -> Any:
+    """Make a call that Serve takes for one of its own.
+
+    It would give all calls of one HTTP request the same id, by which its router tells those that
+    wait for a replica apart: of two at once, as for `n` answers, one would wait for ever.
+    """
+    return Context().run(remote, *arguments)
 
 
 def as_heliostat_error(error: Exception, application: str) -> HeliostatError:

@@ -19,10 +19,19 @@ HTTP_REQUEST_TIMEOUT_S = 10
 # Silence of the client while it is expected to speak. A stream that waits for the server's next
 # token is not cut: measured with HAProxy 2.8, 5 s of server silence under a client timeout of 2 s.
 CLIENT_TIMEOUT_S = 60
-# Serve sends back whatever id a client sent, while our logs and traces refuse an odd one.
+# Serve sends back whatever id a client sent, while our logs and traces refuse an odd one; of
+# several it may take another than was looked at.
 ODD_REQUEST_ID = (
-    "http-request del-header x-request-id "
-    "if !{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }"
+    "http-request del-header x-request-id if { req.fhdr_cnt(x-request-id) gt 1 } "
+    "|| !{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }"
+)
+# Serve obeys these before any key is looked at, in either spelling: they cut answers off, or make
+# it fail on bytes that are no UTF-8.
+SERVES_OWN = (
+    "http-request del-header x-request-timeout-seconds",
+    "http-request del-header ^serve[-_]multiplexed[-_]model[-_]id$ -m reg",
+    "http-request del-header ^(x_session[-_]id|x-session_id)$ -m reg",
+    "http-request del-header x-session-id if { req.fhdr(x-session-id) -m reg '[^ -~]' }",
 )
 # The gateway itself watches whether a client is still there: see serve_apps/gateway's departures.
 NO_WATCHING = "http-request set-header x-request-disconnect-disabled ?1"
@@ -83,10 +92,14 @@ def tighten(text: str, doors: Doors) -> str:
             count=1,
             flags=re.M,
         )
-    for rule in (ODD_REQUEST_ID, NO_WATCHING):
+    for rule in (ODD_REQUEST_ID, NO_WATCHING, *SERVES_OWN):
         if rule not in text:
-            text = re.sub(_FRONTEND, rf"\g<1>\g<2>{rule}\n", text, count=1)
+            text = _into_frontend(text, rule)
     return text
+
+
+def _into_frontend(text: str, rule: str) -> str:
+    return _FRONTEND.sub(lambda found: f"{found[1]}{found[2]}{rule}\n", text, count=1)
 
 
 def launcher(python: str, binary: str, doors: Doors) -> str:

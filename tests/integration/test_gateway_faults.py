@@ -119,6 +119,17 @@ class Clients:
                 self.seconds.append(time.monotonic() - begun_s)
 
 
+def test_several_answers_to_one_request_all_come(busy_stack: Stack) -> None:
+    asked = {"model": "talker", "prompt": ["on", "off"], "n": 3, "max_tokens": 4}
+    answer = httpx.post(
+        f"{busy_stack.settings.gateway_url}/v1/completions",
+        json=asked,
+        headers={"authorization": f"Bearer {busy_stack.key}"},
+        timeout=30,
+    )
+    assert len(answer.json()["choices"]) == 6
+
+
 def test_a_killed_model_replica_costs_no_request(busy_stack: Stack) -> None:
     with Clients(busy_stack) as clients:
         clients.go_on()

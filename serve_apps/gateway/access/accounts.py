@@ -17,6 +17,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from cluster.errors import OverloadedError, first_line
 from cluster.ledger import Entry
@@ -45,6 +46,8 @@ class Accounts:
         self.meter = UsageMeter(self.replica)
         self.clock = clock
         self._exchange = exchange
+        # Of its own: limited tenants wait for it, whatever keeps the threads that all share busy.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="accounts")
         self._accounts: dict[str, Account] = {}
         self._wanted = asyncio.Event()
         self._next: asyncio.Future[None] | None = None
@@ -133,7 +136,9 @@ class Accounts:
             active = {name: each for name, each in self._accounts.items() if not each.is_idle}
             asks = {name: each.ask(now_s, hands_in=hands_in) for name, each in active.items()}
             if entries or asks:
-                leases = await asyncio.to_thread(self._exchange, self.replica, entries, asks)
+                leases = await asyncio.get_running_loop().run_in_executor(
+                    self._thread, self._exchange, self.replica, entries, asks
+                )
                 self.meter.delivered()
                 if is_repeated:  # what came meanwhile has waited long enough
                     self._flushed_at_s = -math.inf

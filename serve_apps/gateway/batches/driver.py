@@ -15,6 +15,7 @@ import contextlib
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from serve_apps.gateway.openai.schema import TextLimits
 
 _logger = logging.getLogger(__name__)
 
+_MAX_BROKEN = 30
 _ENDS: dict[str, Status] = {"batch_expired": "expired", "insufficient_quota": "failed"}
 """How a batch ends that was ended early, by the reason."""
 
@@ -64,6 +66,8 @@ class BatchDriver:
         self._work = BatchWork(parts.files, parts.storage, parts.options, limits)
         self._owner = uuid.uuid4().hex
         self._task: asyncio.Task[None] | None = None
+        self._num_broken: Counter[str] = Counter()
+        """Steps of a batch that nobody thought of, in a row."""
         self._is_wanted = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -109,12 +113,28 @@ class BatchDriver:
         for batch in claimed:
             try:
                 self._advance(batch)
+                self._num_broken.pop(batch.id, None)
             except ConflictError:
                 continue  # a client or another replica was first; the next step sees what it did
             except HeliostatError as error:
                 _logger.warning("batch %s waits: %s", batch.id, error)
             except Exception:
                 _logger.exception("batch %s waits", batch.id)
+                self._give_up_if_hopeless(batch)
+
+    def _give_up_if_hopeless(self, batch: Batch) -> None:
+        """A fault of ours would come again for ever."""
+        self._num_broken[batch.id] += 1
+        if self._num_broken[batch.id] < _MAX_BROKEN:
+            return
+        errors = [batch_error("server_error", "the batch cannot be worked on; ask the operator")]
+        try:
+            self._change(batch, status="failed", errors=errors)
+            self.parts.runner.stop(batch.job_id)
+            self._work.clear(batch)
+            del self._num_broken[batch.id]
+        except Exception as error:
+            _logger.warning("batch %s cannot be given up now: %s", batch.id, error)
 
     def _advance(self, batch: Batch) -> None:
         match batch.status:

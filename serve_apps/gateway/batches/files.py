@@ -6,6 +6,8 @@ routes = build_routes(files, max_bytes=200 * 1024**2)
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from typing import IO, Any, Literal
@@ -18,10 +20,20 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.http import parse_options_header
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
-from cluster.errors import InputError, PayloadTooLargeError
+from cluster.errors import (
+    InputError,
+    MachineError,
+    NotFoundError,
+    NotRunningError,
+    OverloadedError,
+    PayloadTooLargeError,
+    first_line,
+)
 from cluster.tenant_files import KEPT_S, TenantFile, TenantFiles
 from serve_apps.gateway.access.authentication import require_any
 from serve_apps.gateway.http.openapi import describes
+
+logger = logging.getLogger(__name__)
 
 _PURPOSE = "batch"
 _MAX_LISTED = 10_000
@@ -51,7 +63,7 @@ def build_routes(files: TenantFiles, *, max_bytes: int) -> list[Route]:
     @describes("Upload a file", scopes=("infer",), body=bytes, body_types=("multipart/form-data",))
     async def upload(request: Request) -> Response:
         identity = require_any(request, "infer")
-        with tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES) as body:
+        with _storage_named(), tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES) as body:
             form = await _read_form(request, body, max_bytes)
             if form.purpose != _PURPOSE:
                 raise InputError(
@@ -98,7 +110,8 @@ def build_routes(files: TenantFiles, *, max_bytes: int) -> list[Route]:
         file = await _find(request)
         blocks = files.read(file)
         # What fails at once is an error, not half an answer.
-        first = await asyncio.to_thread(next, blocks, b"")
+        with _storage_named(file.id):
+            first = await asyncio.to_thread(next, blocks, b"")
         return StreamingResponse(
             _from_threads(first, blocks),
             media_type="application/octet-stream",
@@ -113,7 +126,8 @@ def build_routes(files: TenantFiles, *, max_bytes: int) -> list[Route]:
     async def delete(request: Request) -> Response:
         identity = require_any(request, "infer")
         file_id = request.path_params["file_id"]
-        await asyncio.to_thread(files.delete, identity.tenant, file_id)
+        with _storage_named():
+            await asyncio.to_thread(files.delete, identity.tenant, file_id)
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
     async def _find(request: Request) -> TenantFile:
@@ -129,6 +143,30 @@ def build_routes(files: TenantFiles, *, max_bytes: int) -> list[Route]:
         Route(one, retrieve),
         Route(one, delete, methods=["DELETE"]),
     ]
+
+
+@contextlib.contextmanager
+def _storage_named(file_id: str = "") -> Iterator[None]:
+    """What is wrong with disks, told to the client without where they are.
+
+    Raises:
+        OverloadedError: there is no room, or storage is away.
+        NotFoundError: the bytes of a file are not there.
+    """
+    try:
+        yield
+    except (MachineError, NotRunningError, OSError) as error:
+        logger.error("files cannot be kept or read: %s", first_line(error))
+        raise OverloadedError(
+            "files cannot be kept or read now", hint="try again later, or tell the operator"
+        ) from None
+    except NotFoundError as error:
+        if not file_id:
+            raise
+        logger.error("the bytes of file %s are gone: %s", file_id, error)
+        raise NotFoundError(
+            f"the bytes of file {file_id} are gone", hint="upload it again", param="file_id"
+        ) from None
 
 
 def page_of(request: Request, *, default: int, most: int) -> tuple[str | None, int]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cluster.batches import Batch
-from cluster.errors import HeliostatError, InputError
+from cluster.errors import HeliostatError, InputError, PayloadTooLargeError
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.http.errors import body_for
 from serve_apps.gateway.http.requests import parse_object, validate
@@ -38,6 +38,8 @@ CUSTOM_ID, META, TOKENS = "custom_id", "_batch", "_tokens"
 """Columns of a row that come back with its answer: the client's id, what we must know, and, of what
 a graph reads, how many tokens it is."""
 _MAX_CUSTOM_ID_CHARACTERS = 512
+MAX_LINE_BYTES = 32 * 1024**2
+"""As much as a live body may have."""
 
 # What live requests may ask for and lines of a batch cannot, with the values that change nothing.
 _LIVE_ONLY: dict[str, tuple[Any, ...]] = {
@@ -78,9 +80,14 @@ def read_request(number: int, line: bytes, *, endpoint: str) -> Request:
     Raises:
         LineError: with OpenAI's code for it.
     """
+    if len(line) > MAX_LINE_BYTES:
+        raise LineError(
+            "invalid_json_line",
+            f"line {number} has more than {MAX_LINE_BYTES} bytes, the most allowed",
+        )
     try:
         values = parse_object(line)
-    except InputError as error:
+    except (InputError, PayloadTooLargeError) as error:
         raise LineError(
             "invalid_json_line", f"line {number}: {error.message}".replace("request body", "line")
         ) from None
@@ -262,7 +269,8 @@ def to_rows(
         InputError: the body asks for what cannot be done; that line alone fails.
     """
     rows = ENDPOINTS[endpoint].to_rows(json.dumps(request.body).encode(), model, limits)
-    choices = request.body.get("n") or 1
+    # To JSON 3.0 is 3, and was taken for it; what counts rows must be one.
+    choices = int(request.body.get("n") or 1)
     meta = {"line": number, "rows": len(rows), "choices": choices}
     return [
         {

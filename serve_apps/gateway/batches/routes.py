@@ -6,6 +6,7 @@ routes = batch_routes(driver, max_file_bytes=200 * 1024**2)
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from typing import Annotated, Any, Literal
@@ -22,7 +23,7 @@ from serve_apps.gateway.access.authentication import require_any
 from serve_apps.gateway.batches.driver import BatchDriver, BatchParts
 from serve_apps.gateway.batches.files import PAGE, ObjectList, page_of
 from serve_apps.gateway.batches.files import build_routes as files_routes
-from serve_apps.gateway.batches.lines import ENDPOINTS, read_request
+from serve_apps.gateway.batches.lines import ENDPOINTS, MAX_LINE_BYTES, read_request
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.http.openapi import describes
 from serve_apps.gateway.http.requests import parse_object, validate
@@ -30,6 +31,8 @@ from serve_apps.gateway.models import Models
 from serve_apps.gateway.openai.embedding_graph import EmbeddingGraph
 
 _MAX_LISTED = 100
+_MAX_BLANK_LINES = 1000
+"""Before the first request."""
 _NoteName = Annotated[str, Field(max_length=64)]
 _Note = Annotated[str, Field(max_length=512)]
 _CAN_CANCEL = ("validating", "in_progress")
@@ -133,10 +136,13 @@ def _routes(parts: BatchParts, driver: BatchDriver, models: Models) -> list[Rout
 
     def _first_model(file: TenantFile, endpoint: str) -> str:
         """The model that the first request names; the others must name it too."""
-        for number, line in enumerate(files.lines(file), start=1):
+        first = itertools.islice(files.lines(file, max_bytes=MAX_LINE_BYTES), _MAX_BLANK_LINES)
+        for number, line in enumerate(first, start=1):
             if line.strip():
                 return read_request(number, line, endpoint=endpoint).model
-        raise InputError(f"file {file.id} has no requests", param="input_file_id")
+        raise InputError(
+            f"file {file.id} has no requests in its first lines", param="input_file_id"
+        )
 
     def _cancel(tenant: str, batch_id: str) -> Batch:
         while True:

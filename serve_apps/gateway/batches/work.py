@@ -25,6 +25,7 @@ from cluster.tenant_files import TenantFiles
 from serve_apps.gateway.batches.lines import (
     CUSTOM_ID,
     ENDPOINTS,
+    MAX_LINE_BYTES,
     META,
     TOKENS,
     LineError,
@@ -40,6 +41,7 @@ from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.openai.schema import TextLimits
 
 _MAX_ERRORS = 100
+_TOO_MANY = "too_many_requests"
 
 
 class BatchOptions(StrictModel):
@@ -49,6 +51,8 @@ class BatchOptions(StrictModel):
     """Batches whose job is at work, on the whole cluster; others wait their turn."""
     max_requests: int = Field(50_000, ge=1, le=10_000_000)
     """Lines of one batch."""
+    max_row_bytes: int = Field(1024**3, ge=1)
+    """Of what a batch asks for, each prompt as often as it is to be answered."""
     completion_window_s: float = Field(86_400, gt=0)
     nice: int = Field(19, ge=0, le=19)
     """How far workers stand back for live traffic on the same CPUs: 19 is the most."""
@@ -96,36 +100,41 @@ class BatchWork:
         errors: list[dict[str, Any]] = []
         refused: list[dict[str, Any]] = []
         seen: set[str] = set()
-        total = num_rows = 0
+        total = num_rows = num_bytes = 0
+        most = self._options.max_requests
 
         def rows() -> Iterator[bytes]:
-            nonlocal total, num_rows
+            nonlocal total, num_rows, num_bytes
             file = self._files.get(batch.tenant, batch.input_file_id)
-            for number, line in enumerate(self._files.lines(file), start=1):
-                if not line.strip():
+            lines = self._files.lines(file, max_bytes=MAX_LINE_BYTES)
+            for number, line in enumerate(lines, start=1):
+                # Blank ones are no requests, but take their time too.
+                if not line.strip() and number <= 2 * most:
                     continue
                 total += 1
                 try:
-                    if total > self._options.max_requests:
-                        raise LineError(
-                            "too_many_requests",
-                            f"the file has more than {self._options.max_requests:,} requests",
-                        )
+                    if total > most or number > 2 * most:
+                        raise LineError(_TOO_MANY, f"the file has more than {most:,} requests")
                     request = read_request(number, line, endpoint=batch.endpoint)
                     _check_line(number, request, batch, seen)
                 except LineError as error:
                     errors.append(batch_error(error.reason, error.message, number, error.param))
-                    if len(errors) >= _MAX_ERRORS or total > self._options.max_requests:
+                    if len(errors) >= _MAX_ERRORS or error.reason == _TOO_MANY:
                         return
                     continue
                 try:
                     found = to_rows(number, request, batch.endpoint, model, self._limits)
                 except InputError as error:
-                    row = {CUSTOM_ID: request.custom_id, META: {"line": number}}
-                    refused.append({META: row[META]} | refused_line(batch, row, error))
+                    place = {CUSTOM_ID: request.custom_id, META: {"line": number}}
+                    refused.append({META: place[META]} | refused_line(batch, place, error))
                     continue
                 num_rows += len(found)
-                yield b"".join(map(_to_line, found))
+                for row in map(_to_line, found):
+                    num_bytes += len(row)
+                    if num_bytes > self._options.max_row_bytes:
+                        errors.append(_too_large(number, self._options.max_row_bytes))
+                        return
+                    yield row
 
         try:
             self._storage.write_chunks(_place(batch, "input.jsonl"), rows())
@@ -257,9 +266,8 @@ class BatchWork:
         key = _place(batch, name)
         if not self._storage.exists(key):
             return
-        for line in self._storage.read_bytes(key).split(b"\n"):
-            if line:
-                yield json.loads(line)
+        for line in self._storage.lines(key, max_bytes=self._options.max_row_bytes):
+            yield json.loads(line)
 
     def _prediction(self, batch: Batch) -> StoredPrediction:
         return StoredPrediction(self._storage, _place(batch, "output"))
@@ -277,6 +285,15 @@ def _check_line(number: int, request: LineRequest, batch: Batch, seen: set[str])
             "duplicate_custom_id", f"line {number}: its custom_id was there before", "custom_id"
         )
     seen.add(request.custom_id)
+
+
+def _too_large(line: int, max_bytes: int) -> dict[str, Any]:
+    return batch_error(
+        _TOO_MANY,
+        f"up to line {line} the requests have more than {max_bytes:,} bytes, each prompt as "
+        "often as it is to be answered",
+        line,
+    )
 
 
 def batch_error(

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 
 from cluster.errors import (
     AuthenticationError,
+    DatabaseBusyError,
     HeliostatError,
     NotFoundError,
     OverloadedError,
@@ -48,6 +49,9 @@ class MethodNotAllowedError(UsageError):
 
 def as_heliostat_error(error: Exception) -> HeliostatError:
     """Any error as one of ours; what is unexpected keeps its details to the log."""
+    if isinstance(error, DatabaseBusyError):
+        logger.warning("%s", error)  # where it lies is the operator's business
+        return OverloadedError("the database is busy", hint="try again in a moment")
     if isinstance(error, HeliostatError):
         return error
     if isinstance(error, HTTPException):

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from cluster.errors import HeliostatError
+from cluster.errors import HeliostatError, InputError
 from cluster.security.api_keys import Identity
 from serve_apps.gateway.access.authentication import KeyCache, bearer_key, require_scope
 from serve_apps.gateway.access.callers import Caller, Callers
@@ -27,8 +27,10 @@ from serve_apps.gateway.http.middleware import (
     MODEL_VERSION_HEADER,
     REQUEST_ID_HEADER,
     UNMATCHED_ROUTE,
+    SlowBodyError,
     request_id_from,
 )
+from serve_apps.gateway.http.sweep import Sweep
 from serve_apps.gateway.open_inference.messages import HEALTH_SERVICE, INFERENCE_SERVICE
 from serve_apps.gateway.stickiness import SESSION_HEADER
 from serve_apps.gateway.telemetry.telemetry import (
@@ -52,12 +54,19 @@ OK = 200
 """As HTTP has it: what telemetry knows."""
 _MAX_DETAILS_BYTES = 2000
 """Of a status: it travels in headers, for which clients have little room."""
+_MAX_MESSAGE_S = 60.0
+"""For a message to arrive in, as long as for a body over HTTP."""
+_MAX_PUBLIC_S = 10.0
+"""For the empty message of a call without a key."""
+_MAX_SILENCE_S = 600.0
+"""Between the messages of a stream."""
 
 _STATUSES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     409: grpc.StatusCode.FAILED_PRECONDITION,
     410: grpc.StatusCode.NOT_FOUND,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -86,6 +95,7 @@ class Call:
     callers: Callers
     telemetry: Telemetry
     key: str
+    sweep: Sweep
     traceparent: str | None = None
     session: str = ""
     """Who the customer is within the tenant, if it is said."""
@@ -123,6 +133,26 @@ class Call:
         with self.caller.entered():
             yield
 
+    async def message(self, context: Any, max_s: float) -> bytes | None:
+        """The call's next message; None after its last.
+
+        Raises:
+            SlowBodyError: it did not arrive in time.
+        """
+        wait = _Wait(max_s)
+        self.sweep.add(wait)
+        try:
+            found = await context.read()
+        except asyncio.CancelledError:
+            if not wait.is_late or wait.reader.uncancel():
+                raise
+            raise SlowBodyError(
+                f"no message arrived within {max_s:g} s", hint="send it faster"
+            ) from None
+        finally:
+            self.sweep.discard(wait)
+        return None if found is grpc.aio.EOF else found
+
     def recorded(self, number: int = 1) -> AbstractContextManager[RequestRecord]:
         """The time in which it is answered, or a request of this number in its stream."""
         return self.telemetry.request(
@@ -147,9 +177,25 @@ class Call:
         return tuple(told)
 
 
+class _Wait:
+    """For a message."""
+
+    def __init__(self, max_s: float) -> None:
+        reader = asyncio.current_task()
+        assert reader is not None, "calls are answered by tasks"
+        self.reader = reader
+        self.is_late = False
+        self._deadline_s = asyncio.get_running_loop().time() + max_s
+
+    def look(self, now_s: float) -> None:
+        if now_s >= self._deadline_s and not self.is_late:
+            self.is_late = True
+            self.reader.cancel()
+
+
 _call: ContextVar[Call] = ContextVar("call")
-Work = Callable[[Any, Call], Awaitable[Any]]
-StreamWork = Callable[[AsyncIterator[Any], Call], AsyncGenerator[Any, None]]
+Work = Callable[[bytes, Call], Awaitable[Any]]
+StreamWork = Callable[[AsyncIterator[bytes], Call], AsyncGenerator[Any, None]]
 
 
 class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -159,6 +205,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._keys = keys
         self._callers = callers
         self._telemetry = telemetry
+        self._sweep = Sweep()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
@@ -170,6 +217,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             keys=self._keys,
             callers=self._callers,
             telemetry=self._telemetry,
+            sweep=self._sweep,
             key=bearer_key(str(metadata.get("authorization", ""))),
             traceparent=metadata.get("traceparent"),
             session=str(metadata.get(SESSION_HEADER, "")),
@@ -196,15 +244,22 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return handler
 
 
-def answering(work: Work) -> Callable[[Any, Any], Awaitable[Any]]:
-    """A method with one answer, whose errors become statuses."""
+def answering(work: Work) -> Callable[[AsyncIterator[bytes], Any], Awaitable[Any]]:
+    """A method of one message and one answer, whose errors become statuses.
 
-    async def behave(request: Any, context: Any) -> Any:
+    For a handler of streams: gRPC itself would wait for the message for ever.
+    """
+
+    async def behave(_requests: AsyncIterator[bytes], context: Any) -> Any:
         call = _call.get()
         with call.recorded() as record:
             call.record = record
             try:
-                answer = await work(request, call)
+                max_s = _MAX_PUBLIC_S if call.is_public else _MAX_MESSAGE_S
+                data = await call.message(context, max_s)
+                if data is None:
+                    raise InputError("the call has no message")
+                answer = await work(data, call)
             except Exception as error:
                 await _abort(context, call, error)
             record.status, record.is_complete = OK, True
@@ -214,14 +269,14 @@ def answering(work: Work) -> Callable[[Any, Any], Awaitable[Any]]:
     return behave
 
 
-def streaming(work: StreamWork) -> Callable[[AsyncIterator[Any], Any], Awaitable[None]]:
+def streaming(work: StreamWork) -> Callable[[AsyncIterator[bytes], Any], Awaitable[None]]:
     """A method with a stream of answers, whose errors become statuses and end it; each request of
     it has a record of its own, which `work` opens."""
 
-    async def behave(requests: AsyncIterator[Any], context: Any) -> None:
+    async def behave(_requests: AsyncIterator[bytes], context: Any) -> None:
         call = _call.get()
         try:
-            async with aclosing(work(requests, call)) as answers:
+            async with aclosing(work(_messages(call, context), call)) as answers:
                 async for answer in answers:
                     await context.write(answer)
         except Exception as error:
@@ -229,6 +284,13 @@ def streaming(work: StreamWork) -> Callable[[AsyncIterator[Any], Any], Awaitable
         context.set_trailing_metadata(call.trailing_metadata)
 
     return behave
+
+
+async def _messages(call: Call, context: Any) -> AsyncIterator[bytes]:
+    max_s = _MAX_MESSAGE_S
+    while (data := await call.message(context, max_s)) is not None:
+        yield data
+        max_s = _MAX_SILENCE_S
 
 
 def message_of(error: Exception) -> str:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_CALLS = 4096
 _MAX_CALLS_PER_CONNECTION = 1024
+_MAX_CONNECTIONS = 4096
 _HANDSHAKE_TIMEOUT_S = 10
 _MAX_IDLE_S = 600
 _PATIENCE_S = 10.0
@@ -69,6 +70,7 @@ class GrpcServer:
                 # Of a compressed message too, before and after.
                 ("grpc.max_receive_message_length", self._max_message_bytes),
                 ("grpc.max_concurrent_streams", _MAX_CALLS_PER_CONNECTION),
+                ("grpc.max_allowed_incoming_connections", _MAX_CONNECTIONS),
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_S * 1000),
                 ("grpc.max_connection_idle_ms", _MAX_IDLE_S * 1000),
             ],

@@ -86,7 +86,7 @@ class InferenceService:
             "ServerMetadata": _unary(self._server_metadata, m.ServerMetadataRequest),
             "ModelReady": _unary(self._model_ready, m.ModelReadyRequest),
             "ModelMetadata": _unary(self._model_metadata, m.ModelMetadataRequest),
-            "ModelInfer": grpc.unary_unary_rpc_method_handler(
+            "ModelInfer": grpc.stream_unary_rpc_method_handler(
                 answering(self._model_infer), response_serializer=_serialize
             ),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
@@ -210,7 +210,7 @@ def _unary(work: Callable[[Any, Call], Awaitable[Any]], request_type: Any) -> An
     async def parse_and_work(data: bytes, call: Call) -> Any:
         return await work(_parse(request_type, data), call)
 
-    return grpc.unary_unary_rpc_method_handler(
+    return grpc.stream_unary_rpc_method_handler(
         answering(parse_and_work), response_serializer=_serialize
     )
 

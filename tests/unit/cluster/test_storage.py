@@ -192,3 +192,20 @@ def test_a_file_that_is_replaced_is_the_old_or_the_new_one(
     finally:
         signal.signal(signal.SIGALRM, before)
     assert stopped
+
+
+def test_lines_are_read_a_block_at_a_time_and_no_longer_than_allowed(storage: Storage) -> None:
+    long = b"x" * 600_000
+    storage.write_bytes("a", b"\n".join([b"first", b"", long, b"y" * 1000, b"last\r"]))
+    assert list(storage.lines("a", max_bytes=10**6)) == [
+        b"first",
+        b"",
+        long,
+        b"y" * 1000,
+        b"last\r",
+    ]
+    assert list(storage.lines("a", max_bytes=1000)) == [
+        b"first", b"", b"x" * 1001, b"y" * 1000, b"last\r",
+    ]  # fmt: skip
+    storage.write_bytes("a", b"ends\n")
+    assert list(storage.lines("a", max_bytes=10)) == [b"ends"]

@@ -45,12 +45,13 @@ listen stats
 """
 
 
-class EchoRequestId(http.server.BaseHTTPRequestHandler):
+class EchoHeaders(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     left: ClassVar[queue.SimpleQueue[bool]] = queue.SimpleQueue()
 
     def do_GET(self) -> None:
-        body = json.dumps(self.headers.get("x-request-id")).encode()
+        sent = {name.lower(): value for name, value in self.headers.items()}
+        body = json.dumps(sent).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -77,7 +78,7 @@ def echoing_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real HAProxy with a tightened file, before a server that says what it was sent."""
     directory = tmp_path_factory.mktemp("haproxy")
     port, unused = free_port(), free_port()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), EchoRequestId) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), EchoHeaders) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         text = GENERATED.replace("/run/h/admin.sock", str(directory / "s"))
         text = text.replace("timeout connect 5s", "timeout connect 5s\n    timeout server 9s")
@@ -121,7 +122,31 @@ def test_an_odd_request_id_does_not_pass(
     echoing_haproxy: str, sent: str | None, passed_on: str | None
 ) -> None:
     headers = {} if sent is None else {"x-request-id": sent}
-    assert httpx.get(echoing_haproxy, headers=headers).json() == passed_on
+    assert httpx.get(echoing_haproxy, headers=headers).json().get("x-request-id") == passed_on
+
+
+def test_of_several_request_ids_none_passes(echoing_haproxy: str) -> None:
+    headers = [("x-request-id", "mine-7"), ("x-request-id", "a b")]
+    assert "x-request-id" not in httpx.get(echoing_haproxy, headers=headers).json()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "passes"),
+    [
+        ("x-session-id", b"anna 7~", True),
+        ("x-session-id", b"\xff", False),
+        ("x_session_id", b"anna", False),
+        ("X-Request-Timeout-Seconds", b"0.001", False),
+        ("serve_multiplexed_model_id", b"\xff", False),
+        ("serve-multiplexed_model-id", b"x", False),
+        ("x-session-idea", b"\xff", True),
+    ],
+)
+def test_what_serve_would_obey_or_stumble_over_does_not_pass(
+    echoing_haproxy: str, name: str, value: bytes, passes: bool
+) -> None:
+    sent = httpx.get(echoing_haproxy, headers=[(name.encode(), value)]).json()
+    assert (name.lower() in sent) == passes
 
 
 def test_a_client_that_leaves_after_a_large_body_is_noticed(echoing_haproxy: str) -> None:
@@ -132,7 +157,7 @@ def test_a_client_that_leaves_after_a_large_body_is_noticed(echoing_haproxy: str
             head = "POST / HTTP/1.1\r\nhost: gateway\r\ncontent-length: 20000\r\n\r\n"
             client.sendall(head.encode() + bytes(20_000))
             time.sleep(0.02)
-        assert EchoRequestId.left.get(timeout=5)
+        assert EchoHeaders.left.get(timeout=5)
 
 
 def test_the_gateway_listens_itself_for_clients_that_leave() -> None:

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from tritonclient.utils import InferenceServerException
 
 from cluster.database import audit_log, open_database
-from cluster.errors import AuthenticationError
+from cluster.errors import AuthenticationError, DatabaseBusyError
 from cluster.security.api_keys import Identity
 from serve_apps.gateway.access.authentication import PUBLIC_PATHS, KeyCache
 
@@ -179,6 +179,32 @@ async def test_without_the_database_everybody_is_turned_away_in_each_protocol(
         with pytest.raises(InferenceServerException, match="keys cannot be looked up") as refused:
             await client.get_server_metadata(headers=headers)
     assert refused.value.status() == "StatusCode.UNAVAILABLE"
+
+
+async def test_a_key_waits_for_nobodys_work(gateway: Any) -> None:
+    headers = gateway.headers("infer")
+    gateway.keys.set_tenant("acme", {"requests_per_minute": 100})
+    gate = threading.Event()
+    # What customers send takes all the threads that there are for it.
+    busy = [asyncio.create_task(asyncio.to_thread(gate.wait, 20)) for _ in range(200)]
+    try:
+        async with asyncio.timeout(4):
+            answer = await gateway.client.post("/v1/nothing", headers=headers)
+    finally:
+        gate.set()
+        await asyncio.gather(*busy)
+    assert answer.status_code == 404
+    assert answer.headers["x-ratelimit-remaining-requests"] == "99"
+
+
+async def test_where_the_database_lies_is_not_for_customers(gateway: Any) -> None:
+    headers = gateway.headers("admin")
+    gateway.control.error = DatabaseBusyError("the database /home/me/a.db is busy")
+    body = {"ref": "classes/1"}
+    answer = await gateway.client.post("/admin/deployments", headers=headers, json=body)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["message"] == "the database is busy; try again in a moment"
 
 
 async def test_many_requests_with_one_key_ask_once() -> None:

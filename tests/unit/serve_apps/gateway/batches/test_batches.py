@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from cluster.batches import Batch, BatchStore
 from cluster.config import parse_config
 from cluster.database import open_database
-from cluster.errors import HeliostatError
+from cluster.errors import HeliostatError, MachineError
 from cluster.ledger import Ledger
 from cluster.model_package import open_version
 from cluster.model_ref import ModelRef
@@ -449,6 +449,81 @@ async def test_files_come_back_whole_and_are_listed_and_deleted(house: House) ->
         await client.files.content(first.id)
     keys = house.parts.storage.list("files")
     assert keys == sorted(f"files/acme/{file_id}" for file_id in (empty.id, third))
+
+
+async def test_a_whole_number_of_answers_may_be_written_with_a_point(house: House) -> None:
+    client = house.client()
+    url = "/v1/completions"
+    lines = [line("three", url, prompt=["Once", "upon"], n=3.0)]
+    done = await until(client, (await create(client, lines, url)).id, "completed", "failed")
+    (found,) = await read_lines(client, done.output_file_id)
+    body = found["response"]["body"]
+    assert len(body["choices"]) == 6
+    assert body["usage"]["prompt_tokens"] == house.tokens("Once") + house.tokens("upon")
+
+
+async def test_a_line_out_of_all_proportion_fails_its_batch(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_apps.gateway.http.requests.MAX_VALUES", 50)
+    monkeypatch.setattr("serve_apps.gateway.batches.work.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("serve_apps.gateway.batches.lines.MAX_LINE_BYTES", 1000)
+    client = house.client()
+    for wrong, part in [("[" + "1," * 60 + "1]", "61 values"), ("x" * 5000, "1000 bytes")]:
+        failed = await until(client, (await create(client, [line("a"), wrong])).id, "failed")
+        (error,) = failed.errors.data
+        assert (error.code, error.line) == ("invalid_json_line", 2)
+        assert part in error.message
+
+
+async def test_a_batch_is_no_larger_than_is_allowed(settings: Settings) -> None:
+    options = OPTIONS.model_copy(update={"max_requests": 3, "max_row_bytes": 3000})
+    house = build(settings, ThreadRunner(settings), options=options)
+    async with house.app.router.lifespan_context(house.app):
+        client = house.client()
+        for lines, part in [
+            ([line(f"r{n}") for n in range(4)], "more than 3 requests"),
+            ([line("a"), *[""] * 10], "more than 3 requests"),
+            ([line("a", n=20)], "more than 3,000 bytes"),
+        ]:
+            failed = await until(client, (await create(client, lines)).id, "failed")
+            (error,) = failed.errors.data
+            assert error.code == "too_many_requests"
+            assert part in error.message
+        assert house.parts.storage.list("batches") == []
+
+
+async def test_a_batch_that_cannot_be_worked_on_is_given_up(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> Any:
+        raise TypeError("a fault of ours")
+
+    client = house.client()
+    monkeypatch.setattr("serve_apps.gateway.batches.work.answer_line", broken)
+    failed = await until(client, (await create(client, [line("a")])).id, "failed", "completed")
+    assert failed.status == "failed"
+    assert failed.errors.data[0].code == "server_error"
+    assert house.parts.storage.list("batches") == []
+
+
+async def test_where_files_lie_is_not_the_clients_business(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MachineError("no space left on the disk of /home/me/storage")
+
+    client = house.client()
+    small = await client.files.create(file=("a", b"x"), purpose="batch")
+    monkeypatch.setattr(house.parts.storage, "write_chunks", full)
+    with pytest.raises(openai.InternalServerError, match="cannot be kept") as caught:
+        await client.files.create(file=("a", b"x"), purpose="batch")
+    assert caught.value.status_code == 503
+    assert "storage" not in str(caught.value)
+    house.parts.storage.delete_file(f"files/acme/{small.id}")
+    with pytest.raises(openai.NotFoundError, match="are gone") as gone:
+        await client.files.content(small.id)
+    assert "storage" not in str(gone.value)
 
 
 async def test_another_tenant_finds_nothing(house: House) -> None:

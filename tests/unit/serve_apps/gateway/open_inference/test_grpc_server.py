@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from cluster.errors import PortInUseError
+from serve_apps.gateway.open_inference import grpc_calls
 from serve_apps.gateway.open_inference.grpc_calls import PUBLIC_METHODS
 from serve_apps.gateway.open_inference.grpc_server import GrpcAddress, GrpcServer
 
@@ -72,6 +73,49 @@ async def test_no_message_is_read_before_the_key(channel: Any) -> None:
 
     call = channel.stream_unary(INFER)(endless())
     assert (await status(call))[0] is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_message_that_does_not_come_ends_its_call(
+    gateway: Any, channel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_calls, "_MAX_MESSAGE_S", 0.1)
+    monkeypatch.setattr(grpc_calls, "_MAX_PUBLIC_S", 0.1)
+
+    async def endless() -> AsyncIterator[bytes]:
+        await asyncio.sleep(60)
+        yield b""
+
+    async def nothing() -> AsyncIterator[bytes]:
+        for message in ():
+            yield message
+
+    metadata = tuple(gateway.headers("infer").items())
+    live = "/inference.GRPCInferenceService/ServerLive"
+    # Without a key too: so many calls at once are all that there are.
+    for method, own in ((live, ()), (INFER, metadata)):
+        code, details, _ = await status(channel.stream_unary(method)(endless(), metadata=own))
+        assert (code.name, details) == (
+            "DEADLINE_EXCEEDED", "no message arrived within 0.1 s; send it faster",
+        )  # fmt: skip
+        code, details, _ = await status(channel.stream_unary(method)(nothing(), metadata=own))
+        assert code.name == "INVALID_ARGUMENT"
+
+
+async def test_a_stream_that_falls_silent_ends(
+    gateway: Any, grpc_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_calls, "_MAX_SILENCE_S", 0.1)
+
+    async def requests() -> AsyncIterator[dict[str, Any]]:
+        yield {"model_name": "classes", "inputs": [pixels()]}
+        await asyncio.sleep(60)
+
+    async with triton.InferenceServerClient(grpc_address) as client:
+        answers = client.stream_infer(requests(), headers=gateway.headers("infer"))
+        result, _ = await anext(answers)
+        assert result is not None
+        with pytest.raises(grpc.aio.AioRpcError, match="no message arrived"):
+            await anext(answers)
 
 
 async def test_what_is_not_offered_is_unimplemented(gateway: Any, channel: Any) -> None:
