@@ -9,7 +9,8 @@ Used by the gateway and the release controller, always from inside a replica.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from contextvars import Context
 from typing import Any
 
 from ray import serve
@@ -45,7 +46,7 @@ class Handles:
                 UpstreamTimeoutError if it is silent.
         """
         handle = await self._get(application)
-        response = getattr(handle, method).remote(*arguments)
+        response = _begin(getattr(handle, method), arguments)
         try:
             async with asyncio.timeout(timeout_s):
                 return await response
@@ -66,7 +67,7 @@ class Handles:
     ) -> AsyncGenerator[Any, None]:
         """The items of a streaming method; closing the generator ends the call."""
         handle = await self._get(application)
-        items = getattr(handle.options(stream=True), method).remote(*arguments)
+        items = _begin(getattr(handle.options(stream=True), method), arguments)
         is_exhausted = False
         try:
             async for item in items:
@@ -93,6 +94,15 @@ class Handles:
         except (RayError, RayServeException) as error:
             self._handles.pop(application, None)
             raise as_heliostat_error(error, application) from None
+
+
+def _begin(method: Any, arguments: Sequence[Any]) -> Any:
+    """Call in a context of its own.
+
+    Serve gives calls that are made while a request is answered the id of that request, and where
+    two of them wait for a replica (the `n` answers to one prompt), its router finds only the first.
+    """
+    return Context().run(method.remote, *arguments)
 
 
 def as_heliostat_error(error: Exception, application: str) -> HeliostatError:
