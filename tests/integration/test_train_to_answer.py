@@ -180,6 +180,10 @@ def test_text_streams_to_the_openai_client(life: Life, client: openai.OpenAI) ->
     text = "".join(choice.text for chunk in received for choice in chunk.choices)
     assert text == whole.choices[0].text
     assert received[-1].usage == whole.usage
+    prompts = [request["prompt"], "The guard"]
+    several = client.completions.create(**{**request, "prompt": prompts}, n=2)
+    assert len(several.choices) == 4
+    assert {choice.text for choice in several.choices[:2]} == {text}
 
 
 def test_chinese_text_streams_without_splitting_a_character(
