@@ -20,7 +20,7 @@ import numpy as np
 
 from cluster.processing import Array
 from cluster.statistics.drift import SIDES, DriftWindow, Side, WindowCounts, measure
-from cluster.statistics.features import LENGTH, TOKENS, input_features, output_features
+from cluster.statistics.features import TOKENS, input_features, output_features, text_features
 from cluster.statistics.profile import read_profile
 from serve_apps.gateway.backend import Arrays
 from serve_apps.gateway.catalogue import ServedModel
@@ -191,8 +191,7 @@ def _add(watched: _Watched, calls: list[_Call]) -> None:
         "outputs": [call.outputs[TOKENS] for call in calls],
     }
     for side, ids in sides.items():
-        features = {LENGTH: np.array([len(one) for one in ids]), TOKENS: np.concatenate(ids)}
-        watched.window.add(side, features, num_rows=len(ids))
+        watched.window.add(side, text_features(ids), num_rows=len(ids))
 
 
 def _joined(calls: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
