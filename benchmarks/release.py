@@ -3,31 +3,36 @@
 The first is simulated with the policy that decides live: customers' requests that a canary of 5 %
 answers until it is rolled back, against a test that is looked at once, at a number of requests
 fixed before (two proportions, the same alpha for each metric and phase, nine chances in ten to find
-a share of bad answers that is twice the margin above the champion's). The others are live.
+a share of bad answers that is twice the margin above the champion's). The others are live; what
+mirroring costs the customers is the p99 of the same load with and without a version in shadow, in
+turns, at 40 % of what the same clients reach without a pause.
 
     python -m benchmarks.run release
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import norm
 
 from benchmarks.measure import Row, row_of
-from cluster.cli.live_load import LiveLoad
+from cluster.cli.live_load import LiveLoad, Seen
 from serve_apps.release.options import ReleaseOptions
-from tests.live_releases import LABELS, NAME, ROWS, Releases
+from tests.live_releases import LABELS, NAME, OPTIONS, ROWS, Releases
 from tests.replica_processes import cpu_seconds, replicas
 from tests.simulated_release import CHAMPION, Model, Release
 from tests.stack import Stack, new_stack
 
 SEEDS = 40
 ROLLBACKS = 5
+SHADOW_PAIRS, SHADOW_S, SHADOW_LOAD = 9, 12.0, 0.4
 IDLE_S = 20.0
 _NUM_METRICS, _NUM_PHASES = 8, 3
 _BAD = {
@@ -88,6 +93,12 @@ def _live() -> Iterator[Row]:
             at_most=1.0,
         )
         yield row_of(
+            "ms, p99 of customers at 40 % load while a version is in shadow",
+            pairs=_shadow_pairs(releases),
+            peer_name="the same load without it",
+            at_most=1.1,
+        )
+        yield row_of(
             "CPU ms per s of an idle controller, two versions up",
             pairs=[(_idle_ms(stack), 10.0) for _ in range(2)],
             peer_name="a hundredth of a core",
@@ -116,6 +127,50 @@ def _rollback_s(releases: Releases, version: int) -> float:
     if load.seen.num_failed:
         raise RuntimeError(f"requests failed: {load.seen.failures}")
     return last_s - begun_s
+
+
+def _shadow_pairs(releases: Releases) -> list[tuple[float, float]]:
+    """Two versions are up all the time, and change places: no replica begins or ends meanwhile."""
+    rate = SHADOW_LOAD * _most_requests_per_s(releases)
+    pairs = []
+    with LiveLoad(releases.stack.settings, NAME, ROWS, LABELS, requests_per_s=rate) as load:
+        for number in range(SHADOW_PAIRS):
+            order = (False, True) if number % 2 else (True, False)
+            p99_ms = {is_mirrored: _p99_ms(releases, load, is_mirrored) for is_mirrored in order}
+            pairs.append((p99_ms[True], p99_ms[False]))
+    if load.seen.num_failed:
+        raise RuntimeError(f"requests failed: {load.seen.failures}")
+    return pairs
+
+
+def _most_requests_per_s(releases: Releases) -> float:
+    settings, seconds = releases.stack.settings, 5.0
+    with LiveLoad(settings, NAME, ROWS, LABELS, requests_per_s=math.inf) as load:
+        time.sleep(1.0)
+        num_before = load.seen.num_requests
+        time.sleep(seconds)
+        return (load.seen.num_requests - num_before) / seconds
+
+
+def _p99_ms(releases: Releases, load: LiveLoad, is_mirrored: bool) -> float:
+    versions = {row["state"]: row["version"] for row in _release(releases)["deployments"]}
+    if is_mirrored and "shadow" not in versions:
+        endless = {**OPTIONS["release"], "min_observations": 10**9, "max_duration_s": 86_400}
+        releases.ask(versions["standby"], "shadow", release=endless)
+    elif not is_mirrored and "shadow" in versions:
+        releases.admin.steer(NAME, "promote")
+    time.sleep(1.0)
+    num_before = len(load.seen.latencies_ms)
+    time.sleep(SHADOW_S)
+    seen = Seen(latencies_ms=load.seen.latencies_ms[num_before:])
+    arms = {line["arm"] for line in _release(releases)["evidence"]}
+    if is_mirrored != ("pair" in arms):
+        raise RuntimeError(f"requests were mirrored: {'pair' in arms}, wanted: {is_mirrored}")
+    return seen.quantile_ms(0.99)
+
+
+def _release(releases: Releases) -> dict[str, Any]:
+    return releases.admin.release(NAME)
 
 
 def _idle_ms(stack: Stack) -> float:

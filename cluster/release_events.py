@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from cluster.database import release_events
+from cluster.database import deployments, later, release_events
+
+KEPT_S = 90 * 86_400.0
+"""For how long history is kept of what is over."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,11 @@ def read_events(connection: Connection, name: str, limit: int = 200) -> list[Rel
     newest = query.order_by(release_events.c.id.desc()).limit(limit)
     rows = connection.execute(newest).mappings().all()
     return [ReleaseEvent(**{k: v for k, v in row.items() if k != "id"}) for row in rows[::-1]]
+
+
+def forget_events(connection: Connection, name: str) -> None:
+    """Remove a model's older lines of versions that are not deployed any more."""
+    table = release_events.c
+    deployed = sa.select(deployments.c.version).where(deployments.c.name == name)
+    is_over = sa.and_(table.at < later(-KEPT_S), table.version.not_in(deployed))
+    connection.execute(sa.delete(release_events).where(table.name == name, is_over))

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from cluster.aliases import AliasChange, move_alias, read_alias, read_history
-from cluster.database import deployments, now, routes
+from cluster.database import deployments, later, now, routes
 from cluster.deployments import (
     COMPARED,
     CONTROLLER,
@@ -32,7 +32,7 @@ from cluster.deployments import (
 )
 from cluster.errors import ConflictError
 from cluster.model_ref import CHAMPION
-from cluster.release_events import ReleaseEvent, record_event
+from cluster.release_events import KEPT_S, ReleaseEvent, forget_events, record_event
 from cluster.release_evidence import forget_evidence
 
 
@@ -80,7 +80,7 @@ class ReleaseWriter:
             release_id=_new_release_id(),
             strategy=strategy,
         )
-        forget_evidence(self.connection, name)
+        self._forget_what_is_over(name)
         self.connection.execute(sa.delete(deployments).where(_is(name, version)))
         self.connection.execute(sa.insert(deployments).values(asdict(row)))
         self._record(row, requested_by)
@@ -106,7 +106,7 @@ class ReleaseWriter:
         strategy: Strategy,
     ) -> Deployment:
         """Begin a release of a version whose replicas are still up."""
-        forget_evidence(self.connection, row.name)
+        self._forget_what_is_over(row.name)
         return self._change(
             row,
             actor,
@@ -214,6 +214,14 @@ class ReleaseWriter:
         """Forget a deployment whose application is gone."""
         if self.connection.execute(sa.delete(deployments).where(_is_still(row))).rowcount != 1:
             raise _changed(row)
+
+    def _forget_what_is_over(self, name: str) -> None:
+        """What earlier releases have shown; of long ago also how they went."""
+        forget_evidence(self.connection, name)
+        has_ended = deployments.c.state.in_(("rolled_back", "failed"))
+        is_old = sa.and_(has_ended, deployments.c.updated_at < later(-KEPT_S))
+        self.connection.execute(sa.delete(deployments).where(deployments.c.name == name, is_old))
+        forget_events(self.connection, name)
 
     def _change(self, row: Deployment, actor: str, **values: Any) -> Deployment:
         changed = replace(row, **values, revision=row.revision + 1, updated_at=now())

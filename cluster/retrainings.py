@@ -18,13 +18,16 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.database import begin_alone, retrainings
+from cluster.release_events import KEPT_S
 
 _LOCK = 7233548
 
-RetrainingState = Literal["requested", "training", "gating", "trained", "released", "failed"]
-"""Written down; the job runs; the gate compares; then one of three ends. `trained`: there is a new
-version, and somebody is to decide about it."""
-UNDER_WAY: tuple[RetrainingState, ...] = ("requested", "training", "gating")
+RetrainingState = Literal[
+    "requested", "training", "gating", "releasing", "trained", "released", "failed"
+]
+"""Written down; the job runs; the gate compares; what passed is to be deployed; then one of three
+ends. `trained`: there is a new version, and somebody is to decide about it."""
+UNDER_WAY: tuple[RetrainingState, ...] = ("requested", "training", "gating", "releasing")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,10 @@ class RetrainingStore:
     def request(
         self, name: str, version: int, reason: str, *, cool_down_s: float
     ) -> Retraining | None:
-        """Write down that a model is to be trained again; None where somebody has just done so."""
+        """Write down that a model is to be trained again; None where somebody has just done so.
+
+        What became of it long ago is forgotten.
+        """
         with begin_alone(self._engine, _LOCK) as connection:
             since = _text(self._clock() - cool_down_s)
             newer = sa.select(retrainings.c.job_id).where(
@@ -78,6 +84,8 @@ class RetrainingStore:
                 updated_at=at,
             )
             connection.execute(sa.insert(retrainings).values(vars(row)))
+            is_old = retrainings.c.requested_at < _text(self._clock() - KEPT_S)
+            connection.execute(sa.delete(retrainings).where(retrainings.c.name == name, is_old))
         return row
 
     def name_candidate(self, row: Retraining, version: int) -> Retraining | None:
@@ -93,15 +101,18 @@ class RetrainingStore:
                 return None
         return replace(row, candidate=version, updated_at=at)
 
-    def enter(self, row: Retraining, state: RetrainingState, reason: str) -> bool:
-        """Move a row on; False where another controller has done so meanwhile."""
+    def enter(self, row: Retraining, state: RetrainingState, reason: str) -> Retraining | None:
+        """Move a row on; None where another controller has done so meanwhile."""
+        at = _text(self._clock())
         change = (
             sa.update(retrainings)
             .where(retrainings.c.job_id == row.job_id, retrainings.c.state == row.state)
-            .values(state=state, reason=reason, updated_at=_text(self._clock()))
+            .values(state=state, reason=reason, updated_at=at)
         )
         with self._engine.begin() as connection:
-            return connection.execute(change).rowcount == 1
+            if connection.execute(change).rowcount != 1:
+                return None
+        return replace(row, state=state, reason=reason, updated_at=at)
 
     def list(self, name: str | None = None) -> Sequence[Retraining]:
         """Every one, or a model's, oldest first."""

@@ -13,6 +13,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,6 +21,9 @@ from cluster.settings import Settings
 from tests.servers import free_port, start_server, stop_server
 from tests.stack import Stack, new_stack
 from tests.tiny_models import save_llama
+
+if TYPE_CHECKING:
+    from tests.live_releases import Releases
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -64,6 +68,17 @@ def stack(short_dir: Path) -> Iterator[Stack]:
     finally:
         down = started.run_cli("down")
         assert down.returncode == 0, down.stderr
+
+
+@pytest.fixture(scope="module")
+def releases(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Releases]:
+    """A served model, and versions of it to release."""
+    from tests.live_releases import NAME, Releases  # with all that makes models
+
+    found = Releases(stack, tmp_path_factory.mktemp("versions"))
+    found.begin()
+    yield found
+    found.admin.undeploy(NAME, None)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import contextlib
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -18,9 +19,12 @@ import psutil
 from onnx import TensorProto, helper, numpy_helper
 
 from cluster.admin_client import AdminClient
+from cluster.cli.import_model import import_path
+from cluster.cli.live_load import Seen
 from cluster.model_package import package_key
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
+from cluster.runtimes.onnx import OnnxRuntime
 from cluster.session.processes import find
 from cluster.storage import Storage
 from tests.stack import Stack
@@ -72,6 +76,12 @@ def save_classes(path: Path, weights: Any, *, fails: bool = False) -> Path:
     return path
 
 
+def assert_unharmed(seen: Seen) -> None:
+    """Every customer had an answer, and the right one."""
+    assert seen.num_failed == 0, seen.failures
+    assert not +seen.wrong_by_version
+
+
 class Releases:
     """One served model, and versions to release."""
 
@@ -84,12 +94,21 @@ class Releases:
         """Serve a first version."""
         self.release(self.publish(), "direct")
 
-    def publish(self, shift: float = 0.0, *, fails: bool = False) -> int:
-        """A version whose scores are shifted a little; returns its number."""
+    def publish(
+        self, shift: float = 0.0, *, fails: bool = False, has_other_golden: bool = False
+    ) -> int:
+        """A version whose scores are shifted a little; returns its number.
+
+        Args:
+            fails: half of the requests.
+            has_other_golden: golden outputs that are another graph's, under a good signature.
+        """
         path = save_classes(self.directory / "m.onnx", WEIGHTS + np.float32(shift), fails=fails)
-        imported = self.stack.run_cli("models", "import", path, "--name", NAME)
-        assert imported.returncode == 0, imported.stderr
-        return self.registry.list_versions(NAME)[-1].version
+        replayed = (
+            save_classes(self.directory / "other.onnx", -WEIGHTS) if has_other_golden else path
+        )
+        with mock.patch("cluster.runtimes.onnx.OnnxRuntime", return_value=OnnxRuntime(replayed)):
+            return import_path(path, NAME, self.stack.settings, say=lambda _: None).version
 
     def release(self, version: int, strategy: str) -> dict[str, Any]:
         """Ask for it and wait until it is settled."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Engine
 
 from cluster.controller_lease import ControllerLease
 from cluster.database import model_versions, now, open_database
@@ -50,6 +51,16 @@ class UnmirroredRegistry(ModelRegistry):
         pass
 
 
+def list_version(engine: Engine, name: str, version: int, kind: str = "graph") -> None:
+    """As if it had been published."""
+    row = {
+        "name": name, "version": version, "digest": f"sha256:{version}", "kind": kind,
+        "location": "", "run_id": None, "parent_digest": None, "created_at": now(),
+    }  # fmt: skip
+    with engine.begin() as connection:
+        connection.execute(sa.insert(model_versions).values(row))
+
+
 class World:
     """A controller with real tables, and Serve in the test's hands."""
 
@@ -77,12 +88,7 @@ class World:
         )
 
     def register(self, name: str, version: int, kind: str = "graph") -> None:
-        row = {
-            "name": name, "version": version, "digest": f"sha256:{version}", "kind": kind,
-            "location": "", "run_id": None, "parent_digest": None, "created_at": now(),
-        }  # fmt: skip
-        with self.engine.begin() as connection:
-            connection.execute(sa.insert(model_versions).values(row))
+        list_version(self.engine, name, version, kind)
 
     async def deploy(self, ref: str, **options: Any) -> dict[str, Any]:
         return await self.controller.deploy(ref, "direct", options, "tester")

@@ -4,7 +4,7 @@ The same in training and in serving, so that both count the same things.
 
     input_features(arrays, feature_names=("age", "bmi"))    # {"age": …, "bmi": …}
     output_features({"probabilities": probabilities_BC})    # {"probabilities.max": …}
-    prompt_features(ids)                                    # {"length": …, "tokens": …}
+    text_features([ids, more_ids])                          # {"length": …, "tokens": …}
 """
 
 from __future__ import annotations
@@ -55,6 +55,6 @@ def output_features(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return found
 
 
-def prompt_features(ids: Array) -> dict[str, Array]:
-    """Of one prompt's token ids."""
-    return {LENGTH: np.array([len(ids)]), TOKENS: ids}
+def text_features(texts: Sequence[Array]) -> dict[str, Array]:
+    """Of the token ids of some texts, at least one."""
+    return {LENGTH: np.array([len(ids) for ids in texts]), TOKENS: np.concatenate(texts)}

@@ -20,10 +20,11 @@ import numpy as np
 
 from cluster.processing import Array
 from cluster.statistics.drift import SIDES, DriftWindow, Side, WindowCounts, measure
-from cluster.statistics.features import LENGTH, TOKENS, input_features, output_features
+from cluster.statistics.features import TOKENS, input_features, output_features, text_features
 from cluster.statistics.profile import read_profile
 from serve_apps.gateway.backend import Arrays
 from serve_apps.gateway.catalogue import ServedModel
+from serve_apps.gateway.releases.comparison import is_finite
 from serve_apps.gateway.routing_table import Routes
 from serve_apps.gateway.telemetry.instruments import Instruments, ModelLabel
 from serve_apps.llm.engine import EngineRequest, TokenOutput
@@ -181,7 +182,8 @@ def _add(watched: _Watched, calls: list[_Call]) -> None:
         names = watched.model.manifest.profile.get("feature_names")
         feature_names = names if isinstance(names, list) else []
         taken = _joined(call.inputs for call in calls)
-        given = _joined(call.outputs for call in calls)
+        # What is no number is an error, and no answer to compare with others.
+        given = _joined(call.outputs for call in calls if is_finite(call.outputs))
         values = input_features(taken, [str(name) for name in feature_names])
         watched.window.add("inputs", values, num_rows=_num_rows(taken))
         watched.window.add("outputs", output_features(given), num_rows=_num_rows(given))
@@ -191,8 +193,7 @@ def _add(watched: _Watched, calls: list[_Call]) -> None:
         "outputs": [call.outputs[TOKENS] for call in calls],
     }
     for side, ids in sides.items():
-        features = {LENGTH: np.array([len(one) for one in ids]), TOKENS: np.concatenate(ids)}
-        watched.window.add(side, features, num_rows=len(ids))
+        watched.window.add(side, text_features(ids), num_rows=len(ids))
 
 
 def _joined(calls: Iterable[Mapping[str, Array]]) -> dict[str, Array]:

@@ -48,15 +48,16 @@ class Controller:
             return cast(Description, answer)
 
         engine = open_database(settings.database)
+        lease = ControllerLease(engine, "release")
         self._controller = ReleaseController(
             ReleaseStore(engine),
             ModelRegistry.open(settings),
             ServeApplications(),
             describe,
-            ControllerLease(engine, "release"),
+            lease,
         )
         self._task = asyncio.create_task(self._controller.run_forever())
-        self._retraining = asyncio.create_task(_retrainer(settings).run_forever())
+        self._retraining = asyncio.create_task(_retrainer(settings, lease).run_forever())
 
     async def deploy(
         self, ref: str, strategy: str, options: dict[str, Any], actor: str
@@ -87,7 +88,7 @@ class Controller:
         return await self._controller.release(name)
 
 
-def _retrainer(settings: Settings) -> Retrainer:
+def _retrainer(settings: Settings, lease: ControllerLease) -> Retrainer:
     database = open_database(settings.database)
     releases, registry = ReleaseStore(database), ModelRegistry.open(settings)
 
@@ -104,6 +105,7 @@ def _retrainer(settings: Settings) -> Retrainer:
             deploy=ReleaseRequests(releases, registry, ServeApplications()).deploy,
             read_profile=profile_of,
             audit=AuditLog(database).record,
+            check_lease=lease.check,
         )
     )
 

@@ -1,7 +1,8 @@
 """Drift leads to training, training to the gate, the gate to a release: one step at a time.
 
 Every step is written down before it is taken and can be taken again, so a controller that is killed
-goes on where it was, and two at once train no more than one. Reaches the cluster only through
+goes on where it was. Only the controller with the lease acts, and what it has in hand when another
+takes over leads to one training and one release all the same. Reaches the cluster only through
 `TrainingJobs`.
 
     retrainer = Retrainer(parts)
@@ -32,6 +33,11 @@ from serve_apps.release.drift_policy import DriftPolicy, DriftState
 logger = logging.getLogger(__name__)
 
 _PERIOD_S = 15.0
+_LONGEST_PAUSE_S = 900.0
+"""Between two tries to deploy what has no room yet, or has to wait for another release; the first
+pause is a period, and each is as long as all before it."""
+_RELEASE_WITHIN_S = 86_400.0
+"""After which that is given up."""
 _ACTOR = "drift"
 
 Deploy = Callable[[str, str, dict[str, Any], str], Any]
@@ -39,6 +45,8 @@ Deploy = Callable[[str, str, dict[str, Any], str], Any]
 ReadProfile = Callable[[Deployment], DataProfile | None]
 Record = Callable[[str, str, str, dict[str, Any]], None]
 """As `AuditLog.record`."""
+CheckLease = Callable[[], None]
+"""As `ControllerLease.check`."""
 
 
 class TrainingJobs(Protocol):
@@ -63,6 +71,7 @@ class RetrainerParts:
     deploy: Deploy
     read_profile: ReadProfile
     audit: Record
+    check_lease: CheckLease
 
 
 class Retrainer:
@@ -71,18 +80,26 @@ class Retrainer:
     def __init__(self, parts: RetrainerParts) -> None:
         self._parts = parts
         self._profiles: dict[str, DataProfile | None] = {}
+        self._next_try_s: dict[str, float] = {}
+        """By job: since it passed the gate."""
 
     async def run_forever(self) -> None:
         """Take the next steps, from time to time."""
         while True:
             try:
                 await asyncio.to_thread(self.step)
+            except ConflictError as error:
+                logger.info("drift is looked at by another: %s", error)
             except Exception as error:
                 logger.warning("drift was not looked at: %s", error)
             await asyncio.sleep(_PERIOD_S)
 
     def step(self) -> None:
-        """Look at each champion once, and move on what is under way."""
+        """Look at each champion once, and move on what is under way.
+
+        Raises:
+            ConflictError: another controller has the lease.
+        """
         rows = self._parts.releases.deployments()
         champions = {row.name: row for row in rows if row.state == "champion"}
         for retraining in self._parts.retrainings.list():
@@ -95,6 +112,7 @@ class Retrainer:
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """One model's trouble must not hold up the others."""
+        self._parts.check_lease()
         try:
             work()
         except Exception as error:
@@ -142,8 +160,10 @@ class Retrainer:
                     self._after_training(retraining, options)
                 case "gating":
                     self._after_gate(retraining, champion, options)
+                case "releasing":
+                    self._release(retraining, champion, options)
         except (NotRunningError, ConflictError):
-            # The cluster is away, or another release is under way: the next pass asks again.
+            # The cluster is away, or another controller has taken over: the next pass asks again.
             raise
         except HeliostatError as error:
             self._end(retraining, "failed", error.message)
@@ -184,14 +204,37 @@ class Retrainer:
             return
         if state != "succeeded":
             return
+        passed = self._parts.retrainings.enter(retraining, "releasing", retraining.reason)
+        if passed is not None:
+            self._release(passed, champion, options)
+
+    def _release(
+        self, retraining: Retraining, champion: Deployment | None, options: RetrainOptions | None
+    ) -> None:
+        parts, ref = self._parts, f"{retraining.name}/{retraining.candidate}"
         if champion is None or options is None:
             self._end(retraining, "trained", "the model is not served any more")
+            return
+        waited_s = parts.retrainings.seconds_since(retraining.updated_at)
+        if waited_s < self._next_try_s.get(retraining.job_id, 0.0):
+            return
+        # Unlike a job of one id, a deployment that was undone meanwhile would be made again.
+        parts.check_lease()
+        try:
+            parts.deploy(ref, options.strategy, dict(champion.options), _ACTOR)
+        except ConflictError as error:
+            if waited_s >= _RELEASE_WITHIN_S:
+                told = f"{ref} passed the gate and could not be deployed for {waited_s:.0f} s"
+                self._end(retraining, "failed", f"{told}: {error.message}")
+                return
+            pause_s = min(max(waited_s, _PERIOD_S), _LONGEST_PAUSE_S)
+            self._next_try_s[retraining.job_id] = waited_s + pause_s
+            logger.warning("%s waits, trying again in %.0f s: %s", ref, pause_s, error.message)
         else:
-            ref = f"{retraining.name}/{retraining.candidate}"
-            self._parts.deploy(ref, options.strategy, dict(champion.options), _ACTOR)
             self._end(retraining, "released", f"{ref} passed the gate, strategy {options.strategy}")
 
     def _end(self, retraining: Retraining, state: RetrainingState, reason: str) -> None:
+        self._next_try_s.pop(retraining.job_id, None)
         if self._parts.retrainings.enter(retraining, state, f"{retraining.reason}; {reason}"):
             self._record(retraining, reason, state=state)
 

@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from cluster.cli.live_load import LiveLoad
-from tests.live_releases import LABELS, NAME, ROWS, Releases
+from tests.live_releases import LABELS, NAME, OPTIONS, ROWS, Releases, assert_unharmed
 from tests.stack import Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(500)]
 
 ROLLBACK_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def releases(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Releases]:
-    found = Releases(stack, tmp_path_factory.mktemp("versions"))
-    found.begin()
-    yield found
-    found.admin.undeploy(NAME, None)
+CRASHES_AFTER = 100
+UNDECIDED = {**OPTIONS["release"], "min_observations": 10**6, "max_duration_s": 3600}
 
 
 def test_customers_see_no_failure_whatever_is_released(releases: Releases) -> None:
-    good, unloadable, failing = (
+    good, unloadable, failing, other = (
         releases.publish(0.001), releases.publish(0.002), releases.publish(0.003, fails=True),
+        releases.publish(0.004, has_other_golden=True),
     )  # fmt: skip
     releases.tamper(unloadable)
     with LiveLoad(releases.stack.settings, NAME, ROWS, LABELS) as load:
@@ -42,6 +36,10 @@ def test_customers_see_no_failure_whatever_is_released(releases: Releases) -> No
         row = releases.release(unloadable, "shadow")
         assert row["state"] == "failed"
         assert "not the one that was published" in row["reason"]
+
+        row = releases.release(other, "shadow")
+        assert row["state"] == "failed"
+        assert "golden" in row["reason"], row["reason"]
 
         row = releases.release(failing, "canary")
         assert row["state"] == "rolled_back", row["reason"]
@@ -55,10 +53,39 @@ def test_customers_see_no_failure_whatever_is_released(releases: Releases) -> No
         while load.seen.num_requests < before.num_requests + 120:
             time.sleep(0.05)
         assert load.seen.by_version[f"{NAME}/{good}"] <= settled + 4, "those under way"
-    seen = load.seen
-    assert seen.num_failed == 0, seen.failures
-    assert not +seen.wrong_by_version, "a customer had a wrong answer"
-    assert seen.by_version[f"{NAME}/{unloadable}"] == 0
+    assert_unharmed(load.seen)
+    assert not {f"{NAME}/{unloadable}", f"{NAME}/{other}"} & load.seen.by_version.keys()
+
+
+def test_a_canary_that_crashes_after_a_while_is_rolled_back(releases: Releases) -> None:
+    crashing = releases.publish(0.005)
+    with LiveLoad(releases.stack.settings, NAME, ROWS, LABELS) as load:
+        releases.ask(crashing, "canary", release=UNDECIDED)
+        while load.seen.by_version[f"{NAME}/{crashing}"] < CRASHES_AFTER:
+            state = releases.admin.deployment(NAME, crashing)["state"]
+            assert state not in ("failed", "rolled_back", "champion"), state
+            time.sleep(0.05)
+        while releases.admin.deployment(NAME, crashing)["state"] == "canary":
+            releases.kill(crashing)
+            time.sleep(0.2)
+        row = releases.settled(crashing)
+        assert row["state"] == "rolled_back", row["reason"]
+    assert_unharmed(load.seen)
+
+
+def test_numbers_of_replicas_and_options_change_under_load(releases: Releases) -> None:
+    with LiveLoad(releases.stack.settings, NAME, ROWS, LABELS) as load:
+        for shift, options in (
+            (0.006, {"num_replicas": 2, "max_batch_size": 8, "request_timeout_s": 10}),
+            (0.007, {"autoscaling": {"min_replicas": 1, "max_replicas": 2}}),
+        ):
+            version = releases.publish(shift)
+            releases.ask(version, "direct", **options)
+            row = releases.settled(version)
+            assert row["state"] == "champion", row["reason"]
+            while not load.seen.by_version[f"{NAME}/{version}"]:
+                time.sleep(0.05)
+    assert_unharmed(load.seen)
 
 
 def test_the_demo_promotes_the_good_version_and_rolls_the_bad_one_back(stack: Stack) -> None:

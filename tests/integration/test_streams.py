@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ drain_s: 0
 
 
 @pytest.fixture(scope="module")
-def talker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> str:
+def talker_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model slow enough that its streams last for seconds, and sure of its words."""
-    path = save_llama(
+    return save_llama(
         tmp_path_factory.mktemp("models") / "slow-talker",
         TEXT,
         steps=12,
@@ -53,7 +54,11 @@ def talker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> str:
         head_dim=64,
         max_position_embeddings=8192,
     )
-    done = stack.run_cli("models", "import", path, "--name", "slow-talker")
+
+
+@pytest.fixture(scope="module")
+def talker(stack: Stack, talker_dir: Path) -> str:
+    done = stack.run_cli("models", "import", talker_dir, "--name", "slow-talker")
     assert done.returncode == 0, done.stderr
     return "slow-talker"
 
@@ -214,6 +219,29 @@ def test_streams_of_a_replica_that_scales_down_go_on(stack: Stack, deployed: str
     first, second = (reader.tokens for reader in readers)
     num_both = min(len(first), len(second))
     assert first[:num_both] == second[:num_both]
+
+
+# The last one: afterwards the bare name means another version.
+@pytest.mark.parametrize("deployed", ["drain_s: 0\n"], indirect=True)
+def test_no_stream_breaks_while_versions_take_each_others_place(
+    stack: Stack, talker_dir: Path, deployed: str
+) -> None:
+    expected = results(start(stack, deployed, GREEDY, SEEDED))
+    done = stack.run_cli("models", "import", talker_dir, "--name", deployed)
+    assert done.returncode == 0, done.stderr
+    found = []
+    with ThreadPoolExecutor(1) as pool:
+        released = pool.submit(stack.run_cli, "deploy", f"{deployed}/2")
+        while not released.done():
+            found += [results(start(stack, deployed, GREEDY, SEEDED))]
+    assert released.result().returncode == 0, released.result().stderr
+    readers = start(stack, deployed, GREEDY, SEEDED)
+    for reader in readers:
+        reader.wait_for(40)
+    back = stack.run_cli("releases", "rollback", deployed)
+    assert back.returncode == 0, back.stderr
+    found += [results(readers), results(start(stack, deployed, GREEDY, SEEDED))]
+    assert found == [expected] * len(found), "it is the same model"
 
 
 def one_stream_on(process: Process, stack: Stack, model: str, asked: dict[str, Any]) -> Reader:

@@ -8,7 +8,7 @@ Pure. The first answer is the champion's, which is taken for right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,7 @@ class TokenComparison:
     is none to compare."""
 
 
-def is_finite(outputs: Arrays) -> bool:
+def is_finite(outputs: Mapping[str, Array]) -> bool:
     """Whether every number is one."""
     return all(x.dtype.kind != "f" or bool(np.isfinite(x).all()) for x in outputs.values())
 

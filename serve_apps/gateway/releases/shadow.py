@@ -3,7 +3,7 @@
 What it says reaches nobody: it is on no bill, in no limit and in no customer's metrics.
 
     shadow = Shadow(champion, candidate, observer, means)
-    shadow.offer_graph(inputs, outputs)             # after the customer has the answer
+    shadow.offer_graph(inputs, outputs, size)       # after the customer has the answer
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,7 @@ from sqlalchemy.engine import Engine
 from cluster.controller_lease import ControllerLease
 from cluster.database import begin_alone, open_database
 from cluster.errors import ConflictError
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = datetime(2030, 1, 1, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.now
-
-    def pass_s(self, seconds: float) -> None:
-        self.now += timedelta(seconds=seconds)
+from tests.release_world import Clock
 
 
 @pytest.fixture

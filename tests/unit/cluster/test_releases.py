@@ -13,7 +13,13 @@ import pytest
 import sqlalchemy as sa
 
 from cluster.aliases import AliasChange, move_alias
-from cluster.database import now, open_database, release_evidence
+from cluster.database import (
+    deployments,
+    now,
+    open_database,
+    release_events,
+    release_evidence,
+)
 from cluster.errors import ConflictError, InputError
 from cluster.release_evidence import EvidenceDelta
 from cluster.releases import Deployment, ReleaseStore, ReleaseWriter
@@ -265,6 +271,28 @@ def test_a_new_release_forgets_what_earlier_ones_have_shown(store: ReleaseStore)
     assert store.evidence(old) == {}
     store.add_evidence([observed(new, 3, 0.0)])
     assert store.evidence(new) == {("candidate", "errors"): Sample(3, 0.0)}
+
+
+def test_what_ended_long_ago_is_forgotten_and_what_is_up_keeps_its_history(
+    store: ReleaseStore,
+) -> None:
+    promote(store, 1)
+    for version in (2, 3):
+        ask(store, version)
+        take_down(store, version, "failed", "it cannot be loaded")
+    with store.writing() as tables:
+        for table, at, versions in (
+            (release_events, "at", (1, 2)),
+            (deployments, "updated_at", (1, 2)),
+        ):
+            old = sa.update(table).where(table.c.version.in_(versions))
+            tables.connection.execute(old.values({at: "2020-01-01"}))
+    with store.writing() as tables:
+        tables.create("other", 1, "sha256:9", {}, "asked", requested_by="ops")
+    assert states(store) == {1: "champion", 2: "failed", 3: "failed"}, "another model's release"
+    ask(store, 4)
+    assert states(store) == {1: "champion", 3: "failed", 4: "deploying"}
+    assert [event.version for event in store.events("m")] == [1, 1, 3, 3, 4]
 
 
 def test_evidence_whose_commit_has_no_reply_is_not_handed_in_again(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cluster.statistics.features import input_features, output_features, prompt_features
+from cluster.statistics.features import input_features, output_features, text_features
 from cluster.statistics.profile import (
     DISTRIBUTIONS,
     MAX_FEATURES,
@@ -88,7 +88,9 @@ def test_features_of_tensors() -> None:
     outputs = output_features({"label": label, "probabilities": rows})
     assert outputs["probabilities.max"].tolist() == [2.0, 5.0]
     assert outputs["label"].tolist() == [b"x", b"y"]
-    assert prompt_features(np.array([5, 6]))["length"].tolist() == [2]
+    texts = text_features([np.array([5, 6]), np.array([7])])
+    assert texts["length"].tolist() == [2, 1]
+    assert texts["tokens"].tolist() == [5, 6, 7]
 
 
 def test_profiles_are_bounded() -> None:

@@ -12,7 +12,7 @@ import torch
 from cluster.processing import Processing, preprocess
 from cluster.runtimes.onnx import OnnxRuntime
 from cluster.statistics.drift import DriftWindow, measure
-from cluster.statistics.features import input_features, prompt_features
+from cluster.statistics.features import input_features, text_features
 from cluster.statistics.profile import Categories, Numbers, Tokens, read_profile
 from cluster.storage import Storage
 from jobs.data.catalog import DatasetCatalog
@@ -105,7 +105,7 @@ def test_text_by_length_and_tokens(catalog: DatasetCatalog, tmp_path: Path) -> N
     assert sum(tokens.counts) == rows["tokens"][:, :-1].size, "what two rows share counts once"
 
     window = DriftWindow(profile, half_life_rows=1000)
-    window.add("inputs", prompt_features(rows["tokens"][:, :-1].reshape(-1)), num_rows=1)
+    window.add("inputs", text_features(list(rows["tokens"][:, :-1])), num_rows=1)
     assert measure(profile, window.counts)["inputs"]["tokens"].psi < 1e-6
     assert sum(profile.outputs["tokens"].counts) > 0
 

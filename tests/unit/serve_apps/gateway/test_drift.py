@@ -98,6 +98,22 @@ async def test_mirrored_requests_are_not_counted(gateway: Any, trial: Any) -> No
     assert store.windows("classes", 3) == []
 
 
+async def test_what_is_no_number_is_an_error_and_no_drift(gateway: Any, trial: Any) -> None:
+    def give_no_number(arrays: Any) -> Any:
+        return {"logits": np.full((len(arrays["pixels"]), 3), np.nan, np.float32)}
+
+    await trial.graph(give_no_number, weight=1.0)
+    await send(gateway, np.ones((5, 4), dtype=np.float32))
+    await asyncio.to_thread(gateway.drift.flush)
+    assert trial.seen("classes/3", "candidate", "errors") == (1, 1)
+    store = DriftStore(open_database(gateway.database_url))
+    (window,) = store.windows("classes", 3)
+    assert window.rows == {"inputs": 5.0, "outputs": 0.0}
+    assert not window.counts["outputs"]["label"].any()
+    (window,) = store.windows("classes", 2)
+    assert window.rows == {"inputs": 5.0, "outputs": 5.0}, "which answered in its place"
+
+
 def graph(profile: DataProfile | None) -> ServedModel:
     manifest = Manifest.model_validate(
         {

@@ -4,18 +4,18 @@ hands; a controller may be killed between any two steps."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import sqlalchemy as sa
 
-from cluster.database import model_versions, now, open_database
+from cluster.controller_lease import ControllerLease
+from cluster.database import open_database
 from cluster.drift_counts import DriftStore
 from cluster.errors import ConfigError, ConflictError, NotRunningError
 from cluster.model_ref import CANDIDATE
-from cluster.registry import ModelRegistry
 from cluster.releases import ReleaseStore
 from cluster.retrainings import RetrainingStore
 from cluster.security.audit import AuditLog
@@ -25,6 +25,7 @@ from cluster.statistics.profile import DataProfile, describe
 from cluster.submission import JobState
 from serve_apps.options import read_options
 from serve_apps.release.retraining import Retrainer, RetrainerParts
+from tests.release_world import UnmirroredRegistry, list_version
 
 PROFILE = DataProfile(inputs=describe({"x": np.linspace(0, 1, 2000)}))
 RETRAIN = {
@@ -35,13 +36,6 @@ RETRAIN = {
 }
 
 
-class UnmirroredRegistry(ModelRegistry):
-    """Without MLflow."""
-
-    def mirror_aliases(self, name: str) -> None:
-        pass
-
-
 class Jobs:
     """A cluster that runs what the test says."""
 
@@ -50,6 +44,7 @@ class Jobs:
         self.overrides: list[Sequence[str]] = []
         self.states: dict[str, JobState] = {}
         self.error: Exception | None = None
+        self.while_asked: Callable[[], object] = lambda: None
 
     def start(self, job_id: str, verb: str, config: str, overrides: Sequence[str] = ()) -> None:
         if self.error is not None:
@@ -60,6 +55,7 @@ class Jobs:
             self.states[job_id] = "running"
 
     def state(self, job_id: str) -> JobState:
+        self.while_asked()
         return self.states.get(job_id, "unknown")
 
     def end(self, state: JobState = "succeeded") -> None:
@@ -78,9 +74,12 @@ class World:
         self.counts = DriftStore(self.engine)
         self.retrainings = RetrainingStore(self.engine, clock=lambda: self.clock_s)
         self.audit = AuditLog(self.engine)
+        self.lease = ControllerLease(self.engine, "release")
+        assert self.lease.hold()
         self.jobs = Jobs()
         self.deployed: list[tuple[str, str, dict[str, Any], str]] = []
         self.deploy_error: Exception | None = None
+        self.num_refused = 0
         self.options = read_options({"retrain": retrain}).model_dump(mode="json")
         self.register(1)
         with self.releases.writing() as tables:
@@ -88,12 +87,7 @@ class World:
             tables.promote(row, actor="test", reason="test")
 
     def register(self, version: int) -> None:
-        row = {
-            "name": "digits", "version": version, "digest": f"sha256:{version}", "kind": "graph",
-            "location": "", "run_id": None, "parent_digest": None, "created_at": now(),
-        }  # fmt: skip
-        with self.engine.begin() as connection:
-            connection.execute(sa.insert(model_versions).values(row))
+        list_version(self.engine, "digits", version)
         self.registry.set_alias("digits", CANDIDATE, version, actor="jobs.train", reason="trained")
 
     def new_retrainer(self) -> Retrainer:
@@ -108,11 +102,13 @@ class World:
                 deploy=self.deploy,
                 read_profile=lambda _: PROFILE,
                 audit=self.audit.record,
+                check_lease=self.lease.check,
             )
         )
 
     def deploy(self, ref: str, strategy: str, options: dict[str, Any], actor: str) -> None:
         if self.deploy_error is not None:
+            self.num_refused += 1
             raise self.deploy_error
         self.deployed.append((ref, strategy, options, actor))
 
@@ -195,6 +191,17 @@ def test_the_cool_down_holds_whatever_became_of_the_last_one(world: World) -> No
     assert len(world.jobs.started) == 2
 
 
+def test_trainings_of_long_ago_are_forgotten(world: World) -> None:
+    for _ in range(3):
+        world.drift()
+        world.step()
+        world.jobs.end("failed")
+        world.step()
+        world.clock_s += 50 * 86_400
+    assert len(world.jobs.started) == 3
+    assert world.states == ["failed"] * 2, "the first is 100 days old at the third"
+
+
 def test_a_release_under_way_is_waited_for(world: World) -> None:
     world.drift()
     world.step()
@@ -204,10 +211,36 @@ def test_a_release_under_way_is_waited_for(world: World) -> None:
     world.jobs.end()
     world.deploy_error = ConflictError("version 3 is on its way")
     world.step(2)
-    assert world.states == ["gating"]
+    assert world.states == ["releasing"]
     world.deploy_error = None
     world.step()
     assert world.states == ["released"]
+
+
+def test_what_finds_no_room_is_tried_ever_more_rarely_and_given_up_after_a_day(
+    world: World,
+) -> None:
+    world.drift()
+    world.step()
+    world.register(2)
+    world.jobs.end()
+    world.step()
+    world.jobs.end()
+    world.deploy_error = ConflictError("digits/2 asks for 1 GPU, and 1 of 1 are promised")
+    retrainer = world.new_retrainer()
+    for _ in range(240):
+        retrainer.step()
+        world.clock_s += 15
+    assert world.num_refused == 10, "in the first hour"
+    for _ in range(92):
+        retrainer.step()
+        world.clock_s += 900
+    assert world.states == ["releasing"]
+    retrainer.step()
+    row, _next = world.retrainings.list()
+    assert row.state == "failed"
+    assert "digits/2 passed the gate and could not be deployed for 86400 s" in row.reason
+    assert row.reason.endswith("digits/2 asks for 1 GPU, and 1 of 1 are promised")
 
 
 def test_only_what_the_gate_was_asked_about_is_released(world: World) -> None:
@@ -306,6 +339,34 @@ def test_a_config_that_is_not_there_ends_it_with_the_reason(world: World) -> Non
     world.step(2)
     assert world.states == ["failed"]
     assert "does not exist" in world.retrainings.list()[0].reason
+
+
+def test_a_controller_without_the_lease_does_nothing(world: World) -> None:
+    world.drift()
+    take_over(world)
+    with pytest.raises(ConflictError, match="taken over"):
+        world.step()
+    assert not world.jobs.started
+    assert world.states == []
+
+
+def test_one_that_loses_the_lease_while_it_asks_deploys_nothing(world: World) -> None:
+    world.drift()
+    world.step()
+    world.register(2)
+    world.jobs.end()
+    world.step()
+    world.jobs.end()
+    world.jobs.while_asked = lambda: take_over(world)
+    with pytest.raises(ConflictError, match="taken over"):
+        world.step(2)
+    assert not world.deployed
+
+
+def take_over(world: World) -> None:
+    """As another controller, to which the lease of this one is over."""
+    later = datetime.now(UTC) + timedelta(minutes=1)
+    assert ControllerLease(world.engine, "release", clock=lambda: later).hold()
 
 
 def test_two_controllers_ask_for_one_training(world: World) -> None:
