@@ -18,7 +18,10 @@ from cluster.errors import (
     HeliostatError,
     NotFoundError,
     NotRunningError,
+    OverloadedError,
     PermissionDeniedError,
+    UpstreamFailedError,
+    UpstreamTimeoutError,
     UsageError,
 )
 from cluster.settings import Settings
@@ -30,6 +33,9 @@ _ERRORS: dict[int, type[HeliostatError]] = {
     403: PermissionDeniedError,
     404: NotFoundError,
     409: ConflictError,
+    502: UpstreamFailedError,
+    503: OverloadedError,
+    504: UpstreamTimeoutError,
 }
 
 

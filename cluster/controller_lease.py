@@ -3,7 +3,8 @@
 Who holds it renews it with each pass. Every write of a controller asks in its own transaction
 whether the lease is still its owner's, so one that was held up for longer than the lease does
 nothing more once another has taken over. Clocks of nodes must agree to within the lease, or it may
-change hands too early; even then no two write.
+change hands too early; even then no two write. An end that lies far ahead was written before the
+clock was put back, and is nobody's.
 
     lease = ControllerLease(engine, "release", lease_s=5)
     if lease.hold():
@@ -24,6 +25,7 @@ from cluster.database import begin_alone, controller_leases
 from cluster.errors import ConflictError
 
 _LEASES_LOCK = 7233545
+_FAR_AHEAD_S = 60.0
 
 
 class ControllerLease:
@@ -52,7 +54,7 @@ class ControllerLease:
         self._renew_at = None
         with begin_alone(self._engine, _LEASES_LOCK) as connection:
             row = connection.execute(self._row()).first()
-            if row is not None and row.owner != self.owner and _text(moment) < row.expires_at:
+            if row is not None and row.owner != self.owner and self._runs(row.expires_at, moment):
                 return False
             values = {
                 "owner": self.owner,
@@ -80,6 +82,10 @@ class ControllerLease:
         """As `require`, in a transaction of its own."""
         with self._engine.connect() as connection:
             self.require(connection)
+
+    def _runs(self, expires_at: str, moment: datetime) -> bool:
+        latest = moment + timedelta(seconds=self._lease_s + _FAR_AHEAD_S)
+        return _text(moment) < expires_at < _text(latest)
 
     def _row(self) -> sa.Select[tuple[str, str]]:
         return sa.select(controller_leases.c.owner, controller_leases.c.expires_at).where(

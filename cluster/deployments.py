@@ -6,6 +6,7 @@ snapshot.weights["digits"]       # {2: 0.95, 3: 0.05}
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -96,6 +97,15 @@ class RoutingSnapshot:
     """By name: the version that the champion's requests are mirrored to, and the share of them."""
     retired: tuple[Deployment, ...] = ()
     """Versions whose notice is over."""
+
+
+def weights_of(rows: Iterable[Deployment]) -> dict[int, float]:
+    """Shares of a model's traffic, which follow from the states of its versions."""
+    rows = list(rows)
+    champions = [row.version for row in rows if row.state == "champion"]
+    canaries = {row.version: row.share for row in rows if row.state == "canary"}
+    weights = canaries if champions else dict.fromkeys(canaries, 1.0)
+    return weights | dict.fromkeys(champions, 1.0 - sum(canaries.values()))
 
 
 def application_name(name: str, version: int) -> str:

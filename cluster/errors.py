@@ -303,3 +303,7 @@ class StoppedError(HeliostatError):
 
 class JobFailedError(HeliostatError):
     code = "job_failed"
+
+
+PASSING_ERRORS = (OverloadedError, UpstreamTimeoutError, UpstreamFailedError, NotRunningError)
+"""A part is busy or away: what was asked for is not at fault, and may work a moment later."""

@@ -108,6 +108,22 @@ def refuse_deployed(connection: Connection, version: ModelVersion) -> None:
         )
 
 
+def refuse_served(connection: Connection, name: str, version: int | None) -> None:
+    """Raises ConflictError if another version has a model's traffic: its champion is that one."""
+    champion = connection.scalar(
+        sa.select(deployments.c.version).where(
+            deployments.c.name == name, deployments.c.state == "champion"
+        )
+    )
+    if champion in (None, version):
+        return
+    verb = f"undeploy {name}" if version is None else f"deploy {name}/{version}"
+    raise ConflictError(
+        f"'{name}' is served by version {champion}, and its champion is the version that serves",
+        hint=f"a release moves both: `heliostat {verb}`",
+    )
+
+
 def refuse_base(connection: Connection, version: ModelVersion) -> None:
     """Raises ConflictError if an adapter was trained on it, which is of no use without it."""
     of_package = model_versions.c.digest == version.digest

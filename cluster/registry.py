@@ -44,6 +44,7 @@ from cluster.model_versions import (
     refuse_aliased,
     refuse_base,
     refuse_deployed,
+    refuse_served,
     require_listed,
 )
 from cluster.security.audit import AuditLog
@@ -177,7 +178,8 @@ class ModelRegistry:
                 exist; None takes the one found now.
 
         Raises:
-            ConflictError: somebody else moved the alias since.
+            ConflictError: somebody else moved the alias since, or it is
+                `champion` and another version is served.
             NotFoundError: no such version.
             InvalidReferenceError: MLflow has no such aliases.
         """
@@ -189,6 +191,8 @@ class ModelRegistry:
         with begin_alone(self._engine, ALIASES_LOCK) as connection:
             if version is not None:
                 require_listed(connection, name, version)
+            if alias == CHAMPION:
+                refuse_served(connection, name, version)
             if not move_alias(connection, change, expected_revision):
                 return
         self.mirror_aliases(name)

@@ -9,6 +9,7 @@ follows from the states.
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -29,6 +30,7 @@ from cluster.deployments import (
     State,
     Strategy,
     application_name,
+    weights_of,
 )
 from cluster.errors import ConflictError
 from cluster.model_ref import CHAMPION
@@ -154,6 +156,10 @@ class ReleaseWriter:
         """Say when a version ends; None takes the notice back."""
         return self._change(row, actor, sunset_at=sunset_at, reason=reason)
 
+    def set_options(self, row: Deployment, options: dict[str, Any], *, actor: str) -> Deployment:
+        """Take other options, of those that its replicas need not know."""
+        return row if row.options == options else self._change(row, actor, options=options)
+
     def promote(self, row: Deployment, *, actor: str, reason: str) -> Deployment:
         """Give a version all traffic and the champion alias.
 
@@ -223,6 +229,12 @@ class ReleaseWriter:
         self.connection.execute(sa.delete(deployments).where(deployments.c.name == name, is_old))
         forget_events(self.connection, name)
 
+    def reroute(self, name: str) -> None:
+        """Make the weights those that follow from the states."""
+        weights = weights_of(self.deployments(name))
+        if weights != read_all_weights(self.connection).get(name, {}):
+            _write_route(self.connection, name, weights)
+
     def _change(self, row: Deployment, actor: str, **values: Any) -> Deployment:
         changed = replace(row, **values, revision=row.revision + 1, updated_at=now())
         noticed_at = (row.noticed_at or changed.updated_at) if changed.sunset_at else None
@@ -238,7 +250,7 @@ class ReleaseWriter:
             raise _changed(row)
         if (changed.stage, changed.step, changed.sunset_at) != (row.stage, row.step, row.sunset_at):
             self._record(changed, actor)
-        self._reroute(row.name)
+        self.reroute(row.name)
         return changed
 
     def _record(self, row: Deployment, actor: str) -> None:
@@ -246,16 +258,6 @@ class ReleaseWriter:
             row.updated_at, row.name, row.version, row.release_id, row.stage, actor, row.reason
         )
         record_event(self.connection, event)
-
-    def _reroute(self, name: str) -> None:
-        """Make the weights those that follow from the states."""
-        rows = self.deployments(name)
-        champions = [row.version for row in rows if row.state == "champion"]
-        canaries = {row.version: row.share for row in rows if row.state == "canary"}
-        weights = canaries if champions else dict.fromkeys(canaries, 1.0)
-        weights |= dict.fromkeys(champions, 1.0 - sum(canaries.values()))
-        if weights != read_weights(self.connection, name):
-            _write_route(self.connection, name, weights)
 
     def _move_champion(self, name: str, version: int | None, actor: str, reason: str) -> None:
         change = AliasChange(name, CHAMPION, None, version, actor, reason, now())
@@ -269,17 +271,24 @@ def read_deployments(connection: Connection, name: str | None) -> list[Deploymen
     return [Deployment(**row._mapping) for row in connection.execute(query)]
 
 
-def read_weights(connection: Connection, name: str) -> dict[int, float]:
-    query = sa.select(routes.c.weights).where(routes.c.name == name)
-    return parse_weights(connection.scalar(query) or {})
+def read_all_weights(connection: Connection) -> dict[str, dict[int, float] | None]:
+    """By name; None where somebody else has written what are no weights."""
+    # As text: else one that is no JSON would keep the others from being read.
+    query = sa.select(routes.c.name, sa.type_coerce(routes.c.weights, sa.Text))
+    return {name: _parse_weights(weights) for name, weights in connection.execute(query)}
 
 
 def read_champion_history(connection: Connection, name: str) -> list[AliasChange]:
     return [change for change in read_history(connection, name) if change.alias == CHAMPION]
 
 
-def parse_weights(weights: dict[str, float]) -> dict[int, float]:
-    return {int(version): float(weight) for version, weight in weights.items()}
+def _parse_weights(stored: Any) -> dict[int, float] | None:
+    try:
+        # PostgreSQL's driver has read it already.
+        weights = json.loads(stored) if isinstance(stored, str) else stored
+        return {int(version): float(weight) for version, weight in weights.items()}
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def _new_release_id() -> str:

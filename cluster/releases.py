@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.aliases import ALIASES_LOCK, AliasChange
-from cluster.database import aliases, begin_alone, deployments, read_one_moment, routes
+from cluster.database import aliases, begin_alone, deployments, read_one_moment
 from cluster.deployments import (
     COMPARED,
     CONTROLLER,
@@ -34,16 +34,16 @@ from cluster.deployments import (
     State,
     Strategy,
     application_name,
+    weights_of,
 )
 from cluster.errors import first_line
 from cluster.release_events import ReleaseEvent, read_events
 from cluster.release_evidence import Evidence, EvidenceDelta, add_evidence, read_evidence
 from cluster.release_writer import (
     ReleaseWriter,
-    parse_weights,
+    read_all_weights,
     read_champion_history,
     read_deployments,
-    read_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -87,12 +87,12 @@ class ReleaseStore:
         with self._engine.connect() as connection:
             read_one_moment(connection)
             rows = [Deployment(**row._mapping) for row in connection.execute(query)]
-            weights = connection.execute(sa.select(routes.c.name, routes.c.weights)).all()
+            weights = read_all_weights(connection)
             pointers = connection.execute(sa.select(aliases)).all()
         serving = tuple(row for row in rows if row.state in SERVING)
         return RoutingSnapshot(
             serving=serving,
-            weights={row.name: parse_weights(row.weights) for row in weights},
+            weights=_usable(weights, _weights_by_name(serving)),
             aliases={(row.name, row.alias): row.version for row in pointers},
             shadows={
                 row.name: (row.version, row.mirror_share)
@@ -105,7 +105,16 @@ class ReleaseStore:
     def weights(self, name: str) -> dict[int, float]:
         """Shares of traffic by version; empty where nothing is routed."""
         with self._engine.connect() as connection:
-            return read_weights(connection, name)
+            return read_all_weights(connection).get(name) or {}
+
+    def misrouted(self) -> list[str]:
+        """Names whose weights somebody else has changed: they do not follow from the states."""
+        with self._engine.connect() as connection:
+            read_one_moment(connection)
+            stored = read_all_weights(connection)
+            expected = _weights_by_name(read_deployments(connection, None))
+        names = sorted(stored.keys() | expected.keys())
+        return [name for name in names if stored.get(name, {}) != expected.get(name, {})]
 
     def champion_history(self, name: str) -> Sequence[AliasChange]:
         """Every move of the champion alias, oldest first."""
@@ -143,3 +152,24 @@ class ReleaseStore:
         """One transaction that no other writer runs beside; an error undoes all of it."""
         with begin_alone(self._engine, ALIASES_LOCK) as connection:
             yield ReleaseWriter(connection)
+
+
+def _weights_by_name(rows: Iterable[Deployment]) -> dict[str, dict[int, float]]:
+    """As they follow from the states."""
+    by_name: dict[str, list[Deployment]] = {}
+    for row in rows:
+        by_name.setdefault(row.name, []).append(row)
+    return {name: weights_of(found) for name, found in by_name.items()}
+
+
+def _usable(
+    stored: dict[str, dict[int, float] | None], expected: dict[str, dict[int, float]]
+) -> dict[str, dict[int, float]]:
+    """Weights as they are stored, where they name the versions that they must; the controller,
+    which sets others right, may be away."""
+    names = stored.keys() | expected.keys()
+    by_name = ((name, stored.get(name), expected.get(name, {})) for name in names)
+    return {
+        name: found if found is not None and found.keys() == wanted.keys() else wanted
+        for name, found, wanted in by_name
+    }

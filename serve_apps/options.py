@@ -228,6 +228,11 @@ def read_stored_options(values: Mapping[str, Any]) -> DeploymentOptions:
         return DeploymentOptions()
 
 
+def of_replicas(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what may change while replicas go on: how a version is compared and watched."""
+    return {name: value for name, value in values.items() if name not in ("release", "retrain")}
+
+
 _SECTIONS: dict[str, type[StrictModel]] = {
     "autoscaling": AutoscalingOptions,
     "engine_arguments": VllmArguments,

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from cluster.errors import InputError
 
 _DURATION = re.compile(r"([1-9][0-9]{0,5})([mhd])", re.ASCII)
+_MAX_NOTICE_S = 30 * 365 * 86_400
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -37,6 +38,10 @@ def parse_notice(text: str | None) -> int | None:
     seconds = (_parse(text, "notice", "notice", sign=1) - datetime.now(UTC)).total_seconds()
     if seconds <= 0:
         raise InputError(f"notice {text!r} is over already", hint="write 7d", param="notice")
+    if seconds >= _MAX_NOTICE_S:
+        raise InputError(
+            f"notice {text!r} is longer than 30 years", hint="write 7d", param="notice"
+        )
     return max(round(seconds), 1)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from cluster.errors import (
+    PASSING_ERRORS,
     ConfigError,
     ConflictError,
     HeliostatError,
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+ResultType = TypeVar("ResultType")
+
 NameArgument = Annotated[str, typer.Argument(help="A model's name.")]
 
 releases_app = typer.Typer(
@@ -35,6 +39,9 @@ releases_app = typer.Typer(
 
 _POLL_PERIOD_S = 0.2
 _UNDEPLOY_TIMEOUT_S = 90.0
+_PATIENCE_S = 60.0
+"""What was asked for goes on by itself, so a gateway or controller that restarts is waited for."""
+_INTERRUPTED = 130
 _GIVEN_UP = {"failed": "failed", "rolled_back": "was rolled back"}
 _COLUMNS = ("name", "version", "state", "replicas", "reason", "updated_at")
 
@@ -87,7 +94,12 @@ def deploy(
             raise
         raise ConfigError(f"config file '{config}': {error}") from None
     if wait:
-        row = _follow(admin, row, quiet=as_json)
+        try:
+            row = _follow(admin, row, quiet=as_json)
+        except KeyboardInterrupt:
+            shown = f"see `heliostat releases status {row['name']}`, or end it with `rollback`"
+            typer.echo(f"{_ref(row)} goes on without this command; {shown}", err=True)
+            raise typer.Exit(_INTERRUPTED) from None
     if as_json:
         print(json.dumps(row, indent=2))
     elif wait:
@@ -222,9 +234,21 @@ def _follow(admin: AdminClient, row: dict[str, Any], *, quiet: bool) -> dict[str
             raise HeliostatError(f"{_ref(row)} {_GIVEN_UP[row['state']]}: {row['reason']}")
         time.sleep(_POLL_PERIOD_S)
         try:
-            row = admin.deployment(row["name"], row["version"])
+            row = _patiently(partial(admin.deployment, row["name"], row["version"]))
         except NotFoundError:
             raise ConflictError(f"{_ref(row)} was undeployed meanwhile") from None
+
+
+def _patiently(ask: Callable[[], ResultType]) -> ResultType:
+    """An answer, also where whoever gives it is away for a while."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except PASSING_ERRORS:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_PERIOD_S)
 
 
 def _champion(rows: Sequence[Mapping[str, Any]], name: str) -> int | None:
@@ -236,7 +260,7 @@ def _wait_until_gone(admin: AdminClient, name: str, version: int | None) -> None
     deadline = time.monotonic() + _UNDEPLOY_TIMEOUT_S
     while any(
         row["name"] == name and version in (None, row["version"]) and row["state"] != "retired"
-        for row in admin.deployments()
+        for row in _patiently(admin.deployments)
     ):
         if time.monotonic() > deadline:
             raise UpstreamTimeoutError(

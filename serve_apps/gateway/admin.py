@@ -187,7 +187,7 @@ def _number_asked(request: Request, field: str) -> int | None:
 
 def _number(text: str, field: str = "version") -> int:
     if not (text.isascii() and text.isdigit() and 0 < len(text) < 10):
-        raise InputError(f"{field} '{text}' is not a positive number", param=field)
+        raise InputError(f"{field} '{text}' is no whole number of at most 9 digits", param=field)
     return int(text)
 
 

@@ -24,7 +24,7 @@ from cluster.releases import COMPARED, Deployment, ReleaseStore, RoutingSnapshot
 from serve_apps.gateway.notices import Notice
 from serve_apps.gateway.releases.release import Release
 from serve_apps.gateway.stickiness import share_of, version_at
-from serve_apps.options import DeploymentOptions
+from serve_apps.options import DeploymentOptions, of_replicas
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,8 @@ def _releases(snapshot: RoutingSnapshot) -> dict[str, Release]:
 
 def _served(row: Deployment) -> ServedVersion:
     try:
-        options = DeploymentOptions.model_validate(row.options)
+        # The others would make it another version, with new queues.
+        options = DeploymentOptions.model_validate(of_replicas(row.options))
     except ValidationError:  # written by another release of this code
         options = DeploymentOptions()
     return ServedVersion(row.name, row.version, row.digest, row.application, row.state, options)

@@ -7,7 +7,7 @@ row = release_under_way("digits", rows)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +15,9 @@ from cluster.aliases import AliasChange
 from cluster.errors import ConflictError, NotFoundError
 from cluster.registry import ModelVersion
 from cluster.releases import COMPARED, OVER, STARTING, Deployment, State, Strategy
+from serve_apps.options import of_replicas
 
 _UNDER_WAY = (*STARTING, *COMPARED)
-_NOT_OF_REPLICAS = ("release", "retrain")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def admit(
     if row is None or row.state in OVER:
         return Admission("create", row)
     # How it is compared and watched is no matter of its replicas.
-    is_same = _of_replicas(row.options) == _of_replicas(options) and row.digest == version.digest
+    is_same = of_replicas(row.options) == of_replicas(options) and row.digest == version.digest
     if row.state == "retiring":
         is_good = is_same and row.started_at is not None
         return Admission("resume" if is_good else "create", row)
@@ -72,6 +72,26 @@ def admit(
         return Admission("keep", row)
     has_champion = any(other.state == "champion" for other in rows)
     return Admission("compare" if has_champion and strategy != "direct" else "promote", row)
+
+
+def require_same_release(row: Deployment, strategy: Strategy, options: Mapping[str, Any]) -> None:
+    """Raises ConflictError if a version is on its way to champion otherwise than is asked for."""
+    if row.state in _UNDER_WAY and (row.strategy != strategy or row.options != options):
+        how = "other options" if row.strategy == strategy else f"strategy {row.strategy}"
+        raise ConflictError(
+            f"version {row.version} of '{row.name}' is being deployed already ({row.stage}), "
+            f"with {how}",
+            hint=f"wait for it, or end it first: `heliostat releases rollback {row.name}`",
+        )
+
+
+def require_up(row: Deployment, rows: Sequence[Deployment], down: Collection[str]) -> None:
+    """Raises ConflictError if customers of a champion would be sent to a version that is down."""
+    if row.application in down and any(other.state == "champion" for other in rows):
+        raise ConflictError(
+            f"version {row.version} of '{row.name}' is {row.stage}, but none of its replicas is up",
+            hint="try again when `heliostat releases list` shows some",
+        )
 
 
 def release_under_way(name: str, rows: Sequence[Deployment]) -> Deployment:
@@ -95,12 +115,16 @@ def find_under_way(rows: Sequence[Deployment]) -> Deployment | None:
 
 
 def rollback_target(
-    name: str, rows: Sequence[Deployment], history: Sequence[AliasChange]
+    name: str,
+    rows: Sequence[Deployment],
+    history: Sequence[AliasChange],
+    down: Collection[str] = (),
 ) -> tuple[Deployment, str]:
     """The latest champion before this one that stands by, and the reason to record.
 
     Args:
         history: every move of the champion alias, oldest first.
+        down: applications that do not answer now.
 
     Raises:
         NotFoundError: the model was never released.
@@ -113,8 +137,9 @@ def rollback_target(
     current = next((row.version for row in rows if row.state == "champion"), None)
     reached = [change.to_version for change in reversed(history)]
     earlier = [version for version in reached if version not in (None, current)]
+    able = [row for row in rows if current is None or row.application not in down]
     for version in earlier:
-        row = _of_version(rows, version)
+        row = _of_version(able, version)
         if row is not None and row.state == "standby":
             return row, f"rolled back from {f'version {current}' if current else 'no champion'}"
     if not earlier:
@@ -123,6 +148,8 @@ def rollback_target(
             hint="deploy the version you want",
         )
     row = _of_version(rows, earlier[0])
+    if row is not None and row.state == "standby":
+        require_up(row, rows, down)
     what = "the last champion" if current is None else f"the champion before {current}"
     raise ConflictError(
         f"version {earlier[0]} of '{name}', {what}, is {row.state if row else 'not up any more'}",
@@ -149,7 +176,3 @@ def heir_of(row: Deployment, rows: Sequence[Deployment], at: str) -> Deployment 
 
 def _of_version(rows: Sequence[Deployment], version: int | None) -> Deployment | None:
     return next((row for row in rows if row.version == version), None)
-
-
-def _of_replicas(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in _NOT_OF_REPLICAS}

@@ -66,10 +66,15 @@ class ReleasePolicy:
         if application.phase == "failed":
             return Decision("fail", application.message)
         if application.phase != "running":
-            return Decision("wait")
+            return self._beside_nobody(seen)
         if not seen.has_champion:
             return Decision("promote", "the model had no champion any more")
         return self.comparison.decide(seen)
+
+    def _beside_nobody(self, seen: Observation) -> Decision:
+        """Its replicas may come; or never, and its customers wait for each answer of another."""
+        decision = self.comparison.decide(seen) if seen.has_champion else Decision("wait")
+        return decision if decision.action == "roll_back" else Decision("wait")
 
     def _ask(self, seen: Observation) -> Decision:
         if seen.deployment.is_paused:

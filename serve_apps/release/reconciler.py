@@ -16,7 +16,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 from cluster.controller_lease import ControllerLease
 from cluster.database import now
 from cluster.deployments import COMPARED, CONTROLLER, STARTING, Deployment
-from cluster.errors import ConflictError, HeliostatError
+from cluster.errors import PASSING_ERRORS, ConflictError, HeliostatError
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
 from cluster.release_evidence import Evidence
@@ -44,7 +44,7 @@ _IDLE_PERIOD_S = 2.0
 _CHECK_PATIENCE_S = 1.0
 """Longest that a replica which is asked holds up a pass; then its answer is awaited beside them."""
 _LASTING_ERRORS = (HeliostatError, ValueError, TypeError, ArithmeticError, LookupError)
-"""What Serve raises for options that it does not take; anything else may pass."""
+"""Of the version or its options, or what Serve raises for those; anything else may pass."""
 
 _UNSETTLED = (*STARTING, *COMPARED, "retiring")
 _ENDS: dict[str, Literal["rolled_back", "failed", "retiring"]] = {
@@ -90,12 +90,15 @@ class ReleaseController:
         self._checks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._failed_tries: dict[tuple[str, str], _FailedTries] = {}
         self._statuses: Mapping[str, ApplicationStatus] = {}
+        self._down: Collection[str] = ()
 
     async def deploy(
         self, ref: str, strategy: str, options: dict[str, Any], actor: str
     ) -> dict[str, Any]:
         """Begin to make a version the champion; returns its row at once."""
-        row = await asyncio.to_thread(self._requests.deploy, ref, strategy, options, actor)
+        row = await asyncio.to_thread(
+            self._requests.deploy, ref, strategy, options, actor, self._down
+        )
         return self._noticed(row)
 
     async def undeploy(
@@ -111,7 +114,9 @@ class ReleaseController:
     async def rollback(self, name: str, actor: str) -> dict[str, Any]:
         """End the release under way; without one, give the traffic and the champion alias back to
         the champion before this one."""
-        return self._noticed(await asyncio.to_thread(self._requests.rollback, name, actor))
+        return self._noticed(
+            await asyncio.to_thread(self._requests.rollback, name, actor, self._down)
+        )
 
     async def pause(self, name: str, actor: str) -> dict[str, Any]:
         """Take no further step towards champion until somebody says so."""
@@ -123,7 +128,9 @@ class ReleaseController:
 
     async def promote(self, name: str, actor: str) -> dict[str, Any]:
         """Make the version that is being compared the champion, whatever was shown of it."""
-        return self._noticed(await asyncio.to_thread(self._requests.promote, name, actor))
+        return self._noticed(
+            await asyncio.to_thread(self._requests.promote, name, actor, self._down)
+        )
 
     def _noticed(self, row: Deployment) -> dict[str, Any]:
         self._wake.set()
@@ -146,6 +153,7 @@ class ReleaseController:
 
     async def run_forever(self) -> None:
         """Reconcile, faster while something is on its way."""
+        await self._remind()
         while True:
             is_busy = False
             try:
@@ -159,12 +167,25 @@ class ReleaseController:
                 pass
             self._wake.clear()
 
+    async def _remind(self) -> None:
+        """Show in MLflow what a controller that was killed may have left to be shown."""
+        try:
+            rows = await asyncio.to_thread(self._store.deployments)
+        except Exception:
+            logger.exception("what is deployed is shown in MLflow with its next change")
+            return
+        for name in {row.name for row in rows}:
+            self._mirror.show(name)
+
     async def reconcile(self) -> bool:
         """One pass over every deployment; whether anything is still on its way."""
         rows = await asyncio.to_thread(self._store.deployments)
         statuses = self._statuses = await asyncio.to_thread(self._applications.statuses)
+        self._down = _down(rows, statuses)
         if not await asyncio.to_thread(self._lease.hold):
             return False
+        for name in await asyncio.to_thread(self._store.misrouted):
+            await self._reroute(name)
         is_busy = False
         for row in rows:
             evidence: Evidence = {}
@@ -187,6 +208,13 @@ class ReleaseController:
         if self._checks:
             await asyncio.wait(self._checks.values(), timeout=_CHECK_PATIENCE_S)
         return is_busy
+
+    async def _reroute(self, name: str) -> None:
+        logger.warning("the routes of '%s' were changed by somebody else, which is undone", name)
+        try:
+            await self._write(lambda tables: tables.reroute(name))
+        except ConflictError as error:
+            logger.info("the routes of '%s' were set right too late: %s", name, error)
 
     def _observe(
         self,
@@ -255,7 +283,8 @@ class ReleaseController:
             self._failed_tries.pop(_key(row), None)
 
     async def _note_failed_try(self, row: Deployment, error: Exception) -> None:
-        reason, may_pass = describe_error(error), not isinstance(error, _LASTING_ERRORS)
+        reason = describe_error(error)
+        may_pass = isinstance(error, PASSING_ERRORS) or not isinstance(error, _LASTING_ERRORS)
         before = self._failed_tries.get(_key(row))
         tries = _FailedTries(before.count + 1 if before else 1, reason, may_pass, time.monotonic())
         self._failed_tries[_key(row)] = tries
@@ -330,6 +359,12 @@ class ReleaseController:
         if found is None:
             return StartTries()
         return StartTries(found.count, found.reason, found.may_pass, time.monotonic() - found.at_s)
+
+
+def _down(rows: Sequence[Deployment], statuses: Mapping[str, ApplicationStatus]) -> set[str]:
+    """Applications that no replica answers for now."""
+    up = {name for name, status in statuses.items() if status.phase == "running"}
+    return {row.application for row in rows} - up
 
 
 def _key(row: Deployment) -> tuple[str, str]:

@@ -9,7 +9,7 @@ succeed where one of them must not. All of it blocks: call it in a thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +24,8 @@ from serve_apps.release.admission import (
     find_under_way,
     heir_of,
     release_under_way,
+    require_same_release,
+    require_up,
     rollback_target,
 )
 from serve_apps.release.applications import Applications
@@ -42,13 +44,23 @@ class ReleaseRequests:
         self._registry = registry
         self._applications = applications
 
-    def deploy(self, ref: str, strategy: str, options: dict[str, Any], actor: str) -> Deployment:
+    def deploy(
+        self,
+        ref: str,
+        strategy: str,
+        options: dict[str, Any],
+        actor: str,
+        down: Collection[str] = (),
+    ) -> Deployment:
         """Ask for a version to become the champion.
+
+        Args:
+            down: applications that do not answer now, so that nobody is sent there.
 
         Raises:
             NotFoundError: no such model or version.
-            ConflictError: another version of it is on its way, it runs with other options, or no
-                node has room for its replicas.
+            ConflictError: another version of it is on its way, it is or runs with other options, or
+                no node has room for its replicas.
             InputError: the strategy or an option is not known.
         """
         how = read_strategy(strategy)
@@ -56,13 +68,20 @@ class ReleaseRequests:
         version = self._version_to_deploy(ref)
         nodes = self._applications.nodes()
         with self._store.writing() as tables:
-            admission = admit(version, wanted, tables.deployments(version.name), how)
+            rows = tables.deployments(version.name)
+            admission = admit(version, wanted, rows, how)
             row = admission.row
+            if row is not None and admission.action in ("keep", "promote"):
+                # Who names none means those that it has.
+                asked = wanted if options else row.options
+                require_same_release(row, how, asked)
+                row = tables.set_options(row, asked, actor=actor)
             if row is not None and admission.action == "keep":
                 if row.sunset_at is None:
                     return row
                 return tables.set_sunset(row, None, f"deployed again by {actor}", actor=actor)
             if row is not None and admission.action == "promote":
+                require_up(row, rows, down)
                 return tables.promote(row, actor=actor, reason=f"deployed again by {actor}")
             if row is not None and admission.action == "compare":
                 again = f"deployed again by {actor}"
@@ -124,9 +143,12 @@ class ReleaseRequests:
                     tables.take_down(row, "retiring", reason, actor=actor, successor=heir)
             return tables.deployments(name)
 
-    def rollback(self, name: str, actor: str) -> Deployment:
+    def rollback(self, name: str, actor: str, down: Collection[str] = ()) -> Deployment:
         """End the release under way; without one, give the traffic and the champion alias back to
         the champion before this one.
+
+        Args:
+            down: as for `deploy`.
 
         Raises:
             NotFoundError: the model was never released.
@@ -138,7 +160,7 @@ class ReleaseRequests:
             row = find_under_way(rows)
             if row is not None:
                 return tables.take_down(row, "rolled_back", reason, actor=actor)
-            row, reason = rollback_target(name, rows, tables.champion_history(name))
+            row, reason = rollback_target(name, rows, tables.champion_history(name), down)
             return tables.promote(row, actor=actor, reason=reason)
 
     def pause(self, name: str, actor: str) -> Deployment:
@@ -157,20 +179,25 @@ class ReleaseRequests:
         """
         return self._set_paused(name, False, f"resumed by {actor}", actor)
 
-    def promote(self, name: str, actor: str) -> Deployment:
+    def promote(self, name: str, actor: str, down: Collection[str] = ()) -> Deployment:
         """Make the version that is being compared the champion.
+
+        Args:
+            down: as for `deploy`.
 
         Raises:
             ConflictError: none is, or it has not shown yet that it answers.
         """
         check_name(name)
         with self._store.writing() as tables:
-            row = release_under_way(name, tables.deployments(name))
+            rows = tables.deployments(name)
+            row = release_under_way(name, rows)
             if row.state not in COMPARED:
                 raise ConflictError(
                     f"version {row.version} of '{name}' is {row.stage}: it does not answer yet",
                     hint="wait until it is in shadow or canary",
                 )
+            require_up(row, rows, down)
             reason = f"promoted by {actor} in {row.stage}"
             return tables.promote(row, actor=actor, reason=reason)
 
@@ -191,7 +218,8 @@ class ReleaseRequests:
         """
         check_name(name)
         rows, history = self._store.deployments(name), self._store.champion_history(name)
-        if not rows and not history:
+        timeline = self._store.events(name)
+        if not (rows or history or timeline):
             raise NotFoundError(
                 f"model '{name}' was never deployed", hint="see `heliostat releases list`"
             )
@@ -200,7 +228,7 @@ class ReleaseRequests:
             "weights": {str(v): weight for v, weight in self._store.weights(name).items()},
             "deployments": [asdict(row) for row in rows],
             "history": [asdict(change) for change in history],
-            "timeline": [asdict(event) for event in self._store.events(name)],
+            "timeline": [asdict(event) for event in timeline],
             "evidence": [line for row in rows for line in self._shown(row)],
         }
 

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from cluster.drift_counts import DriftStore
-from cluster.errors import ConflictError, HeliostatError, NotRunningError
+from cluster.errors import PASSING_ERRORS, ConflictError, HeliostatError
 from cluster.model_ref import CANDIDATE
 from cluster.registry import ModelRegistry
 from cluster.releases import Deployment, ReleaseStore
@@ -162,8 +162,9 @@ class Retrainer:
                     self._after_gate(retraining, champion, options)
                 case "releasing":
                     self._release(retraining, champion, options)
-        except (NotRunningError, ConflictError):
-            # The cluster is away, or another controller has taken over: the next pass asks again.
+        except (*PASSING_ERRORS, ConflictError):
+            # A part is away or busy, or another controller has taken over: the next pass asks
+            # again.
             raise
         except HeliostatError as error:
             self._end(retraining, "failed", error.message)

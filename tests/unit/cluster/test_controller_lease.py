@@ -54,3 +54,13 @@ def test_of_many_at_once_one_gets_it(engine: Engine) -> None:
     leases = [ControllerLease(engine, "release") for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
         assert sorted(pool.map(ControllerLease.hold, leases)) == [False] * 5 + [True]
+
+
+def test_a_clock_that_is_put_back_stops_nobody(engine: Engine) -> None:
+    clock = Clock()
+    first, second = (ControllerLease(engine, "release", clock=clock) for _ in range(2))
+    assert first.hold()
+    clock.pass_s(-3600)
+    assert second.hold(), "else nobody would act for an hour once the first one is gone"
+    with pytest.raises(ConflictError, match="taken over"):
+        first.check()

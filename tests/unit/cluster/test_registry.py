@@ -523,3 +523,26 @@ def test_the_base_of_an_adapter_stays_as_long_as_it(
         registry.delete_version(name, 1)
     registry.delete_version(f"{name}-adapter", 1)
     registry.delete_version(name, 1)
+
+
+def test_the_champion_of_what_is_served_is_moved_by_a_release_alone(
+    registry: ModelRegistry, settings: Settings, name: str
+) -> None:
+    for _ in range(2):
+        registry.register(name, package(settings))
+    move(registry, name, 1)
+    row = {
+        "name": name, "version": 1, "digest": "d", "application": "a", "state": "champion",
+        "reason": "", "options": {}, "created_at": "", "updated_at": "",
+    }  # fmt: skip
+    with open_database(settings.database).begin() as connection:
+        connection.execute(sa.insert(deployments).values(row))
+    with pytest.raises(ConflictError, match=f"heliostat deploy {name}/2"):
+        move(registry, name, 2)
+    with pytest.raises(ConflictError, match=f"heliostat undeploy {name}"):
+        move(registry, name, None)
+    move(registry, name, 1)
+    registry.set_alias(name, "other", 2, actor="test", reason="why")
+    alias = registry.get_alias(name, "champion")
+    assert alias is not None
+    assert alias.version == 1

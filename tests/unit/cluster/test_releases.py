@@ -407,3 +407,37 @@ def test_a_version_with_notice_serves_on_and_is_remembered_afterwards(store: Rel
     snapshot = store.snapshot()
     assert [(row.version, row.sunset_at) for row in snapshot.retired] == [(1, "2030-01-01")]
     assert {row.version for row in snapshot.serving} == {2, 3}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE routes SET weights = 'nonsense'",
+        "UPDATE routes SET weights = '[1, 2]'",
+        """UPDATE routes SET weights = '{"one": 1.0}'""",
+        """UPDATE routes SET weights = '{"9": 1.0}'""",
+        "UPDATE routes SET weights = '{}'",
+        "DELETE FROM routes",
+    ],
+)
+def test_routes_that_somebody_else_has_changed_reach_no_customer(
+    store: ReleaseStore, change: str
+) -> None:
+    promote(store, 1)
+    assert store.misrouted() == []
+    with store.writing() as tables:
+        tables.connection.execute(sa.text(change))
+    assert store.snapshot().weights == {"m": {1: 1.0}}
+    assert store.misrouted() == ["m"]
+    with store.writing() as tables:
+        tables.reroute("m")
+    assert (store.weights("m"), store.misrouted()) == ({1: 1.0}, [])
+
+
+def test_routes_of_a_model_that_is_not_deployed_are_none(store: ReleaseStore) -> None:
+    promote(store, 1)
+    take_down(store, 1, "retiring", "undeployed")
+    with store.writing() as tables:
+        tables.connection.execute(sa.text("""UPDATE routes SET weights = '{"1": 1.0}'"""))
+    assert store.snapshot().weights == {"m": {}}
+    assert store.misrouted() == ["m"]

@@ -13,12 +13,16 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner
 
+from cluster.cli import serving
 from cluster.cli.app import app
 from cluster.errors import (
     ConflictError,
     HeliostatError,
     NotFoundError,
     NotRunningError,
+    OverloadedError,
+    UpstreamFailedError,
+    UpstreamTimeoutError,
     UsageError,
 )
 
@@ -109,6 +113,8 @@ async def test_undeploying_with_notice_says_until_when_and_does_not_wait(
     assert gateway.control.calls[-1][:3] == ("classes", None, 7 * 86_400)
     late = await verbs.run("undeploy", "classes", "--notice", "2020-01-01")
     assert "is over already" in str(late.exception)
+    long = await verbs.run("undeploy", "classes", "--notice", "999999d")
+    assert "is longer than 30 years" in str(long.exception)
 
 
 async def test_a_version_that_is_rolled_back_is_one_line_with_the_numbers(
@@ -219,3 +225,29 @@ async def test_a_stopped_cluster_is_named_with_the_way_to_start_it(tmp_path: Pat
     (tmp_path / "keys" / "api_key").write_text("hst_x")
     result = await nothing.run("deploy", "x")
     assert str(result.exception) == "heliostat is not running; run `heliostat up`"
+
+
+async def test_deploy_waits_for_a_controller_that_restarts(gateway: Any, verbs: Verbs) -> None:
+    errors = [UpstreamFailedError("gone"), OverloadedError("full"), UpstreamTimeoutError("silent")]
+
+    async def deployments(name: str | None) -> list[dict[str, Any]]:
+        if errors:
+            raise errors.pop()
+        return [{"name": "classes", "version": 1, "state": "champion", "reason": "because"}]
+
+    gateway.control.deployments = deployments
+    result = await verbs.run("deploy", "classes")
+    assert result.exit_code == 0, result.output
+    assert "is champion after" in result.stdout
+
+
+async def test_who_stops_waiting_is_told_that_the_release_goes_on(
+    gateway: Any, verbs: Verbs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serving, "_follow", interrupted)
+    result = await verbs.run("deploy", "classes")
+    assert result.exit_code == 130
+    assert result.stderr.startswith("classes/1 goes on without this command; see `heliostat rel")

@@ -8,9 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from cluster.errors import (
+    PASSING_ERRORS,
     ConflictError,
+    HeliostatError,
     InputError,
     InvalidReferenceError,
     NotFoundError,
@@ -515,3 +518,70 @@ async def test_a_release_tells_its_whole_story(world: World) -> None:
     assert [change["to_version"] for change in story["history"]] == [1, 2]
     with pytest.raises(NotFoundError, match="never deployed"):
         await world.controller.release("x")
+
+
+async def test_routes_that_were_changed_by_hand_are_set_right(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    with world.engine.begin() as connection:
+        connection.execute(sa.text("""UPDATE routes SET weights = '{"1": 1.0}'"""))
+    await world.controller.reconcile()
+    world.assert_routes_follow_champion()
+
+
+@pytest.mark.parametrize("error", PASSING_ERRORS)
+async def test_what_is_busy_or_away_ends_no_version(
+    world: World, error: type[HeliostatError]
+) -> None:
+    await world.release(1)
+    world.applications.vanish("m.v1")
+    await world.deploy("m/2")
+    world.applications.start_errors = [error("not now")] * 4
+    await world.settle("m.v1", "m.v2")
+    assert world.states() == {1: "standby", 2: "champion"}
+
+
+async def test_nobody_is_sent_to_a_standby_that_is_not_up(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    world.applications.set_phase("m.v1", "starting")
+    await world.controller.reconcile()
+    for asked in (world.controller.rollback("m", "tester"), world.deploy("m/1")):
+        with pytest.raises(ConflictError, match="is standby, but none of its replicas is up"):
+            await asked
+    assert world.states() == {1: "standby", 2: "champion"}
+    await world.settle("m.v1")
+    assert (await world.controller.rollback("m", "tester"))["version"] == 1
+
+
+async def test_options_that_are_no_matter_of_replicas_may_change(world: World) -> None:
+    await world.release(1)
+    await world.release(2)
+    served = read_routes(world.store).served
+    for version in (2, 1):
+        await world.deploy(f"m/{version}", release={"max_duration_s": 60})
+        assert world.row(version).options["release"]["max_duration_s"] == 60
+        assert world.row(version).state == "champion"
+    await world.deploy("m/1")
+    assert world.row(1).options["release"]["max_duration_s"] == 60, "who names none keeps them"
+    assert read_routes(world.store).served == served, "to gateways it is the same version"
+    assert world.applications.started == ["m.v1 graph", "m.v2 graph"]
+
+
+async def test_asking_otherwise_for_what_is_on_its_way_is_refused(world: World) -> None:
+    await world.release(1)
+    await world.controller.deploy("m/2", "canary", {}, "tester")
+    assert (await world.controller.deploy("m/2", "canary", {}, "tester"))["state"] == "deploying"
+    with pytest.raises(ConflictError, match=r"being deployed already .* with strategy canary"):
+        await world.deploy("m/2")
+    with pytest.raises(ConflictError, match="with other options; wait"):
+        await world.controller.deploy("m/2", "canary", {"release": {"alpha": 0.01}}, "tester")
+
+
+async def test_what_never_was_champion_has_its_timeline_too(world: World) -> None:
+    await world.deploy("m/1")
+    await world.controller.undeploy("m", None, None, "tester")
+    await world.settle()
+    assert world.states() == {}
+    story = await world.controller.release("m")
+    assert [event["state"] for event in story["timeline"]] == ["deploying", "retiring"]

@@ -9,13 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from cluster.database import model_versions
 from cluster.errors import ConflictError, NotFoundError, NotRunningError
 from cluster.release_evidence import Arm, EvidenceDelta, Metric
 from cluster.releases import Deployment, ReleaseStore, ReleaseWriter
 from serve_apps.gateway import routing_table
 from serve_apps.gateway.releases.evidence import Evidence
 from serve_apps.gateway.routing_table import RoutingTable, read_routes
+from serve_apps.release import mirror
 from serve_apps.release.fake_applications import FakeApplications
 from tests.release_world import World
 
@@ -221,7 +224,8 @@ async def test_nothing_else_is_deployed_while_versions_are_compared(world: World
     await begin(world, 2, "canary")
     with pytest.raises(ConflictError, match=r"version 2 of 'm' is being deployed \(canary 5%"):
         await world.deploy("m/3")
-    assert (await world.deploy("m/2"))["state"] == "canary"
+    row = await world.controller.deploy("m/2", "canary", {}, "tester")
+    assert row["state"] == "canary", "it is what is under way already"
 
 
 async def test_undeploying_a_canary_gives_its_traffic_back(world: World) -> None:
@@ -361,6 +365,48 @@ async def test_mlflow_shows_the_last_state_and_is_waited_for_by_nobody(world: Wo
     assert shown["m", 1].startswith("champion since ")
 
 
+async def test_what_mlflow_missed_it_is_told_when_it_is_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "_RETRY_S", 0.01)
+    shown: dict[int, str] = {}
+    is_away = True
+
+    def show(name: str, version: int, text: str) -> None:
+        if is_away or version == 1:
+            raise NotRunningError("MLflow is away, or does not have the version")
+        shown[version] = text
+
+    world.registry.show_release = show  # type: ignore[method-assign]
+    await world.release(1)
+    await world.release(2)
+    assert shown == {}
+    is_away = False
+    async with asyncio.timeout(10):
+        while 2 not in shown:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert shown[2].startswith("champion since "), "nothing more happens to it"
+
+
+async def test_a_new_controller_shows_what_the_one_before_may_not_have(world: World) -> None:
+    shown: dict[int, str] = {}
+    await world.release(1)
+    await world.release(2)
+    with world.engine.begin() as connection:
+        deleted = sa.delete(model_versions).where(model_versions.c.version == 1)
+        connection.execute(deleted)
+    world.registry.show_release = (  # type: ignore[method-assign]
+        lambda _, version, text: shown.update({version: text})
+    )
+    world.controller = world.new_controller()
+    loop = asyncio.create_task(world.controller.run_forever())
+    async with asyncio.timeout(10):
+        while not shown:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    loop.cancel()
+    assert shown.keys() == {2}, "the first one was deleted"
+
+
 class Killed(BaseException):
     """The process ends here."""
 
@@ -488,3 +534,16 @@ async def test_what_is_unknown_cannot_be_steered(world: World) -> None:
         await world.controller.rollback("nobody", "ops")
     with pytest.raises(ConflictError, match="no version of 'nobody' is on its way"):
         await world.controller.pause("nobody", "ops")
+
+
+async def test_a_canary_whose_replicas_do_not_come_back_is_rolled_back(world: World) -> None:
+    await world.release(1)
+    await begin(world, 2, "canary")
+    world.applications.set_phase("m.v2", "scheduling")
+    show_good(world, 2)
+    await world.controller.reconcile()
+    assert world.row(2).stage == "canary 5%", "nothing new begins without replicas"
+    observe(world, 2, "candidate", 3000, 3000.0)
+    await world.controller.reconcile()
+    assert world.row(2).state == "rolled_back"
+    assert "errors" in world.row(2).reason

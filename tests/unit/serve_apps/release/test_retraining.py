@@ -14,7 +14,7 @@ import pytest
 from cluster.controller_lease import ControllerLease
 from cluster.database import open_database
 from cluster.drift_counts import DriftStore
-from cluster.errors import ConfigError, ConflictError, NotRunningError
+from cluster.errors import ConfigError, ConflictError, NotRunningError, OverloadedError
 from cluster.model_ref import CANDIDATE
 from cluster.releases import ReleaseStore
 from cluster.retrainings import RetrainingStore
@@ -318,6 +318,25 @@ def test_a_cluster_that_is_away_is_asked_again_and_gets_one_job(world: World) ->
     world.step(2)
     assert len(world.jobs.started) == 1
     assert world.states == ["training"]
+
+
+def test_a_database_that_is_busy_ends_no_training(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.drift()
+    world.step()
+    world.register(2)
+    world.jobs.end()
+
+    def busy(*_: str) -> Any:
+        raise OverloadedError("the database is busy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.registry, "get_alias", busy)
+        world.step(2)
+    assert world.states == ["training"]
+    world.step()
+    assert world.states == ["gating"]
 
 
 def test_a_controller_killed_after_submitting_does_not_submit_again(world: World) -> None:
