@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.cli.live_load import LiveLoad
-from tests.live_releases import LABELS, NAME, ROWS, Releases
+from cluster.releases import STARTING
+from tests.live_releases import ENDS, LABELS, NAME, ROWS, Releases
+from tests.replica_processes import processes, replicas
 from tests.stack import Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(500)]
@@ -59,6 +61,26 @@ def test_customers_see_no_failure_whatever_is_released(releases: Releases) -> No
     assert seen.num_failed == 0, seen.failures
     assert not +seen.wrong_by_version, "a customer had a wrong answer"
     assert seen.by_version[f"{NAME}/{unloadable}"] == 0
+
+
+def test_a_release_goes_on_whichever_controller_is_killed(releases: Releases) -> None:
+    stack = releases.stack
+    version = releases.publish(0.004)
+    with LiveLoad(stack.settings, NAME, ROWS, LABELS) as load:
+        releases.ask(version, "shadow")
+        releases.reached(version, "shadow")
+        replicas(stack, "controller", 1)[0].kill()
+        (serve_controller,) = processes(stack, "ServeController")
+        serve_controller.kill()
+        releases.reached(version, "canary")
+        replicas(stack, "controller", 1)[0].kill()
+        row = releases.reached(version, *ENDS)
+    assert row.state == "champion", row.reason
+    assert load.seen.num_failed == 0, load.seen.failures
+    assert not +load.seen.wrong_by_version
+    events = [event for event in releases.store.events(NAME) if event.release_id == row.release_id]
+    came_to = [event.state for event in events if event.state not in STARTING]
+    assert came_to == ["shadow", "canary 50%", "champion"]
 
 
 def test_the_demo_promotes_the_good_version_and_rolls_the_bad_one_back(stack: Stack) -> None:
