@@ -20,16 +20,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cluster.admin_client import AdminClient
 from cluster.cli.import_model import import_path
-from cluster.cli.live_load import Seen
+from cluster.cli.live_load import LiveLoad, Seen
+from cluster.database import open_database
 from cluster.model_package import package_key
 from cluster.model_ref import ModelRef
 from cluster.registry import ModelRegistry
+from cluster.releases import Deployment, ReleaseStore, State
 from cluster.runtimes.onnx import OnnxRuntime
 from cluster.session.processes import find
 from cluster.storage import Storage
 from tests.stack import Stack
 
 NAME = "steady"
+ENDS: tuple[State, ...] = ("champion", "failed", "rolled_back")
 WIDTH, NUM_CLASSES, NUM_KNOWN = 8, 3, 10
 OPTIONS: dict[str, Any] = {
     "release": {
@@ -82,6 +85,15 @@ def assert_unharmed(seen: Seen) -> None:
     assert not +seen.wrong_by_version
 
 
+def go_on(load: LiveLoad, num_answers: int = 100, timeout_s: float = 60) -> None:
+    """Return once customers had so many more answers."""
+    enough = load.seen.by_version.total() + num_answers
+    deadline_s = time.monotonic() + timeout_s
+    while load.seen.by_version.total() < enough:
+        assert time.monotonic() < deadline_s, load.seen.failures
+        time.sleep(0.05)
+
+
 class Releases:
     """One served model, and versions to release."""
 
@@ -89,6 +101,7 @@ class Releases:
         self.stack, self.directory = stack, directory
         self.admin = AdminClient.open(stack.settings)
         self.registry = ModelRegistry.open(stack.settings)
+        self.store = ReleaseStore(open_database(stack.settings.database))
 
     def begin(self) -> None:
         """Serve a first version."""
@@ -124,10 +137,21 @@ class Releases:
         deadline_s = time.monotonic() + 120
         while True:
             row = self.admin.deployment(NAME, version)
-            if row["state"] in ("champion", "failed", "rolled_back"):
+            if row["state"] in ENDS:
                 return row
             assert time.monotonic() < deadline_s, row
             time.sleep(0.1)
+
+    def reached(self, version: int, *states: State) -> Deployment:
+        """Wait until it is in one of these, as the tables say: no controller has to be up."""
+        deadline_s = time.monotonic() + 120
+        while True:
+            row = self.store.get(NAME, version)
+            if row is not None and row.state in states:
+                return row
+            assert row is None or row.state not in ENDS, row
+            assert time.monotonic() < deadline_s, row
+            time.sleep(0.05)
 
     def kill(self, version: int) -> int:
         """End the version's replicas as a crash does; returns how many there were."""

@@ -25,9 +25,11 @@ def processes(stack: Stack, pattern: str) -> list[psutil.Process]:
     return found
 
 
-def replicas(stack: Stack, deployment: str, number: int) -> list[psutil.Process]:
+def replicas(
+    stack: Stack, deployment: str, number: int, timeout_s: float = 40
+) -> list[psutil.Process]:
     """The replicas of a deployment, once there are so many."""
-    deadline_s = time.monotonic() + 40
+    deadline_s = time.monotonic() + timeout_s
     while len(found := processes(stack, f"ServeReplica:{deployment}")) != number:
         assert time.monotonic() < deadline_s, found
         time.sleep(0.1)

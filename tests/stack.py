@@ -74,14 +74,14 @@ class Stack:
         return self.run_cli("up", "--config", config)
 
 
-def new_stack(directory: Path) -> Stack:
+def new_stack(directory: Path, num_cpus: int = 2) -> Stack:
     """A stack on free ports, not started."""
     names = [name for part in PORTS.values() for name in part]
     first = _free_block(len(names) + NUM_REPLICA_PORTS)
     ports = {name: first + offset for offset, name in enumerate(names)}
     settings = Settings(
         home=directory / "home",
-        num_cpus=2,
+        num_cpus=num_cpus,
         log_format="json",
         access_log=True,
         replica_port_min=first + len(ports),

@@ -18,6 +18,7 @@ from serve_apps.release.applications import ApplicationStatus
 Action = Literal[
     "wait",
     "start",
+    "start_again",
     "enter",
     "check",
     "compare",
@@ -33,7 +34,7 @@ Action = Literal[
 
 @dataclass(frozen=True)
 class StartTries:
-    """Tries to ask Serve for an application that all failed, since the last one that did not."""
+    """Tries to start an application that all failed, since the last one that did not."""
 
     count: int = 0
     reason: str = ""
@@ -69,11 +70,12 @@ class Observation:
 class Decision:
     """What the controller is to do.
 
-    wait: nothing; start: ask Serve for the application; enter: move to `state`; check: call a
-    replica and go on if it answers; compare: begin the phase `state`; promote: make it the champion
-    as it is; hand_over: make `successor` the champion and this one the standby; roll_back, fail,
-    retire: take it down, as worse than the champion, as broken, or because its notice is over, and
-    `successor` takes its traffic and alias; delete: end the application; forget: drop the row.
+    wait: nothing; start: ask Serve for the application; start_again: likewise, for one that has
+    failed; enter: move to `state`; check: call a replica and go on if it answers; compare: begin
+    the phase `state`; promote: make it the champion as it is; hand_over: make `successor` the
+    champion and this one the standby; roll_back, fail, retire: take it down, as worse than the
+    champion, as broken, or because its notice is over, and `successor` takes its traffic and alias;
+    delete: end the application; forget: drop the row.
     """
 
     action: Action

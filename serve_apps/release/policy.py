@@ -101,11 +101,23 @@ class ReleasePolicy:
         if seen.application is None:
             return self._start(seen, "the cluster was restarted")
         if seen.application.phase == "failed":
-            return _give_up(seen, seen.application.message)
+            return self._after_failure(seen, seen.application.message)
+        if seen.application.phase == "running" and seen.tries.count:
+            return Decision("enter", "it runs again", seen.deployment.state)
         is_left_alone = seen.deployment.state == "standby" and not seen.has_champion
         if is_left_alone and seen.application.phase == "running":
             return Decision("promote", "the model had no champion any more")
         return Decision("wait")
+
+    def _after_failure(self, seen: Observation, reason: str) -> Decision:
+        is_left = seen.deployment.state == "champion" and seen.successor is None
+        if not is_left or not seen.tries.may_pass:
+            return _give_up(seen, reason)
+        # Nobody else answers for the model, and what it failed for may pass: storage that was away
+        # while the cluster came back, or memory.
+        if self._is_too_early(seen):
+            return Decision("wait", "trying again soon")
+        return Decision("start_again", reason)
 
     def _start(self, seen: Observation, reason: str) -> Decision:
         tries = seen.tries
@@ -114,12 +126,14 @@ class ReleasePolicy:
         is_enough = is_new and tries.count >= self.max_starts
         if tries.count and (is_enough or not tries.may_pass):
             return _give_up(seen, tries.reason)
-        if tries.count and tries.seconds_since_last < self._pause_s(tries.count):
+        if self._is_too_early(seen):
             return Decision("wait", "trying again soon")
         return Decision("start", reason)
 
-    def _pause_s(self, num_tries: int) -> float:
-        return min(self.first_retry_s * 2.0 ** min(num_tries - 1, 30), self.longest_retry_s)
+    def _is_too_early(self, seen: Observation) -> bool:
+        tries = seen.tries
+        pause_s = self.first_retry_s * 2.0 ** min(tries.count - 1, 30)
+        return tries.count > 0 and tries.seconds_since_last < min(pause_s, self.longest_retry_s)
 
     def _towards_nothing(self, seen: Observation) -> Decision:
         application, row = seen.application, seen.deployment

@@ -245,9 +245,12 @@ class ReleaseController:
         match decision.action:
             case "start":
                 await self._start(row, reason)
+            case "start_again":
+                await self._start_again(row, reason)
             case "enter":
                 state = decision.state
                 assert state is not None
+                self._failed_tries.pop(_key(row), None)
                 await self._write(lambda tables: tables.enter(row, state, reason))
                 self._mirror.show(row.name)
             case "check":
@@ -278,13 +281,23 @@ class ReleaseController:
             )
             await asyncio.to_thread(self._applications.start, row, version.kind)
         except Exception as error:
-            await self._note_failed_try(row, error)
+            may_pass = isinstance(error, PASSING_ERRORS) or not isinstance(error, _LASTING_ERRORS)
+            await self._note_failed_try(row, describe_error(error), may_pass)
         else:
-            self._failed_tries.pop(_key(row), None)
+            # A champion that was there has to show first that it runs.
+            if row.state != "champion":
+                self._failed_tries.pop(_key(row), None)
 
-    async def _note_failed_try(self, row: Deployment, error: Exception) -> None:
-        reason = describe_error(error)
-        may_pass = isinstance(error, PASSING_ERRORS) or not isinstance(error, _LASTING_ERRORS)
+    async def _start_again(self, row: Deployment, reason: str) -> None:
+        """Replace an application that has failed; the pauses between the tries grow."""
+        await self._note_failed_try(row, reason, may_pass=True)
+        shown = f"trying again: {reason}"
+        if row.reason != shown:
+            row = await self._write(lambda tables: tables.enter(row, row.state, shown))
+            self._mirror.show(row.name)
+        await self._start(row, reason)
+
+    async def _note_failed_try(self, row: Deployment, reason: str, may_pass: bool) -> None:
         before = self._failed_tries.get(_key(row))
         tries = _FailedTries(before.count + 1 if before else 1, reason, may_pass, time.monotonic())
         self._failed_tries[_key(row)] = tries

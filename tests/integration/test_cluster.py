@@ -18,9 +18,11 @@ import psutil
 import pytest
 import tritonclient.grpc as triton
 
+from cluster.cli.live_load import LiveLoad
 from cluster.session.ports import PORTS, is_free
 from cluster.session.processes import find
 from cluster.session.record import read_record
+from tests.live_releases import LABELS, NAME, ROWS, Releases, go_on
 from tests.stack import ROOT, Stack, new_stack
 
 pytestmark = pytest.mark.stack
@@ -193,12 +195,15 @@ def test_an_occupied_port_is_named_before_anything_starts(second_stack: Stack) -
 
 
 def test_a_stack_survives_the_death_of_its_head_and_leaves_nothing_when_stopped(
-    stack: Stack, second_stack: Stack
+    stack: Stack, second_stack: Stack, tmp_path: Path
 ) -> None:
     """Beside the session's stack, which it must not touch."""
     neighbours = {process.pid for process in find(stack.settings.home)}
     home = second_stack.settings.home
     assert second_stack.up().returncode == 0
+    releases = Releases(second_stack, tmp_path)
+    releases.begin()
+    before = releases.reached(1, "champion")
     head = read_record(home).parts["ray"]
     psutil.Process(head.pid).kill()
 
@@ -206,6 +211,9 @@ def test_a_stack_survives_the_death_of_its_head_and_leaves_nothing_when_stopped(
     assert again.returncode == 0, again.stderr
     assert read_record(home).parts["ray"] != head
     assert "MLflow server" not in again.stdout, "it had not died"
+    with LiveLoad(second_stack.settings, NAME, ROWS, LABELS) as load:
+        go_on(load)  # nobody has deployed the model again
+    assert releases.reached(1, "champion").release_id == before.release_id
     ports = {port for _, port in listeners(second_stack)}
 
     down = second_stack.run_cli("down")

@@ -21,10 +21,13 @@ import numpy as np
 import psutil
 import pytest
 
+from cluster.cli.live_load import LiveLoad
+from tests.live_releases import LABELS, NAME, ROWS, Releases, go_on
 from tests.replica_processes import cpu_seconds, processes, replicas
 from tests.serving_load import INFER, NUM_SLOW, body_of, connect, head_of, save_work, slow_clients
 from tests.stack import Stack, new_stack
 from tests.tiny_models import save_llama
+from tests.worker_node import WorkerNode
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
 
@@ -37,7 +40,7 @@ MAX_CONNECTIONS_PER_CLIENT = NUM_SLOW + 50
 def busy_stack() -> Iterator[Stack]:
     """Two gateways before a graph of two replicas, and a language model."""
     directory = Path(tempfile.mkdtemp(prefix="hst"))
-    plain = new_stack(directory)
+    plain = new_stack(directory, num_cpus=1)
     stack = dataclasses.replace(
         plain,
         settings=plain.settings.model_copy(
@@ -233,6 +236,28 @@ def assert_more_connections_are_refused(stack: Stack) -> None:
     with contextlib.ExitStack() as more, contextlib.suppress(ConnectionError):
         clients = [more.enter_context(connect(stack)) for _ in range(60)]
         assert not all(answers(client) for client in clients)
+
+
+def test_a_lost_node_costs_no_request_and_another_takes_its_place(
+    busy_stack: Stack, tmp_path: Path
+) -> None:
+    """Two nodes, each with room for one of the two replicas."""
+    releases = Releases(busy_stack, tmp_path)
+    version = releases.publish()
+    with WorkerNode(busy_stack, num_cpus=1) as node:
+        releases.ask(version, "direct", num_replicas=2, num_cpus=1)
+        assert releases.settled(version)["state"] == "champion"
+        replicas(busy_stack, f"{NAME}.v{version}", 2)
+        assert len(node.replicas(NAME)) == 1
+        with LiveLoad(busy_stack.settings, NAME, ROWS, LABELS) as load:
+            go_on(load)
+            node.kill()
+            go_on(load, 300)
+            with WorkerNode(busy_stack, num_cpus=1) as another:
+                replicas(busy_stack, f"{NAME}.v{version}", 2)
+                assert len(another.replicas(NAME)) == 1
+                go_on(load)
+    assert load.seen.num_failed == 0, load.seen.failures
 
 
 def test_a_cluster_that_goes_down_answers_what_it_was_asked(busy_stack: Stack) -> None:

@@ -12,7 +12,9 @@ import time
 import pytest
 
 from cluster.cli.live_load import LiveLoad
-from tests.live_releases import LABELS, NAME, OPTIONS, ROWS, Releases, assert_unharmed
+from cluster.releases import STARTING
+from tests.live_releases import ENDS, LABELS, NAME, OPTIONS, ROWS, Releases, assert_unharmed
+from tests.replica_processes import processes, replicas
 from tests.stack import Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(500)]
@@ -86,6 +88,25 @@ def test_numbers_of_replicas_and_options_change_under_load(releases: Releases) -
             while not load.seen.by_version[f"{NAME}/{version}"]:
                 time.sleep(0.05)
     assert_unharmed(load.seen)
+
+
+def test_a_release_goes_on_whichever_controller_is_killed(releases: Releases) -> None:
+    stack = releases.stack
+    version = releases.publish(0.004)
+    with LiveLoad(stack.settings, NAME, ROWS, LABELS) as load:
+        releases.ask(version, "shadow")
+        releases.reached(version, "shadow")
+        replicas(stack, "controller", 1)[0].kill()
+        (serve_controller,) = processes(stack, "ServeController")
+        serve_controller.kill()
+        releases.reached(version, "canary")
+        replicas(stack, "controller", 1)[0].kill()
+        row = releases.reached(version, *ENDS)
+    assert row.state == "champion", row.reason
+    assert_unharmed(load.seen)
+    events = [event for event in releases.store.events(NAME) if event.release_id == row.release_id]
+    came_to = [event.state for event in events if event.state not in STARTING]
+    assert came_to == ["shadow", "canary 50%", "champion"]
 
 
 def test_the_demo_promotes_the_good_version_and_rolls_the_bad_one_back(stack: Stack) -> None:

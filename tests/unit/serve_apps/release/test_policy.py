@@ -58,7 +58,7 @@ def decide(state: State, phase: Phase | None, *, is_started: bool = True, **seen
         ("champion", "running", 99, "wait", None),
         ("champion", "starting", 9999, "wait", None),
         ("champion", None, 99, "start", None),
-        ("champion", "failed", 99, "fail", None),
+        ("champion", "failed", 99, "start_again", None),
         ("standby", "running", 99, "wait", None),
         ("standby", None, 99, "start", None),
         ("shadow", None, 0, "start", None),
@@ -137,6 +137,21 @@ def test_a_champion_that_fails_hands_over_to_the_version_that_stands_by() -> Non
     assert decide("champion", None, tries=refused, successor=standby).successor == standby
     assert decide("standby", "failed", successor=standby).successor is None
     assert decide("warming", "failed", successor=standby).successor is None
+
+
+def test_a_champion_that_nobody_can_stand_in_for_is_started_again_and_again() -> None:
+    again = decide("champion", "failed")
+    assert (again.action, again.reason) == ("start_again", "it broke")
+    failed = StartTries(10**6, "it broke", True, 29.0)
+    assert decide("champion", "failed", tries=failed).action == "wait"
+    failed = replace(failed, seconds_since_last=31.0)
+    assert decide("champion", "failed", tries=failed).action == "start_again"
+    assert decide("champion", "scheduling", tries=failed).action == "wait"
+    back = decide("champion", "running", tries=failed)
+    assert (back.action, back.state) == ("enter", "champion")
+    refused = StartTries(1, "refused", False, 99.0)
+    assert decide("champion", "failed", tries=refused).action == "fail"
+    assert decide("standby", "failed").action == "fail"
 
 
 def test_a_standby_without_a_champion_takes_over_once_it_runs() -> None:

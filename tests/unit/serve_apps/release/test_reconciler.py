@@ -131,15 +131,60 @@ async def test_a_champion_that_fails_hands_over_to_the_one_before(world: World) 
         await world.controller.rollback("m", "tester")
 
 
+async def test_a_champion_that_fails_alone_is_started_again_until_another_can_take_over(
+    world: World,
+) -> None:
+    await world.release(1)
+    await world.release(2)
+    for name in ("m.v1", "m.v2"):
+        world.applications.vanish(name)  # the cluster was restarted
+    await world.controller.reconcile()
+    started = len(world.applications.started)
+    world.applications.set_phase("m.v2", "failed", "no storage")
+    await world.controller.reconcile()
+    assert world.states() == {1: "standby", 2: "champion"}
+    assert world.row(2).reason == "trying again: no storage"
+    assert world.applications.started[started:] == ["m.v2 graph"]
+    world.applications.set_phase("m.v1", "running")
+    world.applications.set_phase("m.v2", "failed", "no storage")
+    await world.controller.reconcile()
+    assert world.states() == {1: "champion", 2: "failed"}
+    world.assert_routes_follow_champion()
+    assert world.last_move() == (2, 1, "version 2 failed: no storage")
+
+
+async def test_an_only_version_comes_back_once_what_it_failed_for_has_passed(world: World) -> None:
+    await world.release(1)
+    world.applications.vanish("m.v1")
+    for _ in range(4):
+        await world.controller.reconcile()
+        world.applications.set_phase("m.v1", "failed", "no storage")
+    await world.settle("m.v1")
+    row = world.row(1)
+    assert (row.state, row.reason) == ("champion", "it runs again")
+    world.assert_routes_follow_champion()
+    assert world.applications.deleted == []
+    revision = row.revision
+    await world.settle("m.v1")
+    assert world.row(1).revision == revision
+
+
+async def lose_the_champion(world: World) -> None:
+    """For good, while the version that stands by is on its way."""
+    world.applications.set_phase("m.v1", "scheduling")
+    world.applications.vanish("m.v2")
+    world.applications.start_errors = [ValueError("no such option")]
+    for _ in range(2):
+        await world.controller.reconcile()
+
+
 async def test_a_standby_that_is_down_takes_over_when_it_is_back(world: World) -> None:
     await world.release(1)
     await world.release(2)
-    world.applications.vanish("m.v1")
-    world.applications.set_phase("m.v2", "failed", "out of memory")
-    await world.controller.reconcile()
+    await lose_the_champion(world)
     assert (world.states(), world.champion()) == ({1: "standby", 2: "failed"}, None)
     assert world.store.weights("m") == {}
-    assert world.last_move() == (2, None, "version 2 failed: out of memory")
+    assert world.last_move() == (2, None, "version 2 failed: no such option")
     await world.settle("m.v1")
     assert world.states() == {1: "champion", 2: "failed"}
     world.assert_routes_follow_champion()
@@ -148,9 +193,7 @@ async def test_a_standby_that_is_down_takes_over_when_it_is_back(world: World) -
 async def test_without_a_champion_a_rollback_takes_the_one_that_stands_by(world: World) -> None:
     await world.release(1)
     await world.release(2)
-    world.applications.set_phase("m.v1", "scheduling")
-    world.applications.set_phase("m.v2", "failed", "out of memory")
-    await world.controller.reconcile()
+    await lose_the_champion(world)
     row = await world.controller.rollback("m", "tester")
     assert (row["version"], row["reason"]) == (1, "rolled back from no champion")
     world.assert_routes_follow_champion()
