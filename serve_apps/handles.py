@@ -9,11 +9,14 @@ Used by the gateway and the release controller, always from inside a replica.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import contextvars
+import uuid
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.context import _set_request_context
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -45,7 +48,7 @@ class Handles:
                 UpstreamTimeoutError if it is silent.
         """
         handle = await self._get(application)
-        response = getattr(handle, method).remote(*arguments)
+        response = _as_request_of_its_own(getattr(handle, method).remote, *arguments)
         try:
             async with asyncio.timeout(timeout_s):
                 return await response
@@ -66,7 +69,8 @@ class Handles:
     ) -> AsyncGenerator[Any, None]:
         """The items of a streaming method; closing the generator ends the call."""
         handle = await self._get(application)
-        items = getattr(handle.options(stream=True), method).remote(*arguments)
+        call = getattr(handle.options(stream=True), method).remote
+        items = _as_request_of_its_own(call, *arguments)
         is_exhausted = False
         try:
             async for item in items:
@@ -93,6 +97,20 @@ class Handles:
         except (RayError, RayServeException) as error:
             self._handles.pop(application, None)
             raise as_heliostat_error(error, application) from None
+
+
+def _as_request_of_its_own(call: Callable[..., Any], *arguments: Any) -> Any:
+    """The call, which Serve can tell from others that the same HTTP request makes meanwhile.
+
+    All of them would have that request's internal id, by which a router like ours keeps what it has
+    to place: of two at once it would forget one, which then waits for ever.
+    """
+
+    def begin() -> Any:
+        _set_request_context(_internal_request_id=uuid.uuid4().hex)
+        return call(*arguments)
+
+    return contextvars.copy_context().run(begin)
 
 
 def as_heliostat_error(error: Exception, application: str) -> HeliostatError:
