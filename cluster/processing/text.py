@@ -29,6 +29,7 @@ _REPLACEMENT = "\ufffd"
 _MAX_HELD_REPLACEMENTS = 3
 """A UTF-8 character has at most four bytes, so at most three are waiting for their last one."""
 _MAX_WINDOW_TOKENS = 64
+_KEPT_WINDOW_TOKENS = 16
 
 
 @dataclass
@@ -196,7 +197,18 @@ class IncrementalDetokenizer:
             self._shift()
         elif tail == 0 and len(self._window) > _MAX_WINDOW_TOKENS:
             self._window.pop()  # a long run of tokens without text must not slow the others
+        elif len(self._window) % _MAX_WINDOW_TOKENS == 0:
+            self._shorten(text[len(self._emitted) :])
         return piece
+
+    def _shorten(self, held: str) -> None:
+        """Forget all but the last tokens of a long run that makes no character, where those show
+        as much of it that is held back."""
+        kept = self._window[-_KEPT_WINDOW_TOKENS:]
+        text = self._decode(kept)
+        if text.endswith(held):
+            self._window, self._context_length = kept, 0
+            self._emitted = text[: len(text) - len(held)]
 
     def _shift(self) -> None:
         """Forget all but the tokens of the piece just finished."""

@@ -175,6 +175,7 @@ def assert_charged(stack: Stack, model: str, expected: tuple[int, int]) -> None:
 def test_a_replica_killed_under_streams_is_not_noticed(stack: Stack, deployed: str) -> None:
     expected = results(start(stack, deployed, GREEDY, SEEDED))
     assert [reasons for _, _, reasons, _ in expected] == [["length"]] * 2
+    assert_several_answers_to_one_request(stack, deployed)
     working = replicas(stack, f"{deployed}.v1", 2)
     readers = start(stack, deployed, GREEDY, SEEDED)
     for reader in readers:
@@ -185,8 +186,21 @@ def test_a_replica_killed_under_streams_is_not_noticed(stack: Stack, deployed: s
     busiest.kill()
     assert results(readers) == expected
     assert continuations(stack, "went away under the request") >= 1
-    assert_charged(stack, deployed, (4, 4 * NUM_TOKENS))
+    assert_charged(stack, deployed, (7, 4 * NUM_TOKENS + 8 * 6))
     assert_one_replica_answers(stack, deployed)
+
+
+def assert_several_answers_to_one_request(stack: Stack, model: str) -> None:
+    """They are asked for at once: to Serve, calls of one HTTP request look alike."""
+    client = openai.OpenAI(
+        base_url=f"{stack.settings.gateway_url}/v1", api_key=stack.key, max_retries=0
+    )
+    asked: dict[str, Any] = {"model": model, "max_tokens": 6, "logit_bias": {"0": -100}}
+    prompts = [TEXT, "The sun"]
+    alone = [client.completions.create(prompt=p, **asked, **SEEDED) for p in prompts]
+    several = client.completions.create(prompt=prompts, n=3, **asked, **SEEDED)
+    assert len(several.choices) == 6
+    assert [c.text for c in several.choices[::3]] == [a.choices[0].text for a in alone]
 
 
 def assert_one_replica_answers(stack: Stack, model: str) -> None:

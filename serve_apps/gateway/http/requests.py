@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -69,7 +71,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise InputError(
             f"the request body is not valid JSON: {error}",
             hint="send a JSON object",
-            param=_surrogate_field(body, outside) if "surrogate" in str(error) else None,
+            param=_field_at_fault(body, outside),
         ) from None
     if not isinstance(values, dict):
         raise InputError(
@@ -126,27 +128,37 @@ def _outside_of_strings(body: bytes) -> bytes:
     return b"".join(body.split(b'"')[::2])
 
 
-def _surrogate_field(body: bytes, outside: bytes) -> str | None:
-    """The parameter with half of a surrogate pair, which another reader of JSON lets through."""
+def _field_at_fault(body: bytes, outside: bytes) -> str | None:
+    """The parameter with half of a surrogate pair, or with what JSON has no number for; another
+    reader of JSON lets both through."""
     try:
         _refuse_deep_nesting(outside)
-        values = json.loads(body)
+        found = _first_broken("", json.loads(body))
     except ValueError:
         return None
-    waiting: list[tuple[str, Any]] = [("", values)]
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, str) and _is_broken(value):
-            return name[:_MAX_SHOWN] or None
-        if isinstance(value, list):
-            value = dict(enumerate(value))
-        if isinstance(value, dict):
-            waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in value.items()]
+    return found[:_MAX_SHOWN] if found else None
+
+
+def _first_broken(name: str, value: Any) -> str | None:
+    """The name of the first broken value in this one, or of what holds a broken key."""
+    if not isinstance(value, dict | list):
+        return name if _is_broken(value) else None
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if _is_broken(key):
+            return name
+        if isinstance(item, dict | list) or _is_broken(item):
+            found = _first_broken(f"{name}.{key}".lstrip("."), item)
+            if found is not None:
+                return found
     return None
 
 
-def _is_broken(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def _is_broken(value: Any) -> bool:
+    if isinstance(value, str):
+        return any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, int):
+        return value.bit_length() > sys.float_info.max_exp
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _refuse_deep_nesting(outside: bytes) -> None:

@@ -56,6 +56,15 @@ def grammar_of(form: ResponseFormat | None, outputs: StructuredOutputs | None) -
     return Grammar("json_schema", orjson.dumps(form.json_schema.schema_).decode())
 
 
+def field_of_format(form: ResponseFormat | None, outputs: StructuredOutputs | None) -> str | None:
+    """The parameter that holds the grammar, if there is one."""
+    if outputs is not None:
+        return f"{_OUTPUTS}.regex"
+    if form is None or form.type == "text":
+        return None
+    return _FORMAT if form.json_schema is None else f"{_SCHEMA}.schema"
+
+
 async def check_formats(form: ResponseFormat | None, outputs: StructuredOutputs | None) -> None:
     """Raises InputError naming the parameter that is wrong, contradicts, or is too complex."""
     if form is not None or outputs is not None:
@@ -79,7 +88,7 @@ def check_formats_now(form: ResponseFormat | None, outputs: StructuredOutputs | 
     grammar = grammar_of(form, outputs)
     if grammar is None:
         return
-    param = f"{_SCHEMA}.schema" if outputs is None else f"{_OUTPUTS}.regex"
+    param = field_of_format(form, outputs)
     try:
         check_grammar(grammar)
     except InputError as error:

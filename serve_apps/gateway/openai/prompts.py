@@ -61,10 +61,7 @@ def begin_chat(
     try:
         return _begin(models, model, asked, [prompt_ids], limits, max_tokens, _DEFAULT_CHAT_TOKENS)
     except InputError as error:
-        if error.param == "prompt":
-            error.param = "messages"
-        elif error.param == "max_tokens" and asked.max_completion_tokens is not None:
-            error.param = "max_completion_tokens"
+        error.param = asked.field_of(error.param)
         raise
 
 
@@ -152,7 +149,9 @@ def _begin(
             check_request(
                 request, max_context_tokens=info.max_context_tokens, vocab_size=info.vocab_size
             )
-            answers.append(TextAnswer(models, model, request, stops=asked.stops))
+            answers.append(
+                TextAnswer(models, model, request, stops=asked.stops, field_of=asked.field_of)
+            )
     return TextAnswers(answers, num_per_prompt=asked.num_choices)
 
 

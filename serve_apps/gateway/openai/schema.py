@@ -19,6 +19,7 @@ from serve_apps.gateway.http.requests import as_whole_numbers, parse_object, val
 from serve_apps.gateway.openai.answer_formats import (
     ResponseFormat,
     StructuredOutputs,
+    field_of_format,
     grammar_of,
 )
 
@@ -154,6 +155,12 @@ class Generation(_Request):
         """What the answers are held to."""
         return grammar_of(self.response_format, self.structured_outputs)
 
+    def field_of(self, param: str | None) -> str | None:
+        """The parameter that an engine means: what it finds out on the way is the grammar's."""
+        if param in (None, "json_schema", "regex"):
+            return field_of_format(self.response_format, self.structured_outputs)
+        return param
+
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -243,6 +250,13 @@ class ChatRequest(Generation):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def field_of(self, param: str | None) -> str | None:
+        if param == "prompt":
+            return "messages"
+        if param == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return super().field_of(param)
 
     def check(self) -> None:
         super().check()

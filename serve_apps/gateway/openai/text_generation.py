@@ -12,9 +12,10 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
+from cluster.errors import InputError
 from cluster.processing.text import StopStrings, TextProcessor
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.models import Models
@@ -56,10 +57,13 @@ class TextAnswer:
         request: EngineRequest,
         *,
         stops: Sequence[str] = (),
+        field_of: Callable[[str | None], str | None] = lambda param: param,
     ) -> None:
+        """`field_of`: the client's name for what an engine calls otherwise."""
         self._models = models
         self._model = model
         self._request = request
+        self._field_of = field_of
         self._text: TextProcessor = model.require_text()[0]
         self._detokenizer = self._text.detokenizer()
         self._stops = StopStrings(stops)
@@ -82,6 +86,9 @@ class TextAnswer:
                     yield piece
                 if self.finish_reason is not None:
                     return
+        except InputError as error:
+            error.param = self._field_of(error.param)
+            raise
         finally:
             await outputs.aclose()
 

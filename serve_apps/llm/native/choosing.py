@@ -16,6 +16,8 @@ from cluster.sampling import perturb
 from serve_apps.llm.engine import FinishReason, TokenLogprobs
 from serve_apps.llm.native.scheduler import Sequence
 
+BROKEN: tuple[FinishReason, str] = ("error", "the model's logits are not numbers")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -35,7 +37,7 @@ def choose(logits: torch.Tensor, sequences: Series[Sequence]) -> list[Choice]:
     choices: list[Choice] = []
     for row, sequence in enumerate(sequences):
         if is_broken[row]:
-            choices.append(Choice(-1, failure=("error", "the model's logits are not numbers")))
+            choices.append(Choice(-1, failure=BROKEN))
         elif _is_plain(sequence):
             choices.append(Choice(best[row]))
         else:

@@ -17,6 +17,7 @@ from serve_apps.llm.budget import CacheBudget
 from serve_apps.llm.engine import (
     EngineRequest,
     EngineStats,
+    FinishReason,
     StepOutput,
     TokenOutput,
     begin_grammar,
@@ -25,7 +26,7 @@ from serve_apps.llm.engine import (
 )
 from serve_apps.llm.native.batch import BlockTables, make_batch
 from serve_apps.llm.native.blocks import BlockPool
-from serve_apps.llm.native.choosing import Choice, choose
+from serve_apps.llm.native.choosing import BROKEN, Choice, choose
 from serve_apps.llm.native.low_rank import Adapter, read_adapter
 from serve_apps.llm.native.model import NativeModel
 from serve_apps.llm.native.scheduler import Chunk, Scheduler, Sequence
@@ -99,13 +100,14 @@ class NativeEngine:
             )
             ended = [chunk for chunk in chunks if chunk.gives_token]
         try:
-            logits = model.forward(batch)
+            logits, is_broken = model.forward(batch)
+            broken = _sequences_of(chunks, is_broken.tolist())
             choices = choose(logits, [chunk.sequence for chunk in ended])
         except Exception as error:
             self._fail(str(error) or repr(error))
             raise UpstreamFailedError(f"the engine stopped: {error}") from error
         with self._changed:
-            return self._take(chunks, ended, choices)
+            return self._take(chunks, broken, ended, choices)
 
     def abort(self, request_id: str) -> None:
         with self._changed:
@@ -128,21 +130,26 @@ class NativeEngine:
     def close(self) -> None:
         self._fail("it was closed")
 
-    def _take(self, chunks: list[Chunk], ended: list[Chunk], choices: list[Choice]) -> StepOutput:
+    def _take(
+        self, chunks: list[Chunk], broken: set[Sequence], ended: list[Chunk], choices: list[Choice]
+    ) -> StepOutput:
         """Note what was computed and say what was chosen, but nothing of who left meanwhile."""
-        for chunk in chunks:
-            if chunk.sequence.place >= 0:
-                self._scheduler.advance(chunk)
         outputs = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.place < 0:
+                continue
+            if sequence in broken:  # nobody may take over its beginning
+                outputs.append(self._end(sequence, *BROKEN))
+            else:
+                self._scheduler.advance(chunk)
         for chunk, choice in zip(ended, choices, strict=True):
             sequence = chunk.sequence
             if sequence.place < 0:
                 continue
             request_id = sequence.request.request_id
             if choice.failure is not None:
-                self._scheduler.remove(sequence)
-                del self._sequences[request_id]
-                outputs.append(TokenOutput(request_id, (), *choice.failure))
+                outputs.append(self._end(sequence, *choice.failure))
                 continue
             sequence.tokens.append(choice.token_id)
             reason = sequence.finish_reason
@@ -154,6 +161,13 @@ class NativeEngine:
             )
         return outputs
 
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str) -> TokenOutput:
+        """Without another token."""
+        request_id = sequence.request.request_id
+        self._scheduler.remove(sequence)
+        del self._sequences[request_id]
+        return TokenOutput(request_id, (), reason, error)
+
     def _check_works(self) -> None:
         if self._failure is not None:
             raise UpstreamFailedError(f"the engine stopped: {self._failure}")
@@ -162,3 +176,14 @@ class NativeEngine:
         with self._changed:
             self._failure = self._failure or reason
             self._changed.notify_all()
+
+
+def _sequences_of(chunks: list[Chunk], is_wanted: list[bool]) -> set[Sequence]:
+    """Those with such a row among the rows of all chunks."""
+    found: set[Sequence] = set()
+    first = 0
+    for chunk in chunks:
+        if any(is_wanted[first : first + chunk.num_tokens]):
+            found.add(chunk.sequence)
+        first += chunk.num_tokens
+    return found

@@ -1,7 +1,7 @@
 """The decoder's forward pass over one step of many sequences.
 
 model = NativeModel.load(package.model_dir, budget, dtype=None, device="cpu")
-logits = model.forward(batch)                     # [wanted rows, vocabulary]
+logits, is_broken = model.forward(batch)          # [wanted rows, vocabulary], [rows]
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ class NativeModel:
         return "int8" if self._is_int8 else str(self.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [wanted rows, vocabulary]; the cache holds the batch's tokens afterwards."""
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [wanted rows, vocabulary], and for each row whether it is no number; the cache
+        holds the batch's tokens afterwards."""
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         x = functional.embedding(batch.token_ids, self._weights.embedding)
         for number, plain in enumerate(self._weights.layers):
@@ -110,7 +111,8 @@ class NativeModel:
             normed = self._norm(x, layer.mlp_norm)
             gated = layer.up.times(normed, layer.gate.silu(normed))
             x = layer.down.plus(gated, x)
-        return self._weights.head(self._norm(x[batch.output_rows], self._weights.norm))
+        logits = self._weights.head(self._norm(x[batch.output_rows], self._weights.norm))
+        return logits, x.sum(dim=-1).isnan()
 
     @torch.inference_mode()
     def check_fits(self, adapter: Adapter) -> None:
@@ -147,7 +149,8 @@ class NativeModel:
         shape = self.shape
         num_rows, num_rotated = x.shape[0], shape.num_heads + shape.num_kv_heads
         heads = layer.query_key_value(x).view(num_rows, -1, shape.head_size)
-        # Once in the cache, what is no number would reach others through blocks that they mask.
+        # Once in the cache, what is no number would reach others through blocks that they mask;
+        # that its own sequence sees zeros there is made up for by ending it.
         heads[:, shape.num_heads :].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
         if layer.head_norm is not None:

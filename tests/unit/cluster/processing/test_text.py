@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from cluster.errors import InputError, PackageError
-from cluster.processing.text import StopStrings, TextProcessor
+from cluster.processing.text import IncrementalDetokenizer, StopStrings, TextProcessor
 
 CORPUS = [
     "the heliostat follows the sun",
@@ -87,6 +89,36 @@ def test_pieces_add_up_to_the_full_decode_for_any_tokens(
         out += pieces.push(rest[:count])
         rest = rest[count:]
     assert out + pieces.flush() == reference.decode(ids, skip_special_tokens=True)
+
+
+def test_a_run_that_makes_no_character_costs_the_same_for_each_token(reference: Tokenizer) -> None:
+    """Whoever biases a model towards half a character must not slow the others."""
+    leads = [reference.token_to_id(byte) for byte in "\u00e5\u00f0\u00ff"]
+    ids = random.Random(0).choices(leads, k=3000)
+    num_decoded = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal num_decoded
+        num_decoded += len(ids)
+        return str(reference.decode(list(ids)))
+
+    pieces = IncrementalDetokenizer(decode)
+    out = pieces.push(ids) + pieces.flush()
+    assert num_decoded < 100 * len(ids)
+    assert out == reference.decode(ids)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_long_runs_of_half_characters_add_up_too(
+    text: TextProcessor, reference: Tokenizer, seed: int
+) -> None:
+    drawn = random.Random(seed)
+    # Of 2, 3 and 4 bytes, the beginning more often than what would complete it.
+    some = [
+        reference.token_to_id(byte) for byte in "\u00c3\u00e5\u00e5\u00f0\u00f0\u00ae\u00a3\u00ff"
+    ]
+    ids = drawn.choices([*some, reference.token_to_id("<|end|>")], k=400)
+    assert text.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
 @given(content=READABLE.filter(lambda value: "\ufffd" not in value))

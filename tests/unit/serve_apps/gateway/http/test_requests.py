@@ -96,12 +96,29 @@ def test_what_is_no_object_is_refused_in_one_line(body: bytes, words: str) -> No
         (b'{"b": "\xf0\x9f\x8c\x9e", "a": "\\ud800"}', "a"),
         (b'{"a": [{"b": "x"}, {"b": ["y", "\\udc00z"]}]}', "a.1.b.1"),
         (b'{"\\ud800": 1}', None),
+        (b'{"a": [{"b": {"\\ud800": 1}}]}', "a.0.b"),
         (b'{"a": "\\ud800", }', None),
         (b'{"a": ' + b"[" * 100 + b'"\\ud800"' + b"]" * 100 + b"}", None),
     ],
 )
 def test_half_of_a_surrogate_pair_is_named_by_its_field(body: bytes, field: str | None) -> None:
     with pytest.raises(InputError, match="surrogate") as caught:
+        parse_object(body)
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"b": 1, "a": NaN}', "a"),
+        (b'{"a": {"b": [0, -Infinity]}}', "a.b.1"),
+        (b'{"b": "NaN", "a": 1e999}', "a"),
+        (b'{"b": 1e308, "a": ' + b"9" * 400 + b"}", "a"),
+        (b'{"a": NaN, }', None),
+    ],
+)
+def test_what_json_has_no_number_for_is_named_by_its_field(body: bytes, field: str | None) -> None:
+    with pytest.raises(InputError, match="not valid JSON") as caught:
         parse_object(body)
     assert caught.value.param == field
 

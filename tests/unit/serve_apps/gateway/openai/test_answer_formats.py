@@ -167,9 +167,28 @@ async def test_a_hostile_expression_fails_alone_while_others_are_answered(gatewa
     answers = await asyncio.gather(*(ask(changes) for changes in [hostile, {}, hostile, {}]))
     assert [answer.status_code for answer in answers] == [400, 200, 400, 200]
     assert "regular expression is refused" in answers[0].json()["error"]["message"]
+    assert answers[0].json()["error"]["param"] == "structured_outputs.regex"
     assert gateway.engine.stats().num_running == 0
     # Far above what the limits allow, far below what goes on for ever.
     assert time.process_time() - started_s < 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": schema_format(PLACE)}, "response_format.json_schema.schema"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_an_engine_cannot_follow_is_named_as_the_client_does(
+    gateway: Any, changes: dict[str, Any], param: str, stream: bool
+) -> None:
+    body = {"model": "mute", "prompt": "abc", "stream": stream} | changes
+    answer = await gateway.client.post("/v1/completions", json=body, headers=gateway.headers())
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
 
 
 async def test_text_is_what_there_is_anyway(gateway: Any) -> None:

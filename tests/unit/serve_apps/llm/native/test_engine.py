@@ -211,3 +211,20 @@ def test_what_is_no_number_ends_its_own_answer_and_reaches_no_other() -> None:
     (output,) = engine.step()
     assert (output.token_ids, output.finish_reason) == ((), "error")
     assert run(engine, later) == expected
+
+
+@pytest.mark.parametrize("place", [0, 5, 60, 98])
+def test_what_is_no_number_ends_an_answer_wherever_it_stands_in_the_prompt(place: int) -> None:
+    """Later tokens do not see it, in this chunk of the prompt or another; nor in the cache."""
+    theirs = build("qwen3")
+    weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    weights["lm_head.weight"] *= 5
+    weights["model.embed_tokens.weight"][90] = torch.nan
+    engine = NativeEngine(NativeModel(theirs.config, weights, BUDGET), BUDGET)
+    prompt = [*range(1, 50), *range(1, 51)]
+    prompt[place] = 90
+    for _ in range(2):
+        engine.add(ask("broken", tuple(prompt)))
+        outputs = [output for _ in range(4) for output in engine.step()]
+        assert [(o.token_ids, o.finish_reason) for o in outputs] == [((), "error")]
+    assert (engine.stats().num_running, engine.stats().num_waiting) == (0, 0)
