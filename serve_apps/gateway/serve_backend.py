@@ -34,16 +34,11 @@ class ServeBackend:
         arguments = (arrays,) if traceparent is None else (arrays, traceparent)
         return cast(Arrays, await self._handles.call(application, "predict", *arguments))
 
-    def generate(
-        self, application: str, request: EngineRequest
-    ) -> AsyncGenerator[TokenOutput, None]:
-        return self._generate(application, request)
-
-    async def _generate(
-        self, application: str, request: EngineRequest
+    async def generate(
+        self, application: str, request: EngineRequest, *, drain_s: float
     ) -> AsyncGenerator[TokenOutput, None]:
         outputs = self._handles.stream(application, "generate", request)
-        with PLACEMENTS.follow(request.request_id) as placement:
+        with PLACEMENTS.follow(request.request_id, drain_s) as placement:
             try:
                 async for output in outputs:
                     yield output

@@ -104,7 +104,7 @@ def build_language_model(digest: str, options: DeploymentOptions) -> serve.Appli
         "language_model",
         digest,
         options,
-        request_router_config=prefix_routing(options),
+        request_router_config=prefix_routing(),
     )
 
 

@@ -3,7 +3,7 @@
 Decisions are prefix_routing.py's. Also tells placements.py which replica took which stream, and
 which replicas take requests at all.
 
-    serve.deployment(…, request_router_config=prefix_routing(options))
+    serve.deployment(…, request_router_config=prefix_routing())
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from serve_apps.llm import placements
 from serve_apps.llm.engine import EngineRequest
 from serve_apps.llm.prefix_routing import PrefixIndex, PrefixRoutingPolicy, block_hashes
-from serve_apps.options import DeploymentOptions
 
 logger = logging.getLogger(__name__)
 
 
-def prefix_routing(options: DeploymentOptions) -> RequestRouterConfig:
+def prefix_routing() -> RequestRouterConfig:
     """How requests for a language model find a replica.
 
     Serve refuses to be told the class of an application's outermost deployment, because HAProxy
-    would not ask it; ours is called through handles alone, which do.
+    would not ask it; ours is called through handles alone, which do. It also keeps a router for as
+    long as the process lives, so nothing of one deployment's options may be told to it.
     """
     return RequestRouterConfig.from_serialized_request_router_cls(
-        {"request_router_kwargs": {"drain_s": options.drain_s}}, cloudpickle.dumps(PrefixRouter)
+        {}, cloudpickle.dumps(PrefixRouter)
     )
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
     """Sends a prompt where its beginning is in the cache."""
 
-    def initialize_state(self, **options: Any) -> None:
-        """Called by Serve with `request_router_kwargs`."""
-        self._drain_s = float(options["drain_s"])
+    def initialize_state(self) -> None:
+        """Called by Serve before anything else."""
         self._index = PrefixIndex()
         self._policy = PrefixRoutingPolicy()
 
@@ -48,7 +47,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         super().update_replicas(replicas)
         names = {replica.replica_id.unique_id for replica in replicas}
         self._index.keep_only(names)
-        placements.PLACEMENTS.replicas_are(self.app_name, names, self._drain_s)
+        placements.PLACEMENTS.replicas_are(self.app_name, names)
 
     async def choose_replicas(
         self,

@@ -52,30 +52,34 @@ def backend_over(handles: OneReplica) -> ServeBackend:
     return backend
 
 
-@pytest.mark.parametrize(("leaves_after", "moves"), [(0, True), (2, True), (3, False)])
-async def test_a_stream_leaves_a_replica_that_has_to_go_unless_it_is_over(
-    placements: Placements, leaves_after: int, moves: bool
+@pytest.mark.parametrize(
+    ("leaves_after", "drain_s", "moves"),
+    [(0, 0, True), (2, 0, True), (3, 0, False), (0, 60, False)],
+)
+async def test_a_stream_leaves_a_replica_that_has_to_go_unless_it_ends_in_its_time(
+    placements: Placements, leaves_after: int, drain_s: float, moves: bool
 ) -> None:
     handles, given = OneReplica(placements), list[int]()
 
     async def read() -> None:
-        async for output in backend_over(handles).generate(APPLICATION, REQUEST):
+        async for output in backend_over(handles).generate(APPLICATION, REQUEST, drain_s=drain_s):
             given.extend(output.token_ids)
             if len(given) == leaves_after + 1:
-                placements.replicas_are(APPLICATION, {"b"}, drain_s=0)
+                placements.replicas_are(APPLICATION, {"b"})
 
     if moves:
         with pytest.raises(ReplicaLeavingError, match=r"replica a of .* has to go"):
             await read()
     else:
         await read()
-    assert given == list(range(leaves_after + 1))
+    assert given == list(range(leaves_after + 1 if moves else 4))
     assert handles.is_closed
     assert not placements.is_suspect(APPLICATION, "a")
 
 
 async def test_a_replica_that_fails_under_a_stream_is_suspect(placements: Placements) -> None:
-    outputs = backend_over(OneReplica(placements, fails_after=1)).generate(APPLICATION, REQUEST)
+    backend = backend_over(OneReplica(placements, fails_after=1))
+    outputs = backend.generate(APPLICATION, REQUEST, drain_s=60)
     assert (await anext(outputs)).token_ids == (0,)
     with pytest.raises(UpstreamFailedError):
         await anext(outputs)
