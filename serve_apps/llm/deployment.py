@@ -48,7 +48,8 @@ class LanguageModel:
         device = _device(parsed)
         self._description = describe_replica(package, parsed, device)
         check_text_of(package)
-        self._grammars = _grammars_of(package)
+        # vLLM holds answers to grammars by itself.
+        self._grammars = None if parsed.engine == "vllm" else _grammars_of(package)
         engine = _build_engine(package, parsed, device, self._grammars)
         # Also the warm-up: the first request finds memory allocated and kernels loaded.
         precision = engine.stats().precision
@@ -59,7 +60,7 @@ class LanguageModel:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
         """Stream a request's tokens, one message per engine step or less."""
-        if request.sampling.grammar is not None:
+        if request.sampling.grammar is not None and self._grammars is not None:
             # The engine finds it compiled: it may take longer than other streams can wait.
             await asyncio.to_thread(self._grammars.begin, request.sampling.grammar)
         async with self._holding(request.adapter):
@@ -134,7 +135,7 @@ def _device(options: DeploymentOptions) -> str:
 
 
 def _build_engine(
-    package: ModelPackage, options: DeploymentOptions, device: str, grammars: Grammars
+    package: ModelPackage, options: DeploymentOptions, device: str, grammars: Grammars | None
 ) -> Engine:
     if options.engine == "vllm":
         return _build_vllm(package, options)
@@ -162,7 +163,7 @@ def _build_native(
     options: DeploymentOptions,
     budget: CacheBudget,
     device: str,
-    grammars: Grammars,
+    grammars: Grammars | None,
 ) -> Engine | None:
     """None where it cannot run the model, and another engine may."""
     import torch
@@ -170,28 +171,23 @@ def _build_native(
     from serve_apps.llm.native.engine import NativeEngine
     from serve_apps.llm.native.model import NativeModel
     from serve_apps.llm.native.shape import why_unreadable
+    from serve_apps.llm.native.weights import computed_dtype, read_tensors
 
     is_adapter = package.manifest.kind == "adapter"
     base_dir = (open_base_of(package) if is_adapter else package).model_dir
-    reason = why_unreadable(hugging_face_config(base_dir))
+    config: Any = hugging_face_config(base_dir)
+    reason = why_unreadable(config)
     if reason is not None and options.engine == "auto" and options.weights is None:
         logger.info("engine 'transformers' instead of 'native': %s", reason)
         return None
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    is_int8 = options.weights == "int8"
+    tensors = read_tensors(base_dir)
+    dtype = computed_dtype(tensors) if options.dtype == "auto" else getattr(torch, options.dtype)
     if is_adapter and reason is None:
-        # Added to the base's matrices, it costs nothing per token.
+        # Added to the base's matrices, it costs nothing per token; the sum is in 32 bits.
         merged = load_merged(base_dir, package.model_dir)
-        model = NativeModel(
-            merged.config,
-            merged.state_dict(),
-            budget,
-            dtype=dtype,
-            device=device,
-            is_int8=is_int8,
-        )
-    else:
-        model = NativeModel.load(base_dir, budget, dtype=dtype, device=device, is_int8=is_int8)
+        config, tensors = merged.config, dict(merged.state_dict())
+    is_int8 = options.weights == "int8"
+    model = NativeModel(config, tensors, budget, dtype=dtype, device=device, is_int8=is_int8)
     return NativeEngine(model, budget, grammars)
 
 

@@ -24,9 +24,9 @@ from serve_apps.llm.native.shape import ModelShape, why_unreadable
 from serve_apps.llm.native.weights import (
     LayerWeights,
     Tensors,
+    computed_dtype,
     prepare_weights,
     read_tensors,
-    stored_dtype,
 )
 
 
@@ -57,9 +57,7 @@ class NativeModel:
                 f"the native engine cannot run this model: {reason}",
                 hint="deploy it with engine 'transformers'",
             )
-        if dtype is None:
-            stored = stored_dtype(tensors)
-            dtype = stored if stored == torch.bfloat16 else torch.float32
+        dtype = dtype or computed_dtype(tensors)
         self.shape = ModelShape.of(config)
         self.dtype = dtype
         self.device = device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from dataclasses import dataclass
@@ -115,6 +116,33 @@ def test_an_adapter_is_served_merged_into_its_base(
         entry.rename(tmp_path / "gone")
     with pytest.raises(NotFoundError, match=f"the base of adapter {adapter.digest} is not there"):
         LanguageModel(adapter.digest, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"), [({}, "bfloat16"), ({"dtype": "float32"}, "float32")]
+)
+def test_a_merged_adapter_is_computed_as_its_base_is(
+    tmp_path: Path, settings: Settings, options: dict[str, str], precision: str
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base_dir = save_llama(tmp_path / "base", "some text")
+    halved = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16)
+    halved.save_pretrained(base_dir)
+    base = open_digest(publish(base_dir, settings), settings)
+    adapter = write_package(
+        save_adapter(tmp_path / "adapter", base_dir),
+        name="adapter",
+        kind="adapter",
+        storage=Storage.open(settings.storage_root),
+        signer=LocalSigner(settings.keys_dir),
+        base=base,
+    )
+    for digest in (base.digest, adapter.digest):
+        replica = LanguageModel(digest, options)
+        assert replica._runner.stats().precision == precision
+        replica._runner.close()
 
 
 @dataclass
@@ -236,6 +264,31 @@ async def test_a_replica_holds_answers_to_a_grammar(
         for wrong in ("(", "(((a{1000}){1000}){1000})"):
             with pytest.raises(InputError, match="regular expression is refused"):
                 await ask(wrong)
+    finally:
+        replica._runner.close()
+
+
+async def test_an_engine_that_holds_to_grammars_itself_gets_them_as_they_are(
+    language_model_dir: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, asked = publish(language_model_dir, settings), list[EngineRequest]()
+    grammar = Grammar("regex", "(")  # which ours would refuse
+
+    class Theirs(FakeEngine):
+        def add(self, request: EngineRequest) -> None:
+            asked.append(request)
+            free = dataclasses.replace(request.sampling, grammar=None)
+            super().add(dataclasses.replace(request, sampling=free))
+
+    monkeypatch.setattr(deployment, "_build_vllm", lambda *_: Theirs(vocab_size=257))
+    monkeypatch.setattr(deployment, "check_answers", lambda *_, **__: None)
+    replica = LanguageModel(digest, {"engine": "vllm"})
+    try:
+        sampling = Sampling(max_tokens=4, temperature=0, grammar=grammar)
+        request = EngineRequest("r", (5, 6, 7), sampling)
+        outputs = [output async for output in replica.generate(request)]
+        assert sum(len(output.token_ids) for output in outputs) == 4
+        assert asked[-1].sampling.grammar == grammar
     finally:
         replica._runner.close()
 
