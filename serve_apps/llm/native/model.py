@@ -1,11 +1,12 @@
 """The decoder's forward pass over one step of many sequences.
 
 model = NativeModel.load(package.model_dir, budget, dtype=None, device="cpu")
-logits = model.forward(batch)                     # [wanted rows, vocabulary]
+logits = model.forward(batch).logits              # [wanted rows, vocabulary]
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ from serve_apps.llm.native.weights import (
     prepare_weights,
     read_tensors,
 )
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What one step came to."""
+
+    logits: torch.Tensor
+    """[wanted rows, vocabulary]"""
+    broken_rows: list[int]
+    """Rows that came to what is no number, where not all have logits to show it."""
 
 
 class NativeModel:
@@ -96,8 +107,8 @@ class NativeModel:
         return "int8" if self._is_int8 else str(self.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [wanted rows, vocabulary]; the cache holds the batch's tokens afterwards."""
+    def forward(self, batch: Batch) -> Computed:
+        """One step; the cache holds the batch's tokens afterwards."""
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         x = functional.embedding(batch.token_ids, self._weights.embedding)
         for number, plain in enumerate(self._weights.layers):
@@ -108,7 +119,11 @@ class NativeModel:
             normed = self._norm(x, layer.mlp_norm)
             gated = layer.up.times(normed, layer.gate.silu(normed))
             x = layer.down.plus(gated, x)
-        return self._weights.head(self._norm(x[batch.output_rows], self._weights.norm))
+        logits = self._weights.head(self._norm(x[batch.output_rows], self._weights.norm))
+        broken_rows: list[int] = []
+        if len(batch.output_rows) < len(x):
+            broken_rows = x.sum(dim=-1).isnan().nonzero().flatten().tolist()
+        return Computed(logits, broken_rows)
 
     @torch.inference_mode()
     def check_fits(self, adapter: Adapter) -> None:
