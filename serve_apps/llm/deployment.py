@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 
 from ray import serve
@@ -27,7 +27,8 @@ from cluster.settings import load_settings
 from serve_apps.description import Description
 from serve_apps.llm.adapter_loading import open_shelf
 from serve_apps.llm.budget import CacheBudget
-from serve_apps.llm.engine import Engine, EngineRequest, TokenOutput, adapter_not_loaded
+from serve_apps.llm.channels import Channel, OutputChannels, Part
+from serve_apps.llm.engine import Engine, EngineRequest, adapter_not_loaded
 from serve_apps.llm.golden_prompts import check_answers, golden_requests
 from serve_apps.llm.request_router import prefix_routing
 from serve_apps.llm.runner import EngineRunner
@@ -56,10 +57,17 @@ class LanguageModel:
         check_answers(package, answer_golden_prompts(engine, package), precision=precision)
         self._tracing = open_tracing(load_settings(), "language-model")
         self._runner = EngineRunner(engine, max_requests=parsed.max_ongoing_requests)
+        self._channels = OutputChannels()
         self._adapters = open_shelf(engine, self._runner, package, max_adapters=parsed.max_adapters)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Stream a request's tokens, one message per engine step or less."""
+    async def generate(
+        self, request: EngineRequest, reader: str = ""
+    ) -> AsyncGenerator[Part, None]:
+        """Stream a request's tokens, one message per engine step or less.
+
+        Args:
+            reader: whose it is; while that listens, all but the last come in its channel.
+        """
         if request.sampling.grammar is not None and self._grammars is not None:
             # The engine finds it compiled: it may take longer than other streams can wait.
             await asyncio.to_thread(self._grammars.begin, request.sampling.grammar)
@@ -67,11 +75,19 @@ class LanguageModel:
             outputs = self._runner.generate(request)
             if request.traceparent is not None:
                 outputs = traced_steps(self._tracing, request, outputs)
-            try:
+            num_tokens = 0
+            async with aclosing(outputs):
                 async for output in outputs:
-                    yield output
-            finally:
-                await outputs.aclose()
+                    part = num_tokens, output
+                    num_tokens += len(output.token_ids)
+                    if not self._channels.tell(reader, part):
+                        yield part
+
+    async def listen(self, asked: Channel) -> AsyncGenerator[list[Part], None]:
+        """What several answers of one reader consist of, one message per engine step or less."""
+        async with aclosing(self._channels.listen(asked)) as messages:
+            async for parts in messages:
+                yield parts
 
     async def load_adapter(self, digest: str) -> Description:
         """Have an adapter ready, its golden prompts answered; what the replica itself serves."""

@@ -16,6 +16,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve_apps.llm import placements
+from serve_apps.llm.channels import Channel
 from serve_apps.llm.engine import EngineRequest
 from serve_apps.llm.prefix_routing import PrefixIndex, PrefixRoutingPolicy, block_hashes
 
@@ -58,8 +59,10 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         if pending_request is not None:
             # All are tried at once, so before the next time Serve is to wait.
             pending_request.routing_context.should_backoff = True
-        request = _engine_request(pending_request)
-        if request is None:
+        request = _argument(pending_request)
+        if isinstance(request, Channel):
+            return [[r for r in candidate_replicas if r.replica_id.unique_id == request.replica]]
+        if not isinstance(request, EngineRequest):
             return [candidate_replicas]
         given = (*request.prompt_ids, *request.answer_ids)
         blocks = block_hashes(given, request.adapter, request.tenant)
@@ -84,12 +87,11 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         self, pending_request: PendingRequest, replica_id: ReplicaID, _result: Any
     ) -> None:
         """Called by Serve once a replica took the request."""
-        request = _engine_request(pending_request)
-        if request is not None:
+        request = _argument(pending_request)
+        if isinstance(request, EngineRequest):
             placements.PLACEMENTS.placed(request.request_id, self.app_name, replica_id.unique_id)
 
 
-def _engine_request(pending: PendingRequest | None) -> EngineRequest | None:
-    """What is to be generated; None for any other call."""
-    first = pending.args[0] if pending is not None and pending.args else None
-    return first if isinstance(first, EngineRequest) else None
+def _argument(pending: PendingRequest | None) -> object:
+    """What is to be generated or listened to, or the argument of some other call."""
+    return pending.args[0] if pending is not None and pending.args else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from cluster.errors import ReplicaLeavingError, UpstreamFailedError
 from serve_apps.gateway import serve_backend
 from serve_apps.gateway.serve_backend import ServeBackend
-from serve_apps.llm.engine import EngineRequest, Sampling, TokenOutput
+from serve_apps.llm.channels import Part
+from serve_apps.llm.engine import EngineRequest, FinishReason, Sampling, TokenOutput
 from serve_apps.llm.placements import Placements
 
 APPLICATION = "talker.v1"
@@ -25,8 +27,8 @@ class OneReplica:
         self.is_closed = False
 
     async def stream(
-        self, application: str, method: str, request: EngineRequest
-    ) -> AsyncGenerator[TokenOutput, None]:
+        self, application: str, method: str, request: EngineRequest, _reader: str
+    ) -> AsyncGenerator[Part, None]:
         assert (application, method) == (APPLICATION, "generate")
         self._placements.placed(request.request_id, application, "a")
         try:
@@ -34,7 +36,9 @@ class OneReplica:
                 if number == self._fails_after:
                     raise UpstreamFailedError("the replica died")
                 is_last = number == request.sampling.max_tokens - 1
-                yield TokenOutput(request.request_id, (number,), "length" if is_last else None)
+                reason: FinishReason | None = "length" if is_last else None
+                yield number, TokenOutput(request.request_id, (number,), reason)
+                await asyncio.sleep(0.01)
         finally:
             self.is_closed = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
 import sys
@@ -18,6 +19,7 @@ from cluster.processing.text import TextProcessor
 from cluster.settings import Settings
 from cluster.storage import Storage
 from serve_apps.llm import deployment
+from serve_apps.llm.channels import Channel, Part
 from serve_apps.llm.continuous_batching import ContinuousBatchingEngine
 from serve_apps.llm.deployment import LanguageModel
 from serve_apps.llm.engine import EngineRequest, Sampling
@@ -183,7 +185,7 @@ def family(tmp_path: Path, settings: Settings) -> Family:
 async def answer(replica: LanguageModel, adapter: str | None, request_id: str = "r") -> list[int]:
     sampling = Sampling(max_tokens=12, temperature=0)
     request = EngineRequest(request_id, (5, 6, 7), sampling, adapter=adapter)
-    outputs = [output async for output in replica.generate(request)]
+    outputs = [output async for _, output in replica.generate(request)]
     return [token for output in outputs for token in output.token_ids]
 
 
@@ -243,6 +245,50 @@ async def test_adapters_are_verified_before_they_answer(
             replica._runner.close()
 
 
+async def test_several_answers_of_one_reader_come_in_one_channel(
+    language_model_dir: Path, settings: Settings
+) -> None:
+    replica = LanguageModel(publish(language_model_dir, settings), {})
+    ids, sampling = ("a", "b", "c"), Sampling(max_tokens=40, temperature=0, logit_bias=((0, -100),))
+    own: dict[str, list[Part]] = {}
+    shared: list[list[Part]] = []
+
+    async def ask(request_id: str, reader: str = "me") -> None:
+        request = EngineRequest(request_id, (5, 6, 7), sampling)
+        own[request_id] = [part async for part in replica.generate(request, reader)]
+
+    async def listen() -> None:
+        async for parts in replica.listen(Channel("c", "me", "this")):
+            shared.append(parts)
+
+    try:
+        await ask("alone")
+        listening = asyncio.create_task(listen())
+        await asyncio.gather(ask("other", "somebody else"), *(ask(each) for each in ids))
+        await listening
+        await ask("late")
+    finally:
+        replica._runner.close()
+    expected = tokens_of(own["alone"])
+    assert len(expected) == 40
+    assert expected == tokens_of(own["late"]) == tokens_of(own["other"])
+    for request_id in ids:
+        (last,) = own[request_id]
+        assert last[1].finish_reason == "length"
+        parts = [part for parts in shared for part in parts if part[1].request_id == request_id]
+        assert tokens_of([last, *parts]) == expected
+    assert len(shared) < 2 * 40 < sum(map(len, shared))
+
+
+def tokens_of(parts: list[Part]) -> list[int]:
+    """In order, none missing."""
+    tokens: list[int] = []
+    for start, output in sorted(parts, key=lambda part: part[0]):
+        assert start == len(tokens)
+        tokens.extend(output.token_ids)
+    return tokens
+
+
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 async def test_a_replica_holds_answers_to_a_grammar(
     language_model_dir: Path, settings: Settings, engine: str
@@ -257,7 +303,7 @@ async def test_a_replica_holds_answers_to_a_grammar(
             max_tokens=32, eos_token_ids=info.eos_token_ids, grammar=Grammar("regex", pattern)
         )
         outputs = replica.generate(EngineRequest("r", (5, 6, 7), sampling))
-        return text.decode([token async for output in outputs for token in output.token_ids])
+        return text.decode([token async for _, output in outputs for token in output.token_ids])
 
     try:
         assert re.fullmatch("(sun|moon){2}", await ask("(sun|moon){2}"))
@@ -286,7 +332,7 @@ async def test_an_engine_that_holds_to_grammars_itself_gets_them_as_they_are(
     try:
         sampling = Sampling(max_tokens=4, temperature=0, grammar=grammar)
         request = EngineRequest("r", (5, 6, 7), sampling)
-        outputs = [output async for output in replica.generate(request)]
+        outputs = [output async for _, output in replica.generate(request)]
         assert sum(len(output.token_ids) for output in outputs) == 4
         assert asked[-1].sampling.grammar == grammar
     finally:

@@ -10,6 +10,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.request_router import PendingRequest, ReplicaID
 
 from serve_apps.llm import placements
+from serve_apps.llm.channels import Channel
 from serve_apps.llm.deployment import build_language_model
 from serve_apps.llm.engine import EngineRequest, Sampling
 from serve_apps.llm.placements import Placements
@@ -83,6 +84,13 @@ async def test_a_prefix_stays_with_its_replica_and_survives_others_coming_and_go
     assert first not in await order(router, ask("4", 5))
     router.update_replicas([replicas["c"]])
     assert await order(router, ask("5", 5)) == ["c"]
+
+
+async def test_a_channel_goes_to_the_replica_that_it_names_or_to_none(found: Placements) -> None:
+    router, replicas = make_router(), {name: Replica(name) for name in "abc"}
+    router.update_replicas(list(replicas.values()))
+    assert await order(router, pending("listen", Channel("1", "me", "b"))) == ["b"]
+    assert await order(router, pending("listen", Channel("2", "me", "gone"))) == [""]
 
 
 async def test_a_busy_replica_is_passed_over(found: Placements) -> None:
