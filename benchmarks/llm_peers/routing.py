@@ -86,7 +86,7 @@ def _serve(digest: str, max_cache_bytes: int) -> dict[str, Any]:
     serve.start(proxy_location="Disabled")
     options = DeploymentOptions(num_replicas=2, max_cache_bytes=max_cache_bytes)
     ways: dict[str, dict[str, Any]] = {
-        "prefix": {"request_router_config": prefix_routing(options)},
+        "prefix": {"request_router_config": prefix_routing()},
         "power_of_two": {},
     }
     return {

@@ -28,9 +28,16 @@ class ModelBackend(Protocol):
         """One call with one batch. Raises UpstreamFailedError if a replica fails under it."""
 
     def generate(
-        self, application: str, request: EngineRequest
+        self, application: str, request: EngineRequest, *, drain_s: float
     ) -> AsyncGenerator[TokenOutput, None]:
-        """Tokens as they come; closing the generator ends the work."""
+        """Tokens as they come; closing the generator ends the work.
+
+        Args:
+            drain_s: how long a replica that has to go may go on with it.
+
+        Raises:
+            ReplicaLeavingError: that time is over, and another replica is to go on.
+        """
 
     async def prepare(self, application: str) -> None:
         """Learn where its replicas are, so that no request has to wait for that; never raises."""
@@ -58,7 +65,7 @@ class InProcessBackend:
         return await asyncio.to_thread(predictor, arrays)
 
     def generate(
-        self, application: str, request: EngineRequest
+        self, application: str, request: EngineRequest, *, drain_s: float
     ) -> AsyncGenerator[TokenOutput, None]:
         return self._runners[application].generate(request)
 

@@ -82,8 +82,8 @@ class Models:
         means = Means(
             open=catalogue.get,
             predict=lambda model, arrays: backend.predict(model.served.application, arrays),
-            stream=lambda model, request: backend.generate(
-                self._application_of(model), _for_adapter(model, request)
+            stream=lambda model, request: self._stream(
+                backend, model, _for_adapter(model, request)
             ),
             has_room=self._has_room,
         )
@@ -235,13 +235,11 @@ class Models:
         self, model: ServedModel, request: EngineRequest
     ) -> AsyncGenerator[TokenOutput, None]:
         request = _for_adapter(model, request)
-        self._application_of(model)  # where there is none, trying again would be in vain
+        self._answers_for(model)  # where nobody does, trying again would be in vain
         with self._telemetry.stream(model.served, request) as watch:
             # Timed where tokens come from the replica, whenever a client reads them.
             outputs = read_ahead(
-                lambda asked: watch.outputs(
-                    self._backend.generate(self._application_of(model), asked)
-                ),
+                lambda asked: watch.outputs(self._stream(self._backend, model, asked)),
                 watch.request,
                 self._places_of(model.served),
                 watch.continued,
@@ -263,14 +261,21 @@ class Models:
                 raise
             raise caller.no_such_model(ref.name) from None
 
-    def _application_of(self, model: ServedModel) -> str:
+    def _stream(
+        self, backend: ModelBackend, model: ServedModel, request: EngineRequest
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """Tokens from one of the replicas that answer for a model just now."""
+        served = self._answers_for(model)
+        return backend.generate(served.application, request, drain_s=served.options.drain_s)
+
+    def _answers_for(self, model: ServedModel) -> ServedVersion:
         """Whose replicas answer: an adapter's base, where it is said to share it."""
         if not model.served.options.shares_base:
-            return model.served.application
+            return model.served
         info = model.manifest.adapter
         for served in self.routes.served.values():
             if info is not None and served.digest == info.base_digest:
-                return served.application
+                return served
         raise UpstreamFailedError(
             f"the base of adapter {model.served} is not served", hint="deploy the base again"
         )

@@ -6,7 +6,9 @@ outputs = await backend.predict("digits.v3", {"pixels": pixels})
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import uuid
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
@@ -14,7 +16,9 @@ from cluster.errors import HeliostatError, ReplicaLeavingError, UpstreamFailedEr
 from cluster.observability.tracing import Tracing
 from serve_apps.gateway.admin import Steering
 from serve_apps.gateway.backend import Arrays
+from serve_apps.gateway.channels import Channels, Inbox
 from serve_apps.handles import Handles
+from serve_apps.llm.channels import Channel, Part
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 from serve_apps.llm.placements import PLACEMENTS
 
@@ -27,6 +31,8 @@ class ServeBackend:
 
     def __init__(self, tracing: Tracing | None = None) -> None:
         self._handles = Handles()
+        self._name = uuid.uuid4().hex
+        self._channels = Channels(self._name, self._listen)
         self._tracing = tracing or Tracing()
 
     async def predict(self, application: str, arrays: Arrays) -> Arrays:
@@ -34,18 +40,23 @@ class ServeBackend:
         arguments = (arrays,) if traceparent is None else (arrays, traceparent)
         return cast(Arrays, await self._handles.call(application, "predict", *arguments))
 
-    def generate(
-        self, application: str, request: EngineRequest
+    async def generate(
+        self, application: str, request: EngineRequest, *, drain_s: float
     ) -> AsyncGenerator[TokenOutput, None]:
-        return self._generate(application, request)
-
-    async def _generate(
-        self, application: str, request: EngineRequest
-    ) -> AsyncGenerator[TokenOutput, None]:
-        outputs = self._handles.stream(application, "generate", request)
-        with PLACEMENTS.follow(request.request_id) as placement:
+        with (
+            self._channels.follow(request.request_id) as inbox,
+            PLACEMENTS.follow(request.request_id, drain_s) as placement,
+            contextlib.ExitStack() as counted,
+        ):
+            own = asyncio.create_task(self._read(application, request, inbox))
+            is_counted = False
             try:
-                async for output in outputs:
+                async for output in inbox.outputs():
+                    if not is_counted and placement.replica is not None:
+                        is_counted = True
+                        counted.enter_context(
+                            self._channels.count(application, placement.replica, request.request_id)
+                        )
                     yield output
                     if placement.is_due and output.finish_reason is None:
                         raise ReplicaLeavingError(
@@ -57,7 +68,23 @@ class ServeBackend:
                 PLACEMENTS.failed(placement)
                 raise
             finally:
-                await outputs.aclose()
+                own.cancel()
+                await asyncio.wait({own})
+
+    async def _read(self, application: str, request: EngineRequest, inbox: Inbox) -> None:
+        """The answer's own stream."""
+        parts = self._handles.stream(application, "generate", request, self._name)
+        try:
+            async with contextlib.aclosing(parts):
+                async for part in parts:
+                    inbox.put(part)
+        except Exception as error:
+            inbox.end(error)
+        else:
+            inbox.end()
+
+    def _listen(self, application: str, channel: Channel) -> AsyncGenerator[list[Part], None]:
+        return self._handles.stream(application, "listen", channel)
 
     async def prepare(self, application: str) -> None:
         # Serve's controller is asked at the first call, and it may be away by then.

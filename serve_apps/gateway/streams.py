@@ -5,7 +5,8 @@ sees one answer, the same as if nothing had happened. It is read as fast as it c
 reader holds memory here and no place at the model.
 
     places = StreamPlaces(options)
-    outputs = read_ahead(lambda request: backend.generate("talker.v1", request), request, places)
+    generate = lambda asked: backend.generate("talker.v1", asked, drain_s=60)
+    outputs = read_ahead(generate, request, places)
     async for output in outputs:
         ...
 """

@@ -35,7 +35,11 @@ def open_shelf(
             completions.append([token for output in outputs for token in output.token_ids])
         check_answers(adapter, completions, precision=engine.stats().precision)
 
-    return AdapterShelf(load, engine.unload_adapter, max_adapters=max_adapters)
+    async def unload(digest: str) -> None:
+        # An engine in another process takes its time over it.
+        await asyncio.to_thread(loader.unload_adapter, digest)
+
+    return AdapterShelf(load, unload, max_adapters=max_adapters)
 
 
 def _open_adapter(digest: str, base: ModelPackage) -> ModelPackage:

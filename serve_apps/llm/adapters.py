@@ -24,7 +24,7 @@ class AdapterShelf:
     def __init__(
         self,
         load: Callable[[str], Awaitable[None]],
-        unload: Callable[[str], None],
+        unload: Callable[[str], Awaitable[None]],
         *,
         max_adapters: int,
     ) -> None:
@@ -33,6 +33,7 @@ class AdapterShelf:
         self._max_adapters = max_adapters
         self._loading: OrderedDict[str, asyncio.Task[None]] = OrderedDict()
         """Loaded or being loaded; the one asked for last is the last."""
+        self._unloading: set[asyncio.Future[None]] = set()
         self._num_holders: Counter[str] = Counter()
 
     @asynccontextmanager
@@ -56,18 +57,28 @@ class AdapterShelf:
         task = self._loading.get(digest)
         if task is None:
             self._make_room()
-            task = self._loading[digest] = asyncio.ensure_future(self._load(digest))
+            task = self._loading[digest] = asyncio.create_task(self._load_into_room(digest))
             task.add_done_callback(lambda task: self._note(digest, task))
         self._loading.move_to_end(digest)
         # Shielded, so that one client leaving does not cancel the others' loading.
         await asyncio.shield(task)
 
+    async def _load_into_room(self, digest: str) -> None:
+        if self._unloading:  # among them may be this very one
+            await asyncio.wait(self._unloading)
+        await self._load(digest)
+
     def _note(self, digest: str, task: asyncio.Task[None]) -> None:
         """Forget one that failed, also where all who asked for it have left."""
         has_failed = task.cancelled() or task.exception() is not None
         if has_failed and self._loading.get(digest) is task:
-            del self._loading[digest]
-            self._unload(digest)
+            self._let_go(digest)
+
+    def _let_go(self, digest: str) -> None:
+        del self._loading[digest]
+        going = asyncio.ensure_future(self._unload(digest))
+        self._unloading.add(going)
+        going.add_done_callback(self._unloading.discard)
 
     def _make_room(self) -> None:
         while len(self._loading) >= self._max_adapters:
@@ -81,5 +92,4 @@ class AdapterShelf:
                     f"this replica holds {self._max_adapters} adapters at most, all in use",
                     hint="try again later, or raise max_adapters in the base's options",
                 )
-            del self._loading[idle[0]]
-            self._unload(idle[0])
+            self._let_go(idle[0])

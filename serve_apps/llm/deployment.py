@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 
 from ray import serve
@@ -27,7 +27,8 @@ from cluster.settings import load_settings
 from serve_apps.description import Description
 from serve_apps.llm.adapter_loading import open_shelf
 from serve_apps.llm.budget import CacheBudget
-from serve_apps.llm.engine import Engine, EngineRequest, TokenOutput, adapter_not_loaded
+from serve_apps.llm.channels import Channel, OutputChannels, Part
+from serve_apps.llm.engine import Engine, EngineRequest, adapter_not_loaded
 from serve_apps.llm.golden_prompts import check_answers, golden_requests
 from serve_apps.llm.request_router import prefix_routing
 from serve_apps.llm.runner import EngineRunner
@@ -48,29 +49,45 @@ class LanguageModel:
         device = _device(parsed)
         self._description = describe_replica(package, parsed, device)
         check_text_of(package)
-        self._grammars = _grammars_of(package)
+        # vLLM holds answers to grammars by itself.
+        self._grammars = None if parsed.engine == "vllm" else _grammars_of(package)
         engine = _build_engine(package, parsed, device, self._grammars)
         # Also the warm-up: the first request finds memory allocated and kernels loaded.
         precision = engine.stats().precision
         check_answers(package, answer_golden_prompts(engine, package), precision=precision)
         self._tracing = open_tracing(load_settings(), "language-model")
         self._runner = EngineRunner(engine, max_requests=parsed.max_ongoing_requests)
+        self._channels = OutputChannels()
         self._adapters = open_shelf(engine, self._runner, package, max_adapters=parsed.max_adapters)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Stream a request's tokens, one message per engine step or less."""
-        if request.sampling.grammar is not None:
+    async def generate(
+        self, request: EngineRequest, reader: str = ""
+    ) -> AsyncGenerator[Part, None]:
+        """Stream a request's tokens, one message per engine step or less.
+
+        Args:
+            reader: whose it is; while that listens, all but the last come in its channel.
+        """
+        if request.sampling.grammar is not None and self._grammars is not None:
             # The engine finds it compiled: it may take longer than other streams can wait.
             await asyncio.to_thread(self._grammars.begin, request.sampling.grammar)
         async with self._holding(request.adapter):
             outputs = self._runner.generate(request)
             if request.traceparent is not None:
                 outputs = traced_steps(self._tracing, request, outputs)
-            try:
+            num_tokens = 0
+            async with aclosing(outputs):
                 async for output in outputs:
-                    yield output
-            finally:
-                await outputs.aclose()
+                    part = num_tokens, output
+                    num_tokens += len(output.token_ids)
+                    if not self._channels.tell(reader, part):
+                        yield part
+
+    async def listen(self, asked: Channel) -> AsyncGenerator[list[Part], None]:
+        """What several answers of one reader consist of, one message per engine step or less."""
+        async with aclosing(self._channels.listen(asked)) as messages:
+            async for parts in messages:
+                yield parts
 
     async def load_adapter(self, digest: str) -> Description:
         """Have an adapter ready, its golden prompts answered; what the replica itself serves."""
@@ -104,7 +121,7 @@ def build_language_model(digest: str, options: DeploymentOptions) -> serve.Appli
         "language_model",
         digest,
         options,
-        request_router_config=prefix_routing(options),
+        request_router_config=prefix_routing(),
     )
 
 
@@ -134,7 +151,7 @@ def _device(options: DeploymentOptions) -> str:
 
 
 def _build_engine(
-    package: ModelPackage, options: DeploymentOptions, device: str, grammars: Grammars
+    package: ModelPackage, options: DeploymentOptions, device: str, grammars: Grammars | None
 ) -> Engine:
     if options.engine == "vllm":
         return _build_vllm(package, options)
@@ -162,7 +179,7 @@ def _build_native(
     options: DeploymentOptions,
     budget: CacheBudget,
     device: str,
-    grammars: Grammars,
+    grammars: Grammars | None,
 ) -> Engine | None:
     """None where it cannot run the model, and another engine may."""
     import torch
@@ -170,28 +187,23 @@ def _build_native(
     from serve_apps.llm.native.engine import NativeEngine
     from serve_apps.llm.native.model import NativeModel
     from serve_apps.llm.native.shape import why_unreadable
+    from serve_apps.llm.native.weights import computed_dtype, read_tensors
 
     is_adapter = package.manifest.kind == "adapter"
     base_dir = (open_base_of(package) if is_adapter else package).model_dir
-    reason = why_unreadable(hugging_face_config(base_dir))
+    config: Any = hugging_face_config(base_dir)
+    reason = why_unreadable(config)
     if reason is not None and options.engine == "auto" and options.weights is None:
         logger.info("engine 'transformers' instead of 'native': %s", reason)
         return None
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    is_int8 = options.weights == "int8"
+    tensors = read_tensors(base_dir)
+    dtype = computed_dtype(tensors) if options.dtype == "auto" else getattr(torch, options.dtype)
     if is_adapter and reason is None:
-        # Added to the base's matrices, it costs nothing per token.
+        # Added to the base's matrices, it costs nothing per token; the sum is in 32 bits.
         merged = load_merged(base_dir, package.model_dir)
-        model = NativeModel(
-            merged.config,
-            merged.state_dict(),
-            budget,
-            dtype=dtype,
-            device=device,
-            is_int8=is_int8,
-        )
-    else:
-        model = NativeModel.load(base_dir, budget, dtype=dtype, device=device, is_int8=is_int8)
+        config, tensors = merged.config, dict(merged.state_dict())
+    is_int8 = options.weights == "int8"
+    model = NativeModel(config, tensors, budget, dtype=dtype, device=device, is_int8=is_int8)
     return NativeEngine(model, budget, grammars)
 
 

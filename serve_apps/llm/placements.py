@@ -3,7 +3,7 @@
 The router of requests tells; who reads a stream asks. Thread-safe without locks: each field is
 written by one side alone. Knows nothing of Ray.
 
-    with PLACEMENTS.follow(request.request_id) as placement:
+    with PLACEMENTS.follow(request.request_id, drain_s=60) as placement:
         async for output in outputs:
             yield output
             if placement.is_due:
@@ -26,15 +26,18 @@ _SUSPECT_S = 5.0
 class Placement:
     """Where one request runs."""
 
+    drain_s: float
+    """How long it may go on at a replica that has to go."""
     application: str | None = None
     replica: str | None = None
-    due_s: float = math.inf
+    has_to_go_since_s: float = math.inf
     clock: Callable[[], float] = time.monotonic
 
     @property
     def is_due(self) -> bool:
         """Whether another replica is to go on now."""
-        return self.due_s < math.inf and self.clock() >= self.due_s
+        since_s = self.has_to_go_since_s
+        return since_s < math.inf and self.clock() >= since_s + self.drain_s
 
 
 class Placements:
@@ -46,9 +49,9 @@ class Placements:
         self._suspects: dict[tuple[str, str], float] = {}
 
     @contextlib.contextmanager
-    def follow(self, request_id: str) -> Iterator[Placement]:
+    def follow(self, request_id: str, drain_s: float) -> Iterator[Placement]:
         """Follow a request until its stream ends."""
-        placement = self._followed[request_id] = Placement(clock=self._clock)
+        placement = self._followed[request_id] = Placement(drain_s, clock=self._clock)
         try:
             yield placement
         finally:
@@ -60,15 +63,15 @@ class Placements:
         if placement is not None:
             placement.application, placement.replica = application, replica
 
-    def replicas_are(self, application: str, replicas: Collection[str], drain_s: float) -> None:
+    def replicas_are(self, application: str, replicas: Collection[str]) -> None:
         """These take requests from now on. What runs at another one of the application is to go on
-        at one of them, but may end where it is for `drain_s`."""
+        at one of them, but may end where it is for its time to drain."""
         if not replicas:
             return  # nobody could go on
-        due_s = self._clock() + drain_s
+        now_s = self._clock()
         for placement in list(self._followed.values()):
             if placement.application == application and placement.replica not in replicas:
-                placement.due_s = min(placement.due_s, due_s)
+                placement.has_to_go_since_s = min(placement.has_to_go_since_s, now_s)
 
     def failed(self, placement: Placement) -> None:
         """The replica failed under a stream: for a while others are preferred."""

@@ -3,7 +3,7 @@
 Decisions are prefix_routing.py's. Also tells placements.py which replica took which stream, and
 which replicas take requests at all.
 
-    serve.deployment(…, request_router_config=prefix_routing(options))
+    serve.deployment(…, request_router_config=prefix_routing())
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve_apps.llm import placements
+from serve_apps.llm.channels import Channel
 from serve_apps.llm.engine import EngineRequest
 from serve_apps.llm.prefix_routing import PrefixIndex, PrefixRoutingPolicy, block_hashes
-from serve_apps.options import DeploymentOptions
 
 logger = logging.getLogger(__name__)
 
 
-def prefix_routing(options: DeploymentOptions) -> RequestRouterConfig:
+def prefix_routing() -> RequestRouterConfig:
     """How requests for a language model find a replica.
 
     Serve refuses to be told the class of an application's outermost deployment, because HAProxy
-    would not ask it; ours is called through handles alone, which do.
+    would not ask it; ours is called through handles alone, which do. It also keeps a router for as
+    long as the process lives, so nothing of one deployment's options may be told to it.
     """
     return RequestRouterConfig.from_serialized_request_router_cls(
-        {"request_router_kwargs": {"drain_s": options.drain_s}}, cloudpickle.dumps(PrefixRouter)
+        {}, cloudpickle.dumps(PrefixRouter)
     )
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
     """Sends a prompt where its beginning is in the cache."""
 
-    def initialize_state(self, **options: Any) -> None:
-        """Called by Serve with `request_router_kwargs`."""
-        self._drain_s = float(options["drain_s"])
+    def initialize_state(self) -> None:
+        """Called by Serve before anything else."""
         self._index = PrefixIndex()
         self._policy = PrefixRoutingPolicy()
 
@@ -48,7 +48,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         super().update_replicas(replicas)
         names = {replica.replica_id.unique_id for replica in replicas}
         self._index.keep_only(names)
-        placements.PLACEMENTS.replicas_are(self.app_name, names, self._drain_s)
+        placements.PLACEMENTS.replicas_are(self.app_name, names)
 
     async def choose_replicas(
         self,
@@ -59,8 +59,10 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         if pending_request is not None:
             # All are tried at once, so before the next time Serve is to wait.
             pending_request.routing_context.should_backoff = True
-        request = _engine_request(pending_request)
-        if request is None:
+        request = _argument(pending_request)
+        if isinstance(request, Channel):
+            return [[r for r in candidate_replicas if r.replica_id.unique_id == request.replica]]
+        if not isinstance(request, EngineRequest):
             return [candidate_replicas]
         given = (*request.prompt_ids, *request.answer_ids)
         blocks = block_hashes(given, request.adapter, request.tenant)
@@ -85,12 +87,11 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         self, pending_request: PendingRequest, replica_id: ReplicaID, _result: Any
     ) -> None:
         """Called by Serve once a replica took the request."""
-        request = _engine_request(pending_request)
-        if request is not None:
+        request = _argument(pending_request)
+        if isinstance(request, EngineRequest):
             placements.PLACEMENTS.placed(request.request_id, self.app_name, replica_id.unique_id)
 
 
-def _engine_request(pending: PendingRequest | None) -> EngineRequest | None:
-    """What is to be generated; None for any other call."""
-    first = pending.args[0] if pending is not None and pending.args else None
-    return first if isinstance(first, EngineRequest) else None
+def _argument(pending: PendingRequest | None) -> object:
+    """What is to be generated or listened to, or the argument of some other call."""
+    return pending.args[0] if pending is not None and pending.args else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import queue
@@ -19,6 +20,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from vllm.config import StructuredOutputsConfig
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
@@ -74,7 +76,10 @@ class VllmEngine:
         self._max_context_tokens = int(config.model_config.max_model_len)
         self._vocab_size = int(config.model_config.get_vocab_size())
         self._precision = str(config.model_config.dtype).removeprefix("torch.")
-        self._has_tokenizer = not config.model_config.skip_tokenizer_init
+        has_tokenizer = not config.model_config.skip_tokenizer_init
+        tokenizer = self._llm.get_tokenizer() if has_tokenizer else None
+        self._grammar_end: int | None = getattr(tokenizer, "eos_token_id", None)
+        """The one token that ends a text to vLLM's grammars; without it there can be none."""
         self._noise_is_by_position = bool(config.use_v2_model_runner)
 
     @classmethod
@@ -136,12 +141,10 @@ class VllmEngine:
         check_request(
             request, max_context_tokens=self._max_context_tokens, vocab_size=self._vocab_size
         )
-        grammar = request.sampling.grammar
-        if grammar is not None and not self._has_tokenizer:
-            raise InputError("this engine cannot hold an answer to a grammar", param=grammar.kind)
         check_adapter(request, self._adapters)
         answer = Answer(request, self._repeats(request))
-        parameters = to_sampling_params(request.sampling, num_said=answer.num_given)
+        sampling = self._with_end_of_grammar(request.sampling)
+        parameters = to_sampling_params(sampling, num_said=answer.num_given)
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -185,6 +188,16 @@ class VllmEngine:
             self._failure = UpstreamFailedError("the engine stopped: it was closed")
         self._in_loop(self._shut_down()).result()
         self._stop_loop()
+
+    def _with_end_of_grammar(self, sampling: Sampling) -> Sampling:
+        """After that token nothing holds an answer to its grammar any more."""
+        grammar = sampling.grammar
+        if grammar is None:
+            return sampling
+        if self._grammar_end is None:
+            raise InputError("this engine cannot hold an answer to a grammar", param=grammar.kind)
+        ends = (*sampling.eos_token_ids, self._grammar_end)
+        return dataclasses.replace(sampling, eos_token_ids=ends)
 
     def _repeats(self, request: EngineRequest) -> bool:
         """Whether an answer begun elsewhere is generated from its first token again.
@@ -334,6 +347,9 @@ def _engine_arguments(
         trust_remote_code=False,
         load_format="safetensors",
         generation_config="vllm",
+        # The library that our own engines, and the gateway's check, hold grammars to. Left to
+        # itself vLLM takes what suits the first request for all that follow.
+        structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
         max_num_seqs=max_running,
         max_logprobs=-1,
         disable_log_stats=True,

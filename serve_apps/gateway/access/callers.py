@@ -13,6 +13,7 @@ of its own, and what reaches a model without a caller is refused.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -44,6 +45,30 @@ class Reservation:
     """That its tokens count in, where they are limited by the minute."""
     holds: dict[Holding, int]
 
+    def split(self, num_tokens: int) -> tuple[Reservation, Reservation]:
+        """So many of its tokens, and the rest; each is settled by itself."""
+        self.account.num_reserved += 1
+        part = {unit: num_tokens for unit in self.holds if unit == "month_tokens"}
+        rest = {unit: amount - part.get(unit, 0) for unit, amount in self.holds.items()}
+        return (
+            dataclasses.replace(self, max_tokens=num_tokens, holds=part),
+            dataclasses.replace(self, max_tokens=self.max_tokens - num_tokens, holds=rest),
+        )
+
+
+@dataclass
+class Prompt:
+    """A prompt of one request: it counts once, however many answers to it are asked for, and for
+    whichever of them begins."""
+
+    num_tokens: int
+    num_open: int = 0
+    """Answers that are not settled."""
+    is_reserved: bool = False
+    reservation: Reservation | None = None
+    """Until its tokens are charged, or no answer is left that could be."""
+    is_charged: bool = False
+
 
 class Caller:
     """The sender of one request."""
@@ -62,7 +87,7 @@ class Caller:
         self._session = session
         self._held: list[Settle] | None = None
         self._is_counted = False
-        self._prompts: set[tuple[int, ...]] = set()
+        self._prompts: dict[tuple[int, ...], Prompt] = {}
 
     def entered(self) -> _Entered:
         """Be the current caller within a block."""
@@ -174,12 +199,37 @@ class Caller:
         """Looked up each time: one that is idle is forgotten, and made anew."""
         return self._accounts.of(self.identity)
 
-    def new_prompt_tokens(self, prompt_ids: tuple[int, ...]) -> int:
-        """Tokens of a prompt, which counts once however many answers to it are asked for."""
-        if prompt_ids in self._prompts:
-            return 0
-        self._prompts.add(prompt_ids)
-        return len(prompt_ids)
+    def prompt(self, prompt_ids: tuple[int, ...]) -> Prompt:
+        """The same one for the same tokens."""
+        return self._prompts.setdefault(prompt_ids, Prompt(len(prompt_ids)))
+
+    async def reserve_answer(self, prompt: Prompt, max_tokens: int) -> Reservation | None:
+        """As `reserve`, the prompt's tokens included unless another answer has set them aside."""
+        num_prompt = 0 if prompt.is_reserved else prompt.num_tokens
+        prompt.is_reserved = True
+        prompt.num_open += 1
+        try:
+            reservation = await self.reserve(num_prompt + max_tokens)
+        except BaseException:
+            prompt.is_reserved = not num_prompt
+            self.settle_prompt(prompt, counts=False)
+            raise
+        if reservation is not None and num_prompt:
+            prompt.reservation, reservation = reservation.split(num_prompt)
+        return reservation
+
+    def settle_prompt(self, prompt: Prompt, *, counts: bool) -> int:
+        """An answer to it has ended; the tokens to charge for the prompt with this one."""
+        prompt.num_open -= 1
+        num_tokens = prompt.num_tokens if counts and not prompt.is_charged else 0
+        prompt.is_charged |= counts
+        is_over = prompt.is_charged or not prompt.num_open
+        if is_over and prompt.reservation is not None:
+            self.settle(prompt.reservation, num_tokens)
+            prompt.reservation = None
+        if not prompt.num_open:
+            prompt.is_reserved = prompt.is_charged
+        return num_tokens
 
 
 class _Entered:
@@ -261,19 +311,19 @@ async def metered(
         RateLimitedError: the current caller's tenant has too little left.
     """
     caller = current_caller()
-    prompt_tokens = caller.new_prompt_tokens(request.prompt_ids)
-    reservation = await caller.reserve(prompt_tokens + request.sampling.max_tokens)
+    prompt = caller.prompt(request.prompt_ids)
+    reservation = await caller.reserve_answer(prompt, request.sampling.max_tokens)
     num_given, has_begun = 0, False
 
     def settle(is_sure: bool) -> None:
         # Nothing given, nothing charged.
         counts = has_begun and is_sure
-        used = prompt_tokens if counts else 0
+        read = caller.settle_prompt(prompt, counts=counts)
         given = num_given if counts else 0
         if reservation is not None:
-            caller.settle(reservation, used + given)
+            caller.settle(reservation, given)
         if counts:
-            caller.answered(COMPLETION, served, prompt_tokens=used, completion_tokens=given)
+            caller.answered(COMPLETION, served, prompt_tokens=read, completion_tokens=given)
 
     try:
         async for output in outputs:

@@ -3,7 +3,7 @@
 Timed where they come from the replicas, so that a client that reads slowly makes no version slow.
 
     backend = WatchedBackend(backend, watch.observer_of)
-    outputs = backend.generate("talker.v2", request)
+    outputs = backend.generate("talker.v2", request, drain_s=60)
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class WatchedBackend:
         return await self._backend.predict(application, arrays)
 
     def generate(
-        self, application: str, request: EngineRequest
+        self, application: str, request: EngineRequest, *, drain_s: float
     ) -> AsyncGenerator[TokenOutput, None]:
-        outputs = self._backend.generate(application, request)
+        outputs = self._backend.generate(application, request, drain_s=drain_s)
         found = self._observer_of(request.adapter or application)
         return outputs if found is None else StreamWaits(*found, request).watch(outputs)
 

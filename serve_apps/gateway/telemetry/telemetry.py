@@ -304,7 +304,7 @@ class StreamWatch:
     """Counts and times the tokens of one answer.
 
     with telemetry.stream(served, request) as watch:
-        async for output in watch.outputs(backend.generate(application, watch.request)):
+        async for output in watch.outputs(outputs):
             ...
     """
 

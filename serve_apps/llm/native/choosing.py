@@ -16,7 +16,8 @@ from cluster.sampling import perturb
 from serve_apps.llm.engine import FinishReason, TokenLogprobs
 from serve_apps.llm.native.scheduler import Sequence
 
-BROKEN: tuple[FinishReason, str] = ("error", "the model's logits are not numbers")
+Failure = tuple[FinishReason, str]
+NO_NUMBERS: Failure = ("error", "what the model computed is not numbers")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Choice:
 
     token_id: int
     logprobs: tuple[TokenLogprobs, ...] = ()
-    failure: tuple[FinishReason, str] | None = None
+    failure: Failure | None = None
     """Why there is none: its grammar cannot be followed any further, or no logit is a number."""
 
 
@@ -37,7 +38,7 @@ def choose(logits: torch.Tensor, sequences: Series[Sequence]) -> list[Choice]:
     choices: list[Choice] = []
     for row, sequence in enumerate(sequences):
         if is_broken[row]:
-            choices.append(Choice(-1, failure=BROKEN))
+            choices.append(Choice(-1, failure=NO_NUMBERS))
         elif _is_plain(sequence):
             choices.append(Choice(best[row]))
         else:

@@ -7,8 +7,12 @@ outputs = engine.step()
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
+from bisect import bisect
+from collections.abc import Collection
+from collections.abc import Sequence as Series
 from pathlib import Path
 
 from cluster.errors import UpstreamFailedError
@@ -17,7 +21,6 @@ from serve_apps.llm.budget import CacheBudget
 from serve_apps.llm.engine import (
     EngineRequest,
     EngineStats,
-    FinishReason,
     StepOutput,
     TokenOutput,
     begin_grammar,
@@ -26,7 +29,7 @@ from serve_apps.llm.engine import (
 )
 from serve_apps.llm.native.batch import BlockTables, make_batch
 from serve_apps.llm.native.blocks import BlockPool
-from serve_apps.llm.native.choosing import BROKEN, Choice, choose
+from serve_apps.llm.native.choosing import NO_NUMBERS, Choice, Failure, choose
 from serve_apps.llm.native.low_rank import Adapter, read_adapter
 from serve_apps.llm.native.model import NativeModel
 from serve_apps.llm.native.scheduler import Chunk, Scheduler, Sequence
@@ -100,14 +103,14 @@ class NativeEngine:
             )
             ended = [chunk for chunk in chunks if chunk.gives_token]
         try:
-            logits, is_broken = model.forward(batch)
-            broken = _sequences_of(chunks, is_broken.tolist())
-            choices = choose(logits, [chunk.sequence for chunk in ended])
+            computed = model.forward(batch)
+            choices = choose(computed.logits, [chunk.sequence for chunk in ended])
         except Exception as error:
             self._fail(str(error) or repr(error))
             raise UpstreamFailedError(f"the engine stopped: {error}") from error
+        broken = _owners(computed.broken_rows, chunks)
         with self._changed:
-            return self._take(chunks, broken, ended, choices)
+            return self._take(chunks, ended, choices, broken)
 
     def abort(self, request_id: str) -> None:
         with self._changed:
@@ -131,42 +134,47 @@ class NativeEngine:
         self._fail("it was closed")
 
     def _take(
-        self, chunks: list[Chunk], broken: set[Sequence], ended: list[Chunk], choices: list[Choice]
+        self,
+        chunks: Series[Chunk],
+        ended: Series[Chunk],
+        choices: Series[Choice],
+        broken: Collection[Sequence],
     ) -> StepOutput:
         """Note what was computed and say what was chosen, but nothing of who left meanwhile."""
-        outputs = []
+        failures: dict[Sequence, Failure] = dict.fromkeys(broken, NO_NUMBERS)
+        for chunk, choice in zip(ended, choices, strict=True):
+            if choice.failure is not None:
+                failures[chunk.sequence] = choice.failure
+        outputs: list[TokenOutput] = []
+        # First: what they filled is shared with nobody.
+        for sequence, failure in failures.items():
+            if sequence.place >= 0:
+                self._forget(sequence)
+                outputs.append(TokenOutput(sequence.request.request_id, (), *failure))
         for chunk in chunks:
-            sequence = chunk.sequence
-            if sequence.place < 0:
-                continue
-            if sequence in broken:  # nobody may take over its beginning
-                outputs.append(self._end(sequence, *BROKEN))
-            else:
+            if chunk.sequence.place >= 0:
                 self._scheduler.advance(chunk)
         for chunk, choice in zip(ended, choices, strict=True):
             sequence = chunk.sequence
             if sequence.place < 0:
                 continue
-            request_id = sequence.request.request_id
-            if choice.failure is not None:
-                outputs.append(self._end(sequence, *choice.failure))
-                continue
             sequence.tokens.append(choice.token_id)
             reason = sequence.finish_reason
             if reason is not None:
-                self._scheduler.remove(sequence)
-                del self._sequences[request_id]
+                self._forget(sequence)
             outputs.append(
-                TokenOutput(request_id, (choice.token_id,), reason, logprobs=choice.logprobs)
+                TokenOutput(
+                    sequence.request.request_id,
+                    (choice.token_id,),
+                    reason,
+                    logprobs=choice.logprobs,
+                )
             )
         return outputs
 
-    def _end(self, sequence: Sequence, reason: FinishReason, error: str) -> TokenOutput:
-        """Without another token."""
-        request_id = sequence.request.request_id
+    def _forget(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
-        del self._sequences[request_id]
-        return TokenOutput(request_id, (), reason, error)
+        del self._sequences[sequence.request.request_id]
 
     def _check_works(self) -> None:
         if self._failure is not None:
@@ -178,12 +186,9 @@ class NativeEngine:
             self._changed.notify_all()
 
 
-def _sequences_of(chunks: list[Chunk], is_wanted: list[bool]) -> set[Sequence]:
-    """Those with such a row among the rows of all chunks."""
-    found: set[Sequence] = set()
-    first = 0
-    for chunk in chunks:
-        if any(is_wanted[first : first + chunk.num_tokens]):
-            found.add(chunk.sequence)
-        first += chunk.num_tokens
-    return found
+def _owners(rows: Series[int], chunks: Series[Chunk]) -> set[Sequence]:
+    """Whose the rows of a step are."""
+    if not rows:
+        return set()
+    ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
+    return {chunks[bisect(ends, row)].sequence for row in rows}

@@ -1,11 +1,12 @@
 """The decoder's forward pass over one step of many sequences.
 
 model = NativeModel.load(package.model_dir, budget, dtype=None, device="cpu")
-logits, is_broken = model.forward(batch)          # [wanted rows, vocabulary], [rows]
+logits = model.forward(batch).logits              # [wanted rows, vocabulary]
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,20 @@ from serve_apps.llm.native.shape import ModelShape, why_unreadable
 from serve_apps.llm.native.weights import (
     LayerWeights,
     Tensors,
+    computed_dtype,
     prepare_weights,
     read_tensors,
-    stored_dtype,
 )
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What one step came to."""
+
+    logits: torch.Tensor
+    """[wanted rows, vocabulary]"""
+    broken_rows: list[int]
+    """Rows that came to what is no number, where not all have logits to show it."""
 
 
 class NativeModel:
@@ -57,9 +68,7 @@ class NativeModel:
                 f"the native engine cannot run this model: {reason}",
                 hint="deploy it with engine 'transformers'",
             )
-        if dtype is None:
-            stored = stored_dtype(tensors)
-            dtype = stored if stored == torch.bfloat16 else torch.float32
+        dtype = dtype or computed_dtype(tensors)
         self.shape = ModelShape.of(config)
         self.dtype = dtype
         self.device = device
@@ -98,9 +107,8 @@ class NativeModel:
         return "int8" if self._is_int8 else str(self.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [wanted rows, vocabulary], and for each row whether it is no number; the cache
-        holds the batch's tokens afterwards."""
+    def forward(self, batch: Batch) -> Computed:
+        """One step; the cache holds the batch's tokens afterwards."""
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         x = functional.embedding(batch.token_ids, self._weights.embedding)
         for number, plain in enumerate(self._weights.layers):
@@ -112,7 +120,10 @@ class NativeModel:
             gated = layer.up.times(normed, layer.gate.silu(normed))
             x = layer.down.plus(gated, x)
         logits = self._weights.head(self._norm(x[batch.output_rows], self._weights.norm))
-        return logits, x.sum(dim=-1).isnan()
+        broken_rows: list[int] = []
+        if len(batch.output_rows) < len(x):
+            broken_rows = x.sum(dim=-1).isnan().nonzero().flatten().tolist()
+        return Computed(logits, broken_rows)
 
     @torch.inference_mode()
     def check_fits(self, adapter: Adapter) -> None:
@@ -149,8 +160,7 @@ class NativeModel:
         shape = self.shape
         num_rows, num_rotated = x.shape[0], shape.num_heads + shape.num_kv_heads
         heads = layer.query_key_value(x).view(num_rows, -1, shape.head_size)
-        # Once in the cache, what is no number would reach others through blocks that they mask;
-        # that its own sequence sees zeros there is made up for by ending it.
+        # Once in the cache, what is no number would reach others through blocks that they mask.
         heads[:, shape.num_heads :].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
         if layer.head_norm is not None:

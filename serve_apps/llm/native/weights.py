@@ -53,12 +53,14 @@ def read_tensors(model_dir: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def stored_dtype(tensors: Tensors) -> torch.dtype:
-    """What most of its parameters are stored as."""
+def computed_dtype(tensors: Tensors) -> torch.dtype:
+    """What a model is computed in unless its user says otherwise: bfloat16 where most of its
+    parameters are stored so."""
     counts: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
-    return max(counts, key=lambda dtype: counts[dtype])
+    stored = max(counts, key=lambda dtype: counts[dtype])
+    return stored if stored == torch.bfloat16 else torch.float32
 
 
 def prepare_weights(

@@ -239,11 +239,11 @@ class Gateway:
         generate = self.backend.generate
 
         async def breaking(
-            application: str, request: EngineRequest
+            application: str, request: EngineRequest, *, drain_s: float
         ) -> AsyncGenerator[TokenOutput, None]:
             self.backend.generate = generate  # type: ignore[method-assign]
             num_given = 0
-            outputs = generate(application, request)
+            outputs = generate(application, request, drain_s=drain_s)
             try:
                 async for output in outputs:
                     num_given += len(output.token_ids)

@@ -16,8 +16,9 @@ class Loads:
 
     def __init__(self) -> None:
         self.log: list[str] = []
-        self.gate = asyncio.Event()
+        self.gate, self.exit = asyncio.Event(), asyncio.Event()
         self.gate.set()
+        self.exit.set()
         self.error: Exception | None = None
 
     async def load(self, digest: str) -> None:
@@ -26,7 +27,8 @@ class Loads:
         if self.error is not None:
             raise self.error
 
-    def unload(self, digest: str) -> None:
+    async def unload(self, digest: str) -> None:
+        await self.exit.wait()
         self.log.append(f"-{digest}")
 
     def shelf(self, max_adapters: int) -> AdapterShelf:
@@ -43,6 +45,22 @@ async def test_the_one_asked_for_longest_ago_makes_room() -> None:
     loads = Loads()
     await ask(loads.shelf(2), "a", "b", "a", "c", "a", "b")
     assert loads.log == ["+a", "+b", "-b", "+c", "-c", "+b"]
+
+
+async def test_one_that_takes_its_time_to_go_keeps_nobody_but_those_who_come_in_its_place() -> None:
+    loads = Loads()
+    shelf = loads.shelf(2)
+    await ask(shelf, "a", "b")
+    loads.exit.clear()
+    coming = asyncio.create_task(ask(shelf, "c"))
+    await asyncio.sleep(0)
+    await ask(shelf, "b")  # which is there
+    again = asyncio.create_task(ask(shelf, "a"))  # which is on its way out
+    await asyncio.sleep(0.01)
+    assert loads.log == ["+a", "+b"]
+    loads.exit.set()
+    await asyncio.gather(coming, again)
+    assert (sorted(loads.log[2:4]), sorted(loads.log[4:])) == (["-a", "-b"], ["+a", "+c"])
 
 
 async def test_one_in_use_stays_and_one_too_many_is_refused() -> None:

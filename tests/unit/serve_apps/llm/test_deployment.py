@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import re
 import sys
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from cluster.processing.text import TextProcessor
 from cluster.settings import Settings
 from cluster.storage import Storage
 from serve_apps.llm import deployment
+from serve_apps.llm.channels import Channel, Part
 from serve_apps.llm.continuous_batching import ContinuousBatchingEngine
 from serve_apps.llm.deployment import LanguageModel
 from serve_apps.llm.engine import EngineRequest, Sampling
@@ -117,6 +120,33 @@ def test_an_adapter_is_served_merged_into_its_base(
         LanguageModel(adapter.digest, {})
 
 
+@pytest.mark.parametrize(
+    ("options", "precision"), [({}, "bfloat16"), ({"dtype": "float32"}, "float32")]
+)
+def test_a_merged_adapter_is_computed_as_its_base_is(
+    tmp_path: Path, settings: Settings, options: dict[str, str], precision: str
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base_dir = save_llama(tmp_path / "base", "some text")
+    halved = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16)
+    halved.save_pretrained(base_dir)
+    base = open_digest(publish(base_dir, settings), settings)
+    adapter = write_package(
+        save_adapter(tmp_path / "adapter", base_dir),
+        name="adapter",
+        kind="adapter",
+        storage=Storage.open(settings.storage_root),
+        signer=LocalSigner(settings.keys_dir),
+        base=base,
+    )
+    for digest in (base.digest, adapter.digest):
+        replica = LanguageModel(digest, options)
+        assert replica._runner.stats().precision == precision
+        replica._runner.close()
+
+
 @dataclass
 class Family:
     """A base with adapters, and one of another base."""
@@ -155,7 +185,7 @@ def family(tmp_path: Path, settings: Settings) -> Family:
 async def answer(replica: LanguageModel, adapter: str | None, request_id: str = "r") -> list[int]:
     sampling = Sampling(max_tokens=12, temperature=0)
     request = EngineRequest(request_id, (5, 6, 7), sampling, adapter=adapter)
-    outputs = [output async for output in replica.generate(request)]
+    outputs = [output async for _, output in replica.generate(request)]
     return [token for output in outputs for token in output.token_ids]
 
 
@@ -215,6 +245,50 @@ async def test_adapters_are_verified_before_they_answer(
             replica._runner.close()
 
 
+async def test_several_answers_of_one_reader_come_in_one_channel(
+    language_model_dir: Path, settings: Settings
+) -> None:
+    replica = LanguageModel(publish(language_model_dir, settings), {})
+    ids, sampling = ("a", "b", "c"), Sampling(max_tokens=40, temperature=0, logit_bias=((0, -100),))
+    own: dict[str, list[Part]] = {}
+    shared: list[list[Part]] = []
+
+    async def ask(request_id: str, reader: str = "me") -> None:
+        request = EngineRequest(request_id, (5, 6, 7), sampling)
+        own[request_id] = [part async for part in replica.generate(request, reader)]
+
+    async def listen() -> None:
+        async for parts in replica.listen(Channel("c", "me", "this")):
+            shared.append(parts)
+
+    try:
+        await ask("alone")
+        listening = asyncio.create_task(listen())
+        await asyncio.gather(ask("other", "somebody else"), *(ask(each) for each in ids))
+        await listening
+        await ask("late")
+    finally:
+        replica._runner.close()
+    expected = tokens_of(own["alone"])
+    assert len(expected) == 40
+    assert expected == tokens_of(own["late"]) == tokens_of(own["other"])
+    for request_id in ids:
+        (last,) = own[request_id]
+        assert last[1].finish_reason == "length"
+        parts = [part for parts in shared for part in parts if part[1].request_id == request_id]
+        assert tokens_of([last, *parts]) == expected
+    assert len(shared) < 2 * 40 < sum(map(len, shared))
+
+
+def tokens_of(parts: list[Part]) -> list[int]:
+    """In order, none missing."""
+    tokens: list[int] = []
+    for start, output in sorted(parts, key=lambda part: part[0]):
+        assert start == len(tokens)
+        tokens.extend(output.token_ids)
+    return tokens
+
+
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 async def test_a_replica_holds_answers_to_a_grammar(
     language_model_dir: Path, settings: Settings, engine: str
@@ -229,13 +303,38 @@ async def test_a_replica_holds_answers_to_a_grammar(
             max_tokens=32, eos_token_ids=info.eos_token_ids, grammar=Grammar("regex", pattern)
         )
         outputs = replica.generate(EngineRequest("r", (5, 6, 7), sampling))
-        return text.decode([token async for output in outputs for token in output.token_ids])
+        return text.decode([token async for _, output in outputs for token in output.token_ids])
 
     try:
         assert re.fullmatch("(sun|moon){2}", await ask("(sun|moon){2}"))
         for wrong in ("(", "(((a{1000}){1000}){1000})"):
             with pytest.raises(InputError, match="regular expression is refused"):
                 await ask(wrong)
+    finally:
+        replica._runner.close()
+
+
+async def test_an_engine_that_holds_to_grammars_itself_gets_them_as_they_are(
+    language_model_dir: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, asked = publish(language_model_dir, settings), list[EngineRequest]()
+    grammar = Grammar("regex", "(")  # which ours would refuse
+
+    class Theirs(FakeEngine):
+        def add(self, request: EngineRequest) -> None:
+            asked.append(request)
+            free = dataclasses.replace(request.sampling, grammar=None)
+            super().add(dataclasses.replace(request, sampling=free))
+
+    monkeypatch.setattr(deployment, "_build_vllm", lambda *_: Theirs(vocab_size=257))
+    monkeypatch.setattr(deployment, "check_answers", lambda *_, **__: None)
+    replica = LanguageModel(digest, {"engine": "vllm"})
+    try:
+        sampling = Sampling(max_tokens=4, temperature=0, grammar=grammar)
+        request = EngineRequest("r", (5, 6, 7), sampling)
+        outputs = [output async for _, output in replica.generate(request)]
+        assert sum(len(output.token_ids) for output in outputs) == 4
+        assert asked[-1].sampling.grammar == grammar
     finally:
         replica._runner.close()
 

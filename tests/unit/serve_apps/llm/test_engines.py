@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import InputError, NotFoundError, UpstreamFailedError
+from cluster.generation import Grammar
 from serve_apps.llm.engine import (
     AdapterLoader,
     Engine,
@@ -556,3 +558,62 @@ def test_adapters_answer_beside_their_model(
     with pytest.raises(NotFoundError, match="adapter a is not loaded"):
         engine.add(requests[1])
     assert run(engine, requests[0], requests[2]) == {k: expected[k] for k in ("model", "b")}
+
+
+def native_talker(model_dir: Path) -> Engine:
+    from cluster.grammars import Grammars
+    from serve_apps.llm.budget import CacheBudget
+    from serve_apps.llm.native.engine import NativeEngine
+    from serve_apps.llm.native.model import NativeModel
+
+    budget = CacheBudget(max_cache_bytes=2**21, max_running=8)
+    grammars = Grammars.load(model_dir, vocab_size=257, eos_token_ids=(0,))
+    return NativeEngine(NativeModel.load(model_dir, budget), budget, grammars)
+
+
+def vllm_talker(model_dir: Path) -> Engine:
+    from serve_apps.llm.vllm import VllmEngine
+    from serve_apps.vllm_arguments import VllmArguments
+
+    eager = VllmArguments(enforce_eager=True)
+    return VllmEngine.load(model_dir, eager, dtype="float32", max_cache_bytes=2**24, max_running=8)
+
+
+TALKERS = [native_talker, *([vllm_talker] if vllm_engine in MODEL_ENGINES else [])]
+
+
+@pytest.mark.parametrize("build", TALKERS)
+def test_answers_end_with_their_grammars(build: Callable[[Path], Engine], tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from tests.tiny_models import save_llama
+
+    shape = {"head_dim": 32, "max_position_embeddings": 512}
+    text = Tokenizer.from_file(
+        str(save_llama(tmp_path / "talker", "the sun", **shape) / "tokenizer.json")
+    )
+    schema = {
+        "type": "object",
+        "properties": {
+            "kind": {"enum": ["sun", "moon"]},
+            # A key that vLLM's own choice would turn to another library for, too late.
+            "height": {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 90},
+        },
+        "required": ["kind", "height"],
+        "additionalProperties": False,
+    }
+    engine = build(tmp_path / "talker")
+    try:
+        for ends in ((0,), (200,)):  # its tokenizer's, and an adapter's of its own
+            options = {"temperature": 1.0, "seed": 3, "eos_token_ids": ends, "max_tokens": 400}
+            first = ask("regex", grammar=Grammar("regex", "(sun|moon){2}"), **options)
+            tokens, reason = run_with_reasons(engine, first)["regex"]
+            assert (reason, text.decode(tokens[:-1])) in [
+                ("stop", one + other) for one in ("sun", "moon") for other in ("sun", "moon")
+            ]
+            second = ask("schema", grammar=Grammar("json_schema", json.dumps(schema)), **options)
+            tokens, reason = run_with_reasons(engine, second)["schema"]
+            found = json.loads(text.decode(tokens[:-1]))
+            assert (reason, found["height"] % 5, found.keys()) == ("stop", 0, {"kind", "height"})
+    finally:
+        engine.close()

@@ -17,16 +17,16 @@ class Clock:
 def test_a_stream_is_due_some_time_after_its_replica_takes_no_more() -> None:
     clock = Clock()
     placements = Placements(clock)
-    with placements.follow("r") as placement:
+    with placements.follow("r", drain_s=5) as placement:
         placements.placed("r", "talker.v1", "a")
-        placements.replicas_are("talker.v1", {"a", "b"}, drain_s=5)
+        placements.replicas_are("talker.v1", {"a", "b"})
         clock.now_s += 50
         assert not placement.is_due
-        placements.replicas_are("talker.v1", {"b"}, drain_s=5)
+        placements.replicas_are("talker.v1", {"b"})
         clock.now_s += 4
         assert not placement.is_due
         # Another change does not give it more time.
-        placements.replicas_are("talker.v1", {"b", "c"}, drain_s=5)
+        placements.replicas_are("talker.v1", {"b", "c"})
         clock.now_s += 1
         assert placement.is_due
 
@@ -39,26 +39,26 @@ def test_it_stays_where_nobody_else_could_go_on_or_its_replica_does(
     application: str, replicas: set[str]
 ) -> None:
     placements = Placements()
-    with placements.follow("r") as placement:
+    with placements.follow("r", drain_s=0) as placement:
         placements.placed("r", "talker.v1", "a")
-        placements.replicas_are(application, replicas, drain_s=0)
+        placements.replicas_are(application, replicas)
         assert not placement.is_due
 
 
 def test_a_request_that_nobody_took_or_nobody_follows_is_left_alone() -> None:
     placements = Placements()
-    with placements.follow("r") as placement:
-        placements.replicas_are("talker.v1", {"b"}, drain_s=0)
+    with placements.follow("r", drain_s=0) as placement:
+        placements.replicas_are("talker.v1", {"b"})
         assert not placement.is_due
     placements.placed("r", "talker.v1", "a")
-    placements.replicas_are("talker.v1", {"b"}, drain_s=0)
+    placements.replicas_are("talker.v1", {"b"})
     assert not placement.is_due
 
 
 def test_a_replica_that_failed_is_suspect_for_a_while() -> None:
     clock = Clock()
     placements = Placements(clock)
-    with placements.follow("r") as placement:
+    with placements.follow("r", drain_s=0) as placement:
         placements.failed(placement)  # before any replica took it
         placements.placed("r", "talker.v1", "a")
         placements.failed(placement)

@@ -10,6 +10,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.request_router import PendingRequest, ReplicaID
 
 from serve_apps.llm import placements
+from serve_apps.llm.channels import Channel
 from serve_apps.llm.deployment import build_language_model
 from serve_apps.llm.engine import EngineRequest, Sampling
 from serve_apps.llm.placements import Placements
@@ -50,8 +51,8 @@ def pending(method: str, *arguments: Any) -> PendingRequest:
     return PendingRequest(args=list(arguments), kwargs={}, metadata=metadata)
 
 
-def make_router(**options: float) -> PrefixRouter:
-    config = prefix_routing(DeploymentOptions.model_validate(options))
+def make_router() -> PrefixRouter:
+    config = prefix_routing()
     # As it arrives in another process.
     router: PrefixRouter = config.get_request_router_class()(
         deployment_id=DEPLOYMENT,
@@ -85,6 +86,13 @@ async def test_a_prefix_stays_with_its_replica_and_survives_others_coming_and_go
     assert await order(router, ask("5", 5)) == ["c"]
 
 
+async def test_a_channel_goes_to_the_replica_that_it_names_or_to_none(found: Placements) -> None:
+    router, replicas = make_router(), {name: Replica(name) for name in "abc"}
+    router.update_replicas(list(replicas.values()))
+    assert await order(router, pending("listen", Channel("1", "me", "b"))) == ["b"]
+    assert await order(router, pending("listen", Channel("2", "me", "gone"))) == [""]
+
+
 async def test_a_busy_replica_is_passed_over(found: Placements) -> None:
     router, replicas = make_router(), {name: Replica(name) for name in "ab"}
     router.update_replicas(list(replicas.values()))
@@ -99,22 +107,24 @@ async def test_a_replica_that_failed_is_asked_last(found: Placements) -> None:
     router = make_router()
     router.update_replicas([Replica("a"), Replica("b")])
     first, second = await order(router, ask("1", 5))
-    with found.follow("1") as placement:
+    with found.follow("1", drain_s=0) as placement:
         router.on_request_routed(ask("1", 5), ReplicaID(first, DEPLOYMENT), None)
         found.failed(placement)
     assert await order(router, ask("2", 5)) == [second, first]
 
 
 async def test_a_stream_learns_that_its_replica_has_to_go(found: Placements) -> None:
-    router = make_router(drain_s=0)
+    router = make_router()
     replicas = [Replica("a"), Replica("b")]
     router.update_replicas(replicas)
-    with found.follow("1") as placement:
-        router.on_request_routed(ask("1", 5), replicas[0].replica_id, None)
+    # Each in its own time: one router outlives the deployments, and their options.
+    with found.follow("1", drain_s=0) as now, found.follow("2", drain_s=60) as later:
+        for number in ("1", "2"):
+            router.on_request_routed(ask(number, 5), replicas[0].replica_id, None)
         router.update_replicas(replicas)
-        assert not placement.is_due
+        assert not now.is_due
         router.update_replicas(replicas[1:])
-        assert placement.is_due
+        assert (now.is_due, later.is_due) == (True, False)
 
 
 def test_serve_hands_the_router_on_to_whoever_calls() -> None:
@@ -123,7 +133,8 @@ def test_serve_hands_the_router_on_to_whoever_calls() -> None:
     config = application._bound_deployment._deployment_config
     arrived = type(config).from_proto_bytes(config.to_proto_bytes()).request_router_config
     assert arrived.get_request_router_class() is PrefixRouter
-    assert arrived.request_router_kwargs == {"drain_s": 7}
+    # It outlives the deployment, and must know nothing of its options.
+    assert arrived.request_router_kwargs == {}
     assert arrived.is_default_request_router()
 
 

@@ -277,6 +277,39 @@ async def test_one_prompt_with_several_answers_counts_once(
     assert world.settled() == (1, 5, 9)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize("broken", [(0,), (1,), (0, 2), (0, 1, 2)])
+async def test_a_prompt_counts_once_whichever_answer_to_it_begins(
+    empty_database: Path, tmp_path: Path, broken: tuple[int, ...], order: tuple[int, ...]
+) -> None:
+    shutil.copy(empty_database, tmp_path / "world.db")
+    engine = open_database(f"sqlite:///{tmp_path / 'world.db'}")
+    world = World(engine, [], True)
+    lives = [
+        Life(5, (2, 1), "model dies" if number in broken else "complete", 0, 0)
+        for number in range(3)
+    ]
+    accounts, request = world.replicas[0], EngineRequest("r", tuple(range(5)), Sampling(3))
+    await accounts.start()
+    try:
+        with Caller(world.identity, accounts).entered():
+            streams = [metered(SERVED, request, generate(life)) for life in lives]
+            # All are asked for before the first ends.
+            begun = await asyncio.gather(*(anext(s) for s in streams), return_exceptions=True)
+            assert [isinstance(each, Exception) for each in begun] == [
+                number in broken for number in range(3)
+            ]
+            for number in order:
+                async for _ in streams[number]:
+                    pass
+    finally:
+        await accounts.stop()
+    num_answers = 3 - len(broken)
+    assert world.settled() == ((1, 5, 3 * num_answers) if num_answers else (0, 0, 0))
+    check_budget(world, is_killed=False)
+    assert accounts.of(world.identity).num_reserved == 0
+
+
 async def test_what_comes_past_the_doors_is_refused() -> None:
     request = EngineRequest("r", (1,), Sampling(max_tokens=8))
     with pytest.raises(AuthenticationError):

@@ -327,9 +327,9 @@ async def test_the_engine_is_told_whose_a_request_is(gateway: Any) -> None:
     sent: list[EngineRequest] = []
     generate = gateway.backend.generate
 
-    def remembering(application: str, request: EngineRequest) -> Any:
+    def remembering(application: str, request: EngineRequest, *, drain_s: float) -> Any:
         sent.append(request)
-        return generate(application, request)
+        return generate(application, request, drain_s=drain_s)
 
     gateway.backend.generate = remembering
     body = {"model": "talker", "prompt": "a", "max_tokens": 1}

@@ -112,9 +112,9 @@ async def test_a_language_models_span_has_the_gen_ai_attributes(
     sent: list[EngineRequest] = []
     generate = gateway.backend.generate
 
-    def remembering(application: str, request: EngineRequest) -> Any:
+    def remembering(application: str, request: EngineRequest, *, drain_s: float) -> Any:
         sent.append(request)
-        return generate(application, request)
+        return generate(application, request, drain_s=drain_s)
 
     gateway.backend.generate = remembering
     body = CHAT | {"model": "talker/1"}

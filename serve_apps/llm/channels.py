@@ -1,0 +1,80 @@
+"""Outputs of many answers for one reader, together: one message for each of the engine's steps.
+
+Every answer has a stream of its own, and a message costs as much as a few of its tokens. A reader
+of several answers, such as a gateway, opens a channel beside them: while it is open, what they
+consist of comes there, but for the last of each, which ends the answer's own stream. Positions tell
+in which order all of it belongs, so nothing depends on when a channel opens or ends.
+
+    if not channels.tell(reader, part):
+        yield part
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from serve_apps.llm.engine import TokenOutput
+
+Part = tuple[int, TokenOutput]
+"""How many tokens of this answer came before from here, and new ones."""
+_IDLE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What a reader asks for."""
+
+    channel_id: str
+    reader: str
+    """Whose answers they are."""
+    replica: str
+    """Where the router sends it."""
+
+
+class OutputChannels:
+    """Those that are open at one replica, by reader."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, _Messages] = {}
+
+    def tell(self, reader: str, part: Part) -> bool:
+        """Whether a channel took it."""
+        messages = self._open.get(reader)
+        if messages is None or part[1].finish_reason is not None:
+            return False
+        messages.put(part)
+        return True
+
+    async def listen(self, asked: Channel) -> AsyncGenerator[list[Part], None]:
+        """Messages until there were none for a while. It is the replica that ends a channel: what
+        was put into one that its reader has closed would be lost."""
+        messages = self._open[asked.reader] = _Messages()
+        try:
+            while parts := await messages.take(_IDLE_S):
+                yield parts
+        finally:
+            del self._open[asked.reader]
+
+
+class _Messages:
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, part: Part) -> None:
+        self._parts.append(part)
+        self._arrived.set()
+
+    async def take(self, patience_s: float) -> list[Part]:
+        """What there is; nothing where nothing comes in time."""
+        if not self._parts:
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._arrived.wait()
+            except TimeoutError:
+                pass  # something may have come at that very moment
+        parts, self._parts = self._parts, []
+        return parts
