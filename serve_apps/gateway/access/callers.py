@@ -48,7 +48,9 @@ class Reservation:
     def split(self, num_tokens: int) -> tuple[Reservation, Reservation]:
         """So many of its tokens, and the rest; each is settled by itself."""
         self.account.num_reserved += 1
-        part = {unit: num_tokens for unit in self.holds if unit == "month_tokens"}
+        part: dict[Holding, int] = {}
+        if "month_tokens" in self.holds:
+            part["month_tokens"] = num_tokens
         rest = {unit: amount - part.get(unit, 0) for unit, amount in self.holds.items()}
         return (
             dataclasses.replace(self, max_tokens=num_tokens, holds=part),
