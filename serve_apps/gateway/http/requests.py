@@ -103,7 +103,7 @@ def validate(model_type: type[ModelType], values: dict[str, Any]) -> ModelType:
             ) from None
         if first["type"] == "missing":
             raise InputError(f"parameter '{name}' is missing", param=name) from None
-        message = first["msg"].replace(" after validation", "")
+        message = first["msg"].replace(" after validation", "").removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
         raise InputError(f"parameter '{name}': {message}", param=name) from None
 
