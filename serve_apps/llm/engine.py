@@ -182,8 +182,8 @@ def check_request(request: EngineRequest, *, max_context_tokens: int, vocab_size
     total = len(prompt) + sampling.max_tokens
     if len(prompt) >= max_context_tokens:
         raise InputError(
-            f"the prompt has {len(prompt)} tokens, and the model holds {max_context_tokens} tokens, "
-            "those of the answer among them",
+            f"the prompt has {len(prompt)} tokens, and the model holds {max_context_tokens} "
+            "tokens, those of the answer among them",
             hint="shorten the prompt",
             param="prompt",
         )
