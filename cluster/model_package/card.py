@@ -46,8 +46,14 @@ def version_tags(digest: str, manifest: Manifest, location: str) -> dict[str, st
     return {f"heliostat.{name}": value for name, value in tags.items() if value}
 
 
-def model_card(digest: str, manifest: Manifest, links: CardLinks = CardLinks()) -> str:
-    """Markdown for the version's page."""
+def model_card(
+    digest: str,
+    manifest: Manifest,
+    links: CardLinks = CardLinks(),
+    *,
+    ref: str = "",
+) -> str:
+    """Markdown for the version's page; `ref` is NAME/VERSION, where that is known already."""
     sections = [
         f"# {manifest.name}",
         _facts(digest, manifest, links),
@@ -60,7 +66,7 @@ def model_card(digest: str, manifest: Manifest, links: CardLinks = CardLinks()) 
             ("file", "bytes"),
             [(n, str(e.size_bytes)) for n, e in sorted(manifest.files.items())[:_MAX_FILES]],
         ),
-        f"Check it offline with `heliostat models verify {manifest.name}/VERSION`.",
+        f"Check it offline with `heliostat models verify {ref or f'{manifest.name}/VERSION'}`.",
     ]
     return "\n\n".join(section for section in sections if section)[:MAX_CHARACTERS]
 

@@ -185,7 +185,8 @@ class ApiKeys:
         # The index compares hashes, whose prefixes tell nothing of the key; this closes the rest.
         if row is None or not hmac.compare_digest(row.key_hash, digest):
             raise AuthenticationError(
-                "this API key is not known here", hint="make one with `heliostat keys create`"
+                "this API key is not known here",
+                hint="make one with `heliostat keys create --tenant NAME`",
             )
         record = _record(row)
         if record.state != "active":

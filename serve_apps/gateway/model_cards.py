@@ -126,7 +126,7 @@ def _content(served: ServedVersion, manifest: Manifest) -> dict[str, Any]:
     """What a version's package says."""
     content: dict[str, Any] = {
         "kind": manifest.kind,
-        "card": model_card(served.digest, manifest),
+        "card": model_card(served.digest, manifest, ref=str(served)),
     }
     if manifest.language_model is not None:
         content["max_model_len"] = manifest.language_model.max_context_tokens

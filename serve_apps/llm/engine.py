@@ -180,10 +180,17 @@ def check_request(request: EngineRequest, *, max_context_tokens: int, vocab_size
             param="answer_ids",
         )
     total = len(prompt) + sampling.max_tokens
+    if len(prompt) >= max_context_tokens:
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens, and the model holds {max_context_tokens} "
+            "tokens, those of the answer among them",
+            hint="shorten the prompt",
+            param="prompt",
+        )
     if total > max_context_tokens:
         raise InputError(
             f"{len(prompt)} prompt tokens and max_tokens {sampling.max_tokens} make {total}, "
             f"but the model holds {max_context_tokens} tokens",
             hint="shorten the prompt or lower max_tokens",
-            param="max_tokens" if len(prompt) < max_context_tokens else "prompt",
+            param="max_tokens",
         )

@@ -33,7 +33,10 @@ _DETAILS: dict[str, Detail] = {"version": "version", "key": "source"}
 
 def _read_time(text: Any) -> datetime:
     # What was '+' in '+00:00' arrives as a space.
-    moment = datetime.fromisoformat(str(text).replace(" ", "+"))
+    try:
+        moment = datetime.fromisoformat(str(text).replace(" ", "+"))
+    except ValueError:
+        raise ValueError(f"{str(text)[:40]!r} is no time; write 2030-01-31T12:00:00Z") from None
     try:
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
     except OverflowError:  # the first or the last day that there is, elsewhere

@@ -120,7 +120,7 @@ def _openai_type(error: HeliostatError) -> str:
 
 def _from_http(error: HTTPException) -> HeliostatError:
     if error.status_code == 404:
-        return NotFoundError("there is no such path", hint="paths begin with /v1, /v2 or /admin")
+        return NotFoundError("there is no such path", hint="GET /openapi.json lists all")
     if error.status_code == 405:
         return MethodNotAllowedError((error.headers or {}).get("Allow", ""))
     return UsageError(str(error.detail)) if error.status_code < 500 else HeliostatError("failed")

@@ -36,6 +36,14 @@ _LARGE_TEXT_BYTES = 8 * 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _MAX_SHOWN = 100
+_JSON_WORDS: dict[type, str] = {
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 async def off_loop_if_large(
@@ -75,7 +83,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(values, dict):
         raise InputError(
-            f"the request body is a JSON {type(values).__name__}", hint="send a JSON object"
+            f"the request body is {_JSON_WORDS[type(values)]}", hint="send a JSON object"
         )
     return values
 
@@ -95,7 +103,8 @@ def validate(model_type: type[ModelType], values: dict[str, Any]) -> ModelType:
             ) from None
         if first["type"] == "missing":
             raise InputError(f"parameter '{name}' is missing", param=name) from None
-        message = first["msg"][:1].lower() + first["msg"][1:]
+        message = first["msg"].replace(" after validation", "").removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
         raise InputError(f"parameter '{name}': {message}", param=name) from None
 
 

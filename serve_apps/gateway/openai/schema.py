@@ -8,6 +8,7 @@ A parameter is never ignored: it is used, or harmless at the value sent, or an e
 from __future__ import annotations
 
 import functools
+import json
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -132,7 +133,7 @@ class Generation(_Request):
     structured_outputs: StructuredOutputs | None = None
     """vLLM's name for what else an answer can be held to."""
     user: Tag | None = None
-    """A tag for the caller's own use; it changes nothing."""
+    """A tag for whoever asks; during a canary the same one stays with one version."""
 
     @property
     def stops(self) -> list[str]:
@@ -293,7 +294,8 @@ def _supported(values: dict[str, Any]) -> dict[str, Any]:
             shown = next((value for value in harmless if value is not None), None)
             raise InputError(
                 f"parameter '{name}' is not supported",
-                hint="leave it out" + (f", or send {shown!r}" if shown is not None else ""),
+                hint="leave it out"
+                + (f", or send {json.dumps(shown)}" if shown is not None else ""),
                 param=name,
             )
     return values

@@ -74,4 +74,4 @@ function showVersion(model, version) {
       element("div", { class: "card" }, ...renderMarkdown(version.card))));
 }
 
-const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+const percent = (share) => `${Number((100 * share).toFixed(share < 0.1 ? 1 : 0))} %`;

@@ -24,6 +24,7 @@ def test_a_card_names_origin_size_and_quality() -> None:
     for text in ("sha256:2", "jobs.train", "abc", "sha256:1", "7,654", "512 tokens", "3.25"):
         assert text in card
     assert len(card) <= MAX_CHARACTERS
+    assert "heliostat models verify talker/3`" in model_card("sha256:2", MANIFEST, ref="talker/3")
 
 
 def test_a_card_says_what_was_made_of_its_parent() -> None:

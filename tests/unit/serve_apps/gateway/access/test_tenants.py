@@ -244,6 +244,9 @@ async def test_only_administrators_see_anothers_usage(gateway: Any) -> None:
     ):
         answer = await gateway.client.get(f"/v1/usage{query}", headers=headers)
         assert answer.status_code == status, query
+    answer = await gateway.client.get("/v1/usage?since=30d", headers=admin)
+    message = answer.json()["error"]["message"]
+    assert message == "parameter 'since': '30d' is no time; write 2030-01-31T12:00:00Z"
 
 
 async def test_identity_never_comes_from_what_a_client_says(gateway: Any) -> None:

@@ -111,6 +111,7 @@ async def page(
 
 async def test_a_key_opens_the_page_and_is_kept_nowhere(page: Page) -> None:
     def visit() -> None:
+        assert "heliostat keys create --tenant" in page["sign-in"].text
         page.connect("hst_wrong")
         page.wait(lambda: page["key-problem"].is_displayed())
         assert not page["models"].is_displayed()
@@ -124,6 +125,7 @@ async def test_a_key_opens_the_page_and_is_kept_nowhere(page: Page) -> None:
         page.driver.find_element(By.CSS_SELECTOR, "[data-of='talker/1'] summary").click()
         card = page.driver.find_element(By.CSS_SELECTOR, "[data-of='talker/1'] .card")
         assert "FakeForCausalLM" in card.text
+        assert "heliostat models verify talker/1" in card.text
         page.picture("models")
         script = """
             return JSON.stringify({...localStorage}) + JSON.stringify({...sessionStorage})
