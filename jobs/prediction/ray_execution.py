@@ -14,6 +14,10 @@ from typing import Any
 from cluster.errors import HeliostatError, JobFailedError, first_line
 from jobs.prediction.work import Job, PartDone, Task, Worker
 
+_MAX_TASK_RETRIES = 2
+"""Of parts whose worker died: by default Ray Data would give it new ones for ever, though a row may
+be what kills them."""
+
 
 def on_cluster(job: Job, tasks: Sequence[Task]) -> Iterator[PartDone]:
     """See `jobs.prediction.work.Executor`. Ray must be connected.
@@ -35,6 +39,7 @@ def on_cluster(job: Job, tasks: Sequence[Task]) -> Iterator[PartDone]:
         batch_format="pyarrow",
         num_cpus=job.config.num_cpus,
         num_gpus=job.config.num_gpus,
+        max_task_retries=_MAX_TASK_RETRIES,
         runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
     )
     try:
@@ -75,8 +80,12 @@ class _PoolWorker:
 
 
 def _in_our_words(error: Exception) -> JobFailedError:
+    from ray.data.exceptions import SystemException
+
     cause: BaseException = error
     while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
+        if isinstance(inner, SystemException):
+            break  # Ray Data marks with it what it did not expect, and it says nothing
         cause = inner
     return JobFailedError(
         f"a worker of the prediction failed: {type(cause).__name__}: {first_line(cause)}",

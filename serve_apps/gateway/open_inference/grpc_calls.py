@@ -288,7 +288,14 @@ def streaming(work: StreamWork) -> Callable[[AsyncIterator[bytes], Any], Awaitab
 
 async def _messages(call: Call, context: Any) -> AsyncIterator[bytes]:
     max_s = _MAX_MESSAGE_S
-    while (data := await call.message(context, max_s)) is not None:
+    while True:
+        try:
+            data = await call.message(context, max_s)
+        except SlowBodyError:
+            with call.recorded():  # a stream that falls silent is no request, but seen
+                raise
+        if data is None:
+            return
         yield data
         max_s = _MAX_SILENCE_S
 

@@ -116,6 +116,10 @@ async def test_a_stream_that_falls_silent_ends(
         assert result is not None
         with pytest.raises(grpc.aio.AioRpcError, match="no message arrived"):
             await anext(answers)
+    labels = {"protocol": "open_inference_grpc", "route": "ModelStreamInfer"}
+    count = gateway.telemetry.instruments.registry.get_sample_value
+    seen = [count("heliostat_requests_total", {**labels, "status": s}) for s in ("200", "408")]
+    assert seen == [1, 1]
 
 
 async def test_what_is_not_offered_is_unimplemented(gateway: Any, channel: Any) -> None:
