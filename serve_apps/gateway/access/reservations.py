@@ -25,8 +25,11 @@ class Reservation:
     def split(self, num_tokens: int) -> tuple[Reservation, Reservation]:
         """So many of its tokens, and the rest; each is settled by itself."""
         self.account.num_reserved += 1
-        part = {unit: num_tokens for unit in self.holds if unit == "month_tokens"}
-        rest = {unit: amount - part.get(unit, 0) for unit, amount in self.holds.items()}
+        part: dict[Holding, int] = {}
+        rest = dict(self.holds)
+        if "month_tokens" in rest:
+            part["month_tokens"] = num_tokens
+            rest["month_tokens"] -= num_tokens
         return (
             dataclasses.replace(self, max_tokens=num_tokens, holds=part),
             dataclasses.replace(self, max_tokens=self.max_tokens - num_tokens, holds=rest),
