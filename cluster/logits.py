@@ -33,18 +33,18 @@ def adjust(
     """
     if not sampling.changes_logits:
         return logits_V
-    scores_V = logits_V.float().clone()  # noqa: N806
+    scores_V = logits_V.to(torch.float32, copy=True)  # noqa: N806
     if allowed_V is not None:
         # First, so that min-p, top-k and top-p count among what is allowed.
         forbidden = torch.from_numpy(~allowed_V).to(scores_V.device)
-        scores_V = scores_V.masked_fill(forbidden, -torch.inf)  # noqa: N806
-    counts = Counter(answer_ids)
+        scores_V.masked_fill_(forbidden, -torch.inf)
     if sampling.repetition_penalty != 1:
-        seen = _ids({*prompt_ids, *counts}, scores_V)
+        seen = _ids({*prompt_ids, *answer_ids}, scores_V)
         found = scores_V[seen]
         penalty = sampling.repetition_penalty
         scores_V[seen] = torch.where(found > 0, found / penalty, found * penalty)
-    if counts:
+    if answer_ids and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = Counter(answer_ids)
         said = _ids(counts, scores_V)
         times = torch.tensor(list(counts.values()), dtype=scores_V.dtype, device=scores_V.device)
         scores_V[said] -= sampling.presence_penalty + sampling.frequency_penalty * times
@@ -55,7 +55,7 @@ def adjust(
     if sampling.min_p > 0:
         # Of probabilities at this temperature, which divides the logits only later.
         lowest = scores_V.max() + sampling.temperature * math.log(sampling.min_p)
-        scores_V = scores_V.masked_fill(scores_V < lowest, -torch.inf)  # noqa: N806
+        scores_V.masked_fill_(scores_V < lowest, -torch.inf)
     return scores_V
 
 

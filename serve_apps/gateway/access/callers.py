@@ -13,10 +13,8 @@ of its own, and what reaches a model without a caller is refused.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
 
 from cluster.errors import AuthenticationError, NotFoundError
 from cluster.ledger import COMPLETION, INFERENCE
@@ -24,6 +22,7 @@ from cluster.security.api_keys import Identity
 from cluster.security.limits import Holding
 from serve_apps.gateway.access.accounts import Accounts
 from serve_apps.gateway.access.limits import Account
+from serve_apps.gateway.access.reservations import Prompt, Reservation
 from serve_apps.gateway.routing_table import ServedVersion
 from serve_apps.llm.engine import EngineRequest, TokenOutput
 
@@ -33,43 +32,6 @@ Session = Callable[[], str]
 """Empty where the request names none."""
 Settle = Callable[[bool], None]
 """Told whether the answer counts."""
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """What one answer may use at most."""
-
-    account: Account
-    max_tokens: int
-    slot: int | None
-    """That its tokens count in, where they are limited by the minute."""
-    holds: dict[Holding, int]
-
-    def split(self, num_tokens: int) -> tuple[Reservation, Reservation]:
-        """So many of its tokens, and the rest; each is settled by itself."""
-        self.account.num_reserved += 1
-        part: dict[Holding, int] = {
-            unit: num_tokens for unit in self.holds if unit == "month_tokens"
-        }
-        rest = {unit: amount - part.get(unit, 0) for unit, amount in self.holds.items()}
-        return (
-            dataclasses.replace(self, max_tokens=num_tokens, holds=part),
-            dataclasses.replace(self, max_tokens=self.max_tokens - num_tokens, holds=rest),
-        )
-
-
-@dataclass
-class Prompt:
-    """A prompt of one request: it counts once, however many answers to it are asked for, and for
-    whichever of them begins."""
-
-    num_tokens: int
-    num_open: int = 0
-    """Answers that are not settled."""
-    is_reserved: bool = False
-    reservation: Reservation | None = None
-    """Until its tokens are charged, or no answer is left that could be."""
-    is_charged: bool = False
 
 
 class Caller:

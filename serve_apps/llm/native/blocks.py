@@ -32,7 +32,6 @@ class BlockPool:
     """Blocks are in use, kept for a prefix that may come again, or free."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._num_users = [0] * num_blocks
         self._kept: OrderedDict[int, None] = OrderedDict()

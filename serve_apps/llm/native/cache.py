@@ -20,8 +20,6 @@ class KeyValueCache:
     def __init__(
         self, shape: ModelShape, num_blocks: int, *, dtype: torch.dtype, device: str
     ) -> None:
-        self.num_blocks = num_blocks
-        self._num_kv_heads = shape.num_kv_heads
         self._head_size = shape.head_size
         self._rows = _zeros(
             shape.num_layers,

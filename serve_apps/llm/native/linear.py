@@ -10,6 +10,7 @@ and activations of the result cost nothing there. All matrices of the model go t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -40,15 +41,11 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return PlainLinear(weight, bias)
 
 
-class PlainLinear:
-    """torch's own."""
+class UnfusedLinear(ABC):
+    """What follows is computed after the product, in its place."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self._weight, self._bias)
+    @abstractmethod
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def silu(self, x: torch.Tensor) -> torch.Tensor:
         return functional.silu(self(x), inplace=True)
@@ -58,6 +55,17 @@ class PlainLinear:
 
     def plus(self, x: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
         return self(x).add_(addend)
+
+
+class PlainLinear(UnfusedLinear):
+    """torch's own."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self._weight, self._bias)
 
 
 class PackedLinear:

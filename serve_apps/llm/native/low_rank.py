@@ -24,7 +24,7 @@ from torch.nn import functional
 from cluster.errors import PackageError
 from cluster.model_package.adapter import check_adapter
 from cluster.model_package.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from serve_apps.llm.native.linear import Linear
+from serve_apps.llm.native.linear import Linear, UnfusedLinear
 from serve_apps.llm.native.shape import ModelShape
 from serve_apps.llm.native.weights import LayerWeights
 
@@ -72,7 +72,7 @@ class AdaptedRows:
     rows: torch.Tensor
 
 
-class AdaptedLinear:
+class AdaptedLinear(UnfusedLinear):
     """A matrix with what adapters add to some rows of its result."""
 
     def __init__(self, base: Linear, terms: Sequence[tuple[LowRank, torch.Tensor]]) -> None:
@@ -84,15 +84,6 @@ class AdaptedLinear:
         for term, rows in self._terms:
             y.index_add_(0, rows, term(x[rows]))
         return y
-
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.silu(self(x), inplace=True)
-
-    def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return self(x).mul_(factor)
-
-    def plus(self, x: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
-        return self(x).add_(addend)
 
 
 def adapted(layer: LayerWeights, number: int, parts: Sequence[AdaptedRows]) -> LayerWeights:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from serve_apps.llm.native.linear import UnfusedLinear
+
 _LARGEST = 127
 _MAX_ROWS = 64
 """From here on it is quicker to make floats of the matrix once than to do so for each row."""
 
 
-class Int8Linear:
+class Int8Linear(UnfusedLinear):
     """A Linear on the CPU whose weight is rounded to 255 levels in each row."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -33,12 +35,3 @@ class Int8Linear:
             return functional.linear(x, weight, self._bias)
         product = torch._weight_int8pack_mm(x, self._weight, self._scales)
         return product if self._bias is None else product.add_(self._bias)
-
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.silu(self(x), inplace=True)
-
-    def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return self(x).mul_(factor)
-
-    def plus(self, x: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
-        return self(x).add_(addend)

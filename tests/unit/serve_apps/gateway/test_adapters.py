@@ -13,6 +13,7 @@ from cluster.model_package.manifest import AdapterInfo
 from cluster.processing.text import TextProcessor
 from serve_apps.gateway.catalogue import ServedModel
 from serve_apps.gateway.routing_table import ServedVersion
+from serve_apps.llm.engine import EngineRequest
 from serve_apps.options import DeploymentOptions
 from tests.unit.serve_apps.conftest import DIGEST, text_manifest
 
@@ -104,3 +105,20 @@ async def test_without_its_base_it_says_what_is_missing(
     answer = await ask(gateway, "helper/1")
     assert answer.status_code == 502
     assert "the base of adapter helper/1 is not served" in answer.json()["error"]["message"]
+
+
+async def test_its_streams_drain_as_those_of_its_base_do(
+    gateway: Any, helper: ServedVersion
+) -> None:
+    gateway.engine.load_adapter(ADAPTER, Path())
+    base = gateway.served["talker", 1]
+    gateway.served["talker", 1] = dataclasses.replace(base, options=DeploymentOptions(drain_s=7))
+    generate, given = gateway.backend.generate, list[float]()
+
+    def remembering(application: str, request: EngineRequest, *, drain_s: float) -> Any:
+        given.append(drain_s)
+        return generate(application, request, drain_s=drain_s)
+
+    gateway.backend.generate = remembering
+    assert (await ask(gateway, "helper/1")).status_code == 200
+    assert given == [7]
