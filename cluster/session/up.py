@@ -175,7 +175,14 @@ class _Start:
     def _start_serving(self, needed: Sequence[Future[None]]) -> None:
         for part in needed:
             part.result()
-        serving.deploy(self._settings)
+        try:
+            serving.deploy(self._settings)
+        except StartError:
+            # Its dashboard answers before `ray start` is through, and goes with it.
+            head = self._record.parts.get(RAY)
+            if head is not None and not is_alive(head):
+                raise _start_error("Ray head", "ended", head) from None
+            raise
         deadline_s = time.monotonic() + SERVING_TIMEOUT_S
         log_dir = scratch_dir(self._settings.home) / "ray" / "session_latest" / "logs" / "serve"
         hint = f"logs are in {log_dir}"
