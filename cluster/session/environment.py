@@ -103,6 +103,8 @@ def _serve_variables(settings: Settings) -> dict[str, str]:
         # A killed HAProxy is noticed in 2 s, not in 30.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+        # One that starts on a busy machine is not killed for taking longer than three times 5 s.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     }
 
 

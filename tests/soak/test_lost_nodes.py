@@ -56,23 +56,17 @@ def test_nodes_that_come_and_go_cost_no_request(lone_stack: Stack, tmp_path: Pat
     assert load.seen.num_failed == 0, load.seen.failures
 
 
-@pytest.mark.parametrize("storage", ["memory", "rocksdb"])
-def test_a_head_that_is_killed_in_every_way_serves_again(
-    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    """With `heliostat up` and nothing else, whether or not Ray's control store is persisted."""
-    monkeypatch.setenv("RAY_gcs_storage", storage)
-    monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
-    stack: Stack = request.getfixturevalue("lone_stack")
-    releases = Releases(stack, tmp_path)
+def test_a_head_that_is_killed_in_every_way_serves_again(lone_stack: Stack, tmp_path: Path) -> None:
+    """With `heliostat up` and nothing else."""
+    releases = Releases(lone_stack, tmp_path)
     releases.begin()
     before = releases.reached(1, "champion")
     for killed, pattern in HEAD.items():
-        for process in processes(stack, pattern):
+        for process in processes(lone_stack, pattern):
             process.kill()
-        again = stack.run_cli("up")
+        again = lone_stack.run_cli("up")
         assert again.returncode == 0, f"{killed}: {again.stderr}"
-        with LiveLoad(stack.settings, NAME, ROWS, LABELS) as load:
+        with LiveLoad(lone_stack.settings, NAME, ROWS, LABELS) as load:
             go_on(load, timeout_s=120)
         assert releases.reached(1, "champion").release_id == before.release_id
-        replicas(stack, f"{NAME}.v1", 1)
+        replicas(lone_stack, f"{NAME}.v1", 1)
