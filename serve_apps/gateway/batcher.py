@@ -147,6 +147,14 @@ class Batcher:
         self._enqueue(item)
         self._pump()
         try:
+            # Its wait in the queue, its call, and another one if that fails: all in one limit.
+            async with asyncio.timeout_at(item.deadline_s):
+                return await self._outcome(item)
+        except TimeoutError:
+            raise self._too_late() from None
+
+    async def _outcome(self, item: _Item) -> Arrays:
+        try:
             return await item.future
         except asyncio.CancelledError:
             if item.future.cancelled():

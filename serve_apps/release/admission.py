@@ -18,6 +18,8 @@ from cluster.releases import COMPARED, OVER, STARTING, Deployment, State, Strate
 from serve_apps.options import of_replicas
 
 _UNDER_WAY = (*STARTING, *COMPARED)
+_BACK_FROM = "rolled back from "
+"""How the reasons of rollbacks begin in an alias's history."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def rollback_target(
 ) -> tuple[Deployment, str]:
     """The latest champion before this one that stands by, and the reason to record.
 
+    Asked again, it goes further back, never to what was rolled back from.
+
     Args:
         history: every move of the champion alias, oldest first.
         down: applications that do not answer now.
@@ -135,17 +139,16 @@ def rollback_target(
             f"model '{name}' was never released", hint="see `heliostat releases list`"
         )
     current = next((row.version for row in rows if row.state == "champion"), None)
-    reached = [change.to_version for change in reversed(history)]
-    earlier = [version for version in reached if version not in (None, current)]
+    earlier = [version for version in _champions_before(history) if version != current]
     able = [row for row in rows if current is None or row.application not in down]
     for version in earlier:
         row = _of_version(able, version)
         if row is not None and row.state == "standby":
-            return row, f"rolled back from {f'version {current}' if current else 'no champion'}"
+            return row, f"{_BACK_FROM}{f'version {current}' if current else 'no champion'}"
     if not earlier:
         raise ConflictError(
             f"model '{name}' has no champion before version {current}",
-            hint="deploy the version you want",
+            hint="deploy the version you want, also one that was rolled back",
         )
     row = _of_version(rows, earlier[0])
     if row is not None and row.state == "standby":
@@ -172,6 +175,19 @@ def heir_of(row: Deployment, rows: Sequence[Deployment], at: str) -> Deployment 
     order: tuple[State, ...] = ("standby", "canary", "shadow")
     found = [other for state in order for other in able if other.state == state]
     return found[0] if found else None
+
+
+def _champions_before(history: Sequence[AliasChange]) -> list[int]:
+    """Champions to go back to, the latest first: those that no rollback has left."""
+    found: list[int] = []
+    for change in history:
+        if change.to_version is None:
+            continue
+        if change.reason.startswith(_BACK_FROM) and change.to_version in found:
+            del found[len(found) - found[::-1].index(change.to_version) :]
+        else:
+            found.append(change.to_version)
+    return found[::-1]
 
 
 def _of_version(rows: Sequence[Deployment], version: int | None) -> Deployment | None:

@@ -164,6 +164,34 @@ async def test_a_silent_model_times_out_and_the_next_request_is_served() -> None
     assert (await batcher.submit(rows(1)))["y"][0, 0] == 2
 
 
+async def test_a_request_waits_for_its_limit_in_all_also_where_it_is_asked_again() -> None:
+    ended: list[str] = []
+    later: asyncio.Task[None] | None = None
+
+    async def silent(_: Arrays) -> Arrays:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def fails_late(arrays: Arrays) -> Arrays:
+        nonlocal later
+        if later is None:
+            await asyncio.sleep(0.05)
+            limits = BatchLimits(timeout_s=0.48)
+            later = asyncio.create_task(ask("a moment later", Batcher(silent, limits)))
+            raise UpstreamFailedError("the replica died")
+        return await silent(arrays)
+
+    async def ask(name: str, batcher: Batcher) -> None:
+        with pytest.raises(UpstreamTimeoutError):
+            await batcher.submit(rows(0))
+        ended.append(name)
+
+    await ask("first", Batcher(fails_late, BatchLimits(timeout_s=0.5)))
+    assert later is not None
+    await later
+    assert ended == ["first", "a moment later"]
+
+
 async def test_a_replica_that_dies_costs_one_retry_not_the_request() -> None:
     calls = 0
 

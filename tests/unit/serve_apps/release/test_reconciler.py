@@ -119,6 +119,20 @@ async def test_rollback_that_cannot_be_is_refused_with_the_way_out(world: World)
     assert world.champion() == 2
 
 
+async def test_a_rollback_that_is_asked_for_twice_does_not_bring_back_what_was_left(
+    world: World,
+) -> None:
+    await world.release(1)
+    await world.release(2)
+    await world.controller.rollback("m", "tester")
+    with pytest.raises(ConflictError, match=r"no champion before version 1; .* was rolled back"):
+        await world.controller.rollback("m", "tester")
+    assert world.states() == {1: "champion", 2: "standby"}
+    await world.deploy("m/2")
+    assert (await world.controller.rollback("m", "tester"))["version"] == 1
+    assert len(world.applications.started) == 2, "all of it without new replicas"
+
+
 async def test_a_champion_that_fails_hands_over_to_the_one_before(world: World) -> None:
     await world.release(1)
     await world.release(2)
