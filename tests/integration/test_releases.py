@@ -13,15 +13,13 @@ import pytest
 
 from cluster.cli.live_load import LiveLoad
 from cluster.releases import STARTING
-from tests.live_releases import ENDS, LABELS, NAME, OPTIONS, ROWS, Releases, assert_unharmed
+from tests.live_releases import ENDS, LABELS, NAME, ROWS, Releases, assert_unharmed
 from tests.replica_processes import processes, replicas
 from tests.stack import Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(500)]
 
 ROLLBACK_S = 1.0
-CRASHES_AFTER = 100
-UNDECIDED = {**OPTIONS["release"], "min_observations": 10**6, "max_duration_s": 3600}
 
 
 def test_customers_see_no_failure_whatever_is_released(releases: Releases) -> None:
@@ -57,22 +55,6 @@ def test_customers_see_no_failure_whatever_is_released(releases: Releases) -> No
         assert load.seen.by_version[f"{NAME}/{good}"] <= settled + 4, "those under way"
     assert_unharmed(load.seen)
     assert not {f"{NAME}/{unloadable}", f"{NAME}/{other}"} & load.seen.by_version.keys()
-
-
-def test_a_canary_that_crashes_after_a_while_is_rolled_back(releases: Releases) -> None:
-    crashing = releases.publish(0.005)
-    with LiveLoad(releases.stack.settings, NAME, ROWS, LABELS) as load:
-        releases.ask(crashing, "canary", release=UNDECIDED)
-        while load.seen.by_version[f"{NAME}/{crashing}"] < CRASHES_AFTER:
-            state = releases.admin.deployment(NAME, crashing)["state"]
-            assert state not in ("failed", "rolled_back", "champion"), state
-            time.sleep(0.05)
-        while releases.admin.deployment(NAME, crashing)["state"] == "canary":
-            releases.kill(crashing)
-            time.sleep(0.2)
-        row = releases.settled(crashing)
-        assert row["state"] == "rolled_back", row["reason"]
-    assert_unharmed(load.seen)
 
 
 def test_numbers_of_replicas_and_options_change_under_load(releases: Releases) -> None:

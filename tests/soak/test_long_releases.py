@@ -7,11 +7,12 @@ import time
 import pytest
 
 from cluster.cli.live_load import LiveLoad
-from tests.live_releases import LABELS, NAME, ROWS, Releases, assert_unharmed
+from tests.live_releases import LABELS, NAME, OPTIONS, ROWS, Releases, assert_unharmed
 
 pytestmark = [pytest.mark.soak, pytest.mark.stack, pytest.mark.timeout(1800)]
 
 NUM_ROUNDS = 3
+CRASHES_AFTER = 100
 
 
 def test_good_and_bad_versions_in_turn(releases: Releases) -> None:
@@ -31,3 +32,26 @@ def test_good_and_bad_versions_in_turn(releases: Releases) -> None:
             releases.admin.steer(NAME, "rollback")
             time.sleep(2)
         assert_unharmed(load.seen)
+
+
+def test_a_version_that_crashes_after_every_hundred_requests(releases: Releases) -> None:
+    """A crash costs the few requests that are under way, so the margin is small."""
+    crashing = releases.publish(0.005)
+    ref = f"{NAME}/{crashing}"
+    strict = {
+        **OPTIONS["release"],
+        "margins": {"errors": 0.005, "slow": 0.5},
+        "min_observations": 10**6,
+        "max_duration_s": 3600,
+    }
+    with LiveLoad(releases.stack.settings, NAME, ROWS, LABELS) as load:
+        releases.ask(crashing, "canary", release=strict)
+        num_seen = 0
+        while (row := releases.admin.deployment(NAME, crashing))["state"] != "rolled_back":
+            assert row["state"] not in ("failed", "champion"), row["reason"]
+            if load.seen.by_version[ref] >= num_seen + CRASHES_AFTER:
+                assert releases.kill(crashing)
+                num_seen = load.seen.by_version[ref]
+            time.sleep(0.05)
+        assert "errors" in row["reason"], row["reason"]
+    assert_unharmed(load.seen)
