@@ -170,8 +170,7 @@ def assert_charged(stack: Stack, model: str, expected: tuple[int, int]) -> None:
     assert charged(stack, model) == expected
 
 
-# A gateway keeps what it knows of a version that is deployed again, so both tests drain alike.
-@pytest.mark.parametrize("deployed", ["num_replicas: 2\ndrain_s: 0\n"], indirect=True)
+@pytest.mark.parametrize("deployed", ["num_replicas: 2\n"], indirect=True)
 def test_a_replica_killed_under_streams_is_not_noticed(stack: Stack, deployed: str) -> None:
     expected = results(start(stack, deployed, GREEDY, SEEDED))
     assert [reasons for _, _, reasons, _ in expected] == [["length"]] * 2
