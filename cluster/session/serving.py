@@ -19,6 +19,7 @@ from cluster.settings import LOOPBACK, Settings
 
 _POLL_INTERVAL_S = 0.1
 _RETRY_INTERVAL_S = 0.5
+_RETRIES_S = 10.0
 DEPLOY_FAILED = "DEPLOY_FAILED"
 APPLICATIONS: tuple[dict[str, Any], ...] = (
     {
@@ -64,7 +65,7 @@ def _put(settings: Settings, applications: Sequence[dict[str, Any]], timeout_s: 
         "http_options": {"host": LOOPBACK, "port": settings.gateway_port},
         "applications": list(applications),
     }
-    deadline_s = time.monotonic() + timeout_s
+    deadline_s = time.monotonic() + _RETRIES_S
     while True:
         try:
             # The first call starts Serve itself.
@@ -73,7 +74,8 @@ def _put(settings: Settings, applications: Sequence[dict[str, Any]], timeout_s: 
             )
             break
         except httpx.HTTPError as error:
-            # On a machine with much else to do, Ray's dashboard drops calls while Serve starts.
+            # Dropped by a dashboard that is busy starting, or goes with its head: that is known
+            # only moments later.
             if isinstance(error, httpx.TimeoutException) or time.monotonic() > deadline_s:
                 raise StartError(
                     f"Ray Serve did not take the applications: {error}",
