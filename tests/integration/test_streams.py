@@ -15,6 +15,7 @@ import openai
 import pytest
 from psutil import Process
 
+from cluster.admin_client import AdminClient
 from cluster.session.ray_head import auth_header
 from cluster.session.record import read_record
 from tests.replica_processes import cpu_seconds, replicas
@@ -67,12 +68,15 @@ def talker(stack: Stack, talker_dir: Path) -> str:
 def deployed(
     stack: Stack, talker: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[str]:
-    config = tmp_path / "options.yaml"
-    config.write_text(request.param)
-    done = stack.run_cli("deploy", talker, "--config", config)
-    assert done.returncode == 0, done.stderr
+    deploy(stack, talker, tmp_path, request.param)
     yield talker
     assert stack.run_cli("undeploy", talker).returncode == 0
+
+
+def deploy(stack: Stack, model: str, directory: Path, options: str) -> None:
+    (directory / "options.yaml").write_text(options)
+    done = stack.run_cli("deploy", model, "--config", directory / "options.yaml")
+    assert done.returncode == 0, done.stderr
 
 
 class Reader(threading.Thread):
@@ -234,6 +238,32 @@ def test_streams_of_a_replica_that_scales_down_go_on(stack: Stack, deployed: str
     assert first[:num_both] == second[:num_both]
 
 
+def test_streams_outlive_their_version_while_a_replica_is_left(
+    stack: Stack, talker: str, tmp_path: Path
+) -> None:
+    """`undeploy` lets them end, and the same; where their last replica dies, an error ends them."""
+    deploy(stack, talker, tmp_path, "request_timeout_s: 5\n")
+    (replica,) = replicas(stack, f"{talker}.v1", 1)
+    expected = results(start(stack, talker, GREEDY, SEEDED))
+    endless = GREEDY | {"max_tokens": 8000}
+    *readers, left_alone = start(stack, talker, GREEDY, SEEDED, endless)
+    for reader in (*readers, left_alone):
+        reader.wait_for(20)
+    admin = AdminClient.open(stack.settings)
+    admin.undeploy(talker, None)
+    wait_until(lambda: applications(stack)[f"{talker}.v1"]["status"] == "DELETING")
+    assert not any(reader.reasons for reader in readers), "they ended too soon to tell"
+    assert results(readers) == expected
+
+    assert left_alone.is_alive()
+    replica.kill()
+    left_alone.join(30)
+    assert isinstance(left_alone.error, openai.APIError), left_alone.error
+    num_both = min(len(left_alone.tokens), NUM_TOKENS)
+    assert left_alone.tokens[:num_both] == expected[0][1][:num_both]
+    wait_until(lambda: not any(row["name"] == talker for row in admin.deployments()))
+
+
 # The last one: afterwards the bare name means another version.
 @pytest.mark.parametrize("deployed", ["drain_s: 0\n"], indirect=True)
 def test_no_stream_breaks_while_versions_take_each_others_place(
@@ -271,11 +301,16 @@ def one_stream_on(process: Process, stack: Stack, model: str, asked: dict[str, A
 
 
 def num_replicas(stack: Stack, model: str) -> int:
-    """Running replicas, as Ray's own dashboard tells them."""
-    url = f"{stack.settings.dashboard_url}/api/serve/applications/"
-    applications = httpx.get(url, headers=auth_header(stack.settings)).json()["applications"]
-    (deployment,) = applications[f"{model}.v1"]["deployments"].values()
+    """Running replicas."""
+    (deployment,) = applications(stack)[f"{model}.v1"]["deployments"].values()
     return Counter(replica["state"] for replica in deployment["replicas"])["RUNNING"]
+
+
+def applications(stack: Stack) -> dict[str, Any]:
+    """As Ray's own dashboard tells them."""
+    url = f"{stack.settings.dashboard_url}/api/serve/applications/"
+    found: dict[str, Any] = httpx.get(url, headers=auth_header(stack.settings)).json()
+    return found["applications"]  # type: ignore[no-any-return]
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
