@@ -59,6 +59,8 @@ def ray_variables(settings: Settings) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_START_HOOK": "cluster.session.ray_start_hook.close_doors",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # The raylet gives up on a machine that is too busy to start its agent in Ray's 30 s.
+        "RAY_agent_register_timeout_ms": "120000",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         # A job that is stopped has so long to save a checkpoint; Ray's 3 s are too few.
         "RAY_JOB_STOP_WAIT_TIME_S": "120",
