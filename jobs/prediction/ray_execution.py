@@ -26,8 +26,8 @@ def on_cluster(job: Job, tasks: Sequence[Task]) -> Iterator[PartDone]:
     """
     from ray import cloudpickle, data
 
-    # Its plans and progress bars are no news to who asked for a prediction.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Plans and progress bars are no news to who asked for a prediction; what fails is raised.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
     items = [{"task": cloudpickle.dumps(task)} for task in tasks]

@@ -155,9 +155,12 @@ def test_answers_go_on_without_serves_controller_and_without_mlflow(busy_stack: 
         clients.go_on()
         (controller,) = processes(busy_stack, "ServeController")
         controller.kill()
-        for process in processes(busy_stack, "mlflow.*server|gunicorn|uvicorn"):
+        tracking = processes(busy_stack, "mlflow.*server|gunicorn|uvicorn")
+        for process in tracking:
             process.suspend()
         clients.go_on(150)
+    for process in tracking:
+        process.resume()
     assert clients.failures == {}
 
 

@@ -227,8 +227,7 @@ def test_streams_of_a_replica_that_scales_down_go_on(stack: Stack, deployed: str
         reader.leave()
         reader.join()
     # Each replica has a stream, and one of the two has to go.
-    readers = [one_stream_on(process, stack, deployed, long) for process in
-               replicas(stack, f"{deployed}.v1", 2)]  # fmt: skip
+    readers = one_stream_on_each(replicas(stack, f"{deployed}.v1", 2), stack, deployed, long)
     wait_until(lambda: continuations(stack, "has to go") > 0)
     for reader in readers:
         reader.wait_for(len(reader.tokens) + 50)
@@ -287,17 +286,29 @@ def test_no_stream_breaks_while_versions_take_each_others_place(
     assert found == [expected] * len(found), "it is the same model"
 
 
-def one_stream_on(process: Process, stack: Stack, model: str, asked: dict[str, Any]) -> Reader:
-    """A stream that this replica generates; those that go elsewhere are left."""
-    for _ in range(20):
-        begun_s = cpu_seconds(process)
-        (reader,) = start(stack, model, asked)
-        reader.wait_for(10)
-        if cpu_seconds(process) > begun_s + 0.05:
-            return reader
-        reader.leave()
-        reader.join()
-    raise AssertionError(f"no stream goes to {process}")
+def one_stream_on_each(
+    both: list[Process], stack: Stack, model: str, asked: dict[str, Any]
+) -> list[Reader]:
+    """Streams that the two replicas generate, after more and more of them."""
+    readers: list[Reader] = []
+    found: list[Reader] = []
+    idle = list(both)
+    time.sleep(0.5)  # until nothing is computed for those that left
+    for _ in range(12):
+        begun_s = {process: cpu_seconds(process) for process in idle}
+        readers += start(stack, model, asked)
+        readers[-1].wait_for(10)
+        busy = [process for process in idle if cpu_seconds(process) > begun_s[process] + 0.05]
+        idle = [process for process in idle if process not in busy]
+        found += readers[-1:] if busy else []
+        if not idle:
+            break
+    for reader in readers:
+        if reader not in found:
+            reader.leave()
+            reader.join()
+    assert len(found) == 2, f"no stream goes to {idle}"
+    return found
 
 
 def num_replicas(stack: Stack, model: str) -> int:
