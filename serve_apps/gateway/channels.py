@@ -1,9 +1,8 @@
 """The reader's side of channels: answers put together from their own streams and from channels.
 
-inbox = Inbox()
-channels.join("talker.v1", replica, request.request_id, inbox)
-async for output in inbox.outputs():
-    ...
+with channels.follow(request.request_id) as inbox:
+    async for output in inbox.outputs():
+        ...
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ class Channels:
         channel = Channel(uuid.uuid4().hex, self._reader, name)
         failure: HeliostatError | None = None
         try:
-            with PLACEMENTS.follow(channel.channel_id, drain_s=math.inf) as replica.placement:
+            with PLACEMENTS.follow(channel.request_id, drain_s=math.inf) as replica.placement:
                 messages = self._open_channel(application, channel)
                 async with contextlib.aclosing(messages):
                     async for parts in messages:

@@ -26,7 +26,7 @@ _IDLE_S = 2.0
 class Channel:
     """What a reader asks for."""
 
-    channel_id: str
+    request_id: str
     reader: str
     """Whose answers they are."""
     replica: str

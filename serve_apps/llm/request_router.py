@@ -88,7 +88,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     ) -> None:
         """Called by Serve once a replica took the request."""
         request = _argument(pending_request)
-        if isinstance(request, EngineRequest):
+        if isinstance(request, EngineRequest | Channel):
             placements.PLACEMENTS.placed(request.request_id, self.app_name, replica_id.unique_id)
 
 

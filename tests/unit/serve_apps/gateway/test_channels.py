@@ -122,7 +122,7 @@ class Replica:
 
     async def _listen(self, asked: Channel) -> AsyncGenerator[list[Part], None]:
         assert asked.replica == "a"
-        self._placements.placed(asked.channel_id, APPLICATION, "a")
+        self._placements.placed(asked.request_id, APPLICATION, "a")
         self.num_listening += 1
         num_messages = 0
         try:

@@ -91,6 +91,10 @@ async def test_a_channel_goes_to_the_replica_that_it_names_or_to_none(found: Pla
     router.update_replicas(list(replicas.values()))
     assert await order(router, pending("listen", Channel("1", "me", "b"))) == ["b"]
     assert await order(router, pending("listen", Channel("2", "me", "gone"))) == [""]
+    with found.follow("1", drain_s=0) as placement:
+        asked = pending("listen", Channel("1", "me", "b"))
+        router.on_request_routed(asked, replicas["b"].replica_id, None)
+        assert placement.replica == "b"
 
 
 async def test_a_busy_replica_is_passed_over(found: Placements) -> None:
