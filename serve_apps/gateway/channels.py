@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextvars import Context
 
 from cluster.errors import HeliostatError, UpstreamFailedError
-from serve_apps.llm.channels import Channel, Part
+from serve_apps.llm.channels import MIN_ANSWERS, Channel, Part
 from serve_apps.llm.engine import TokenOutput
 from serve_apps.llm.placements import PLACEMENTS, Placement
 
@@ -25,9 +25,6 @@ logger = logging.getLogger(__name__)
 Open = Callable[[str, Channel], AsyncGenerator[list[Part], None]]
 """Opens a channel of an application."""
 
-MIN_STREAMS = 4
-"""From so many on at one replica a channel pays; there it counts as one more call, for autoscaling
-too."""
 _GRACE_S = 2.0
 """What an answer lacks when its own stream has ended is on its way in a channel, or lost."""
 
@@ -109,7 +106,7 @@ class Channels:
         if replica is None:
             replica = self._replicas[key] = _Replica()
         replica.request_ids.add(request_id)
-        if replica.listening is None and len(replica.request_ids) >= MIN_STREAMS:
+        if replica.listening is None and len(replica.request_ids) >= MIN_ANSWERS:
             # It outlives the request that it is opened for.
             replica.listening = asyncio.create_task(self._listen(key, replica), context=Context())
         try:

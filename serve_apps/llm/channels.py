@@ -12,13 +12,17 @@ in which order all of it belongs, so nothing depends on when a channel opens or 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import contextlib
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 
 from serve_apps.llm.engine import TokenOutput
 
 Part = tuple[int, TokenOutput]
 """How many tokens of this answer came before from here, and new ones."""
+MIN_ANSWERS = 4
+"""From so many of one reader on a channel pays; it counts as one more call, for autoscaling too."""
 _IDLE_S = 2.0
 
 
@@ -38,6 +42,18 @@ class OutputChannels:
 
     def __init__(self) -> None:
         self._open: dict[str, _Messages] = {}
+        self._num_answers: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def answering(self, reader: str) -> Iterator[None]:
+        """While an answer of this reader's is generated."""
+        self._num_answers[reader] += 1
+        try:
+            yield
+        finally:
+            self._num_answers[reader] -= 1
+            if not self._num_answers[reader]:
+                del self._num_answers[reader]
 
     def tell(self, reader: str, part: Part) -> bool:
         """Whether a channel took it."""
@@ -48,33 +64,35 @@ class OutputChannels:
         return True
 
     async def listen(self, asked: Channel) -> AsyncGenerator[list[Part], None]:
-        """Messages until there were none for a while. It is the replica that ends a channel: what
-        was put into one that its reader has closed would be lost."""
+        """Messages until few answers are left, or nothing comes for a while. It is the replica
+        that ends a channel: what was put into one that its reader has closed would be lost."""
         messages = self._open[asked.reader] = _Messages()
         try:
             while parts := await messages.take(_IDLE_S):
                 yield parts
+                if not messages.parts and self._num_answers[asked.reader] < MIN_ANSWERS:
+                    return
         finally:
             del self._open[asked.reader]
 
 
 class _Messages:
     def __init__(self) -> None:
-        self._parts: list[Part] = []
+        self.parts: list[Part] = []
         self._arrived = asyncio.Event()
 
     def put(self, part: Part) -> None:
-        self._parts.append(part)
+        self.parts.append(part)
         self._arrived.set()
 
     async def take(self, patience_s: float) -> list[Part]:
         """What there is; nothing where nothing comes in time."""
-        if not self._parts:
+        if not self.parts:
             self._arrived.clear()
             try:
                 async with asyncio.timeout(patience_s):
                     await self._arrived.wait()
             except TimeoutError:
                 pass  # something may have come at that very moment
-        parts, self._parts = self._parts, []
+        parts, self.parts = self.parts, []
         return parts

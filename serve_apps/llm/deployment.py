@@ -76,12 +76,13 @@ class LanguageModel:
             if request.traceparent is not None:
                 outputs = traced_steps(self._tracing, request, outputs)
             num_tokens = 0
-            async with aclosing(outputs):
-                async for output in outputs:
-                    part = num_tokens, output
-                    num_tokens += len(output.token_ids)
-                    if not self._channels.tell(reader, part):
-                        yield part
+            with self._channels.answering(reader):
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        part = num_tokens, output
+                        num_tokens += len(output.token_ids)
+                        if not self._channels.tell(reader, part):
+                            yield part
 
     async def listen(self, asked: Channel) -> AsyncGenerator[list[Part], None]:
         """What several answers of one reader consist of, one message per engine step or less."""

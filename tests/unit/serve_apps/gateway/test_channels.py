@@ -11,10 +11,10 @@ import pytest
 from cluster.errors import InputError, UpstreamFailedError
 from serve_apps.gateway import channels as gateway_channels
 from serve_apps.gateway import serve_backend
-from serve_apps.gateway.channels import MIN_STREAMS, Inbox
+from serve_apps.gateway.channels import Inbox
 from serve_apps.gateway.serve_backend import ServeBackend
 from serve_apps.llm import channels as replica_channels
-from serve_apps.llm.channels import Channel, OutputChannels, Part
+from serve_apps.llm.channels import MIN_ANSWERS, Channel, OutputChannels, Part
 from serve_apps.llm.engine import EngineRequest, Sampling, TokenOutput
 from serve_apps.llm.placements import Placements
 
@@ -113,12 +113,13 @@ class Replica:
 
     async def _generate(self, request: EngineRequest, reader: str) -> AsyncGenerator[Part, None]:
         self._placements.placed(request.request_id, APPLICATION, "a")
-        for number in range(request.sampling.max_tokens):
-            await self._next_step.wait()
-            is_last = number == request.sampling.max_tokens - 1
-            output = TokenOutput(request.request_id, (number,), "length" if is_last else None)
-            if not self._channels.tell(reader, (number, output)):
-                yield number, output
+        with self._channels.answering(reader):
+            for number in range(request.sampling.max_tokens):
+                await self._next_step.wait()
+                is_last = number == request.sampling.max_tokens - 1
+                output = TokenOutput(request.request_id, (number,), "length" if is_last else None)
+                if not self._channels.tell(reader, (number, output)):
+                    yield number, output
 
     async def _listen(self, asked: Channel) -> AsyncGenerator[list[Part], None]:
         assert asked.replica == "a"
@@ -180,14 +181,29 @@ async def test_several_answers_share_the_messages_of_each_step(
         assert answer.result() == list(range(50))
     assert replica.messages["listen"] <= replica.num_steps
     assert replica.messages["generate"] <= 9 * 5, "beginnings and ends"
-    assert replica.num_listening == 1
     await asyncio.sleep(0.2)
     assert replica.num_listening == 0
     assert not backend._channels._replicas
 
 
+async def test_a_channel_ends_with_most_of_its_answers(
+    backend: ServeBackend, replica: Replica
+) -> None:
+    """Serve counts it as a call: one that stayed for the last would keep replicas up."""
+    short = [ask(backend, f"s{n}", 10) for n in range(MIN_ANSWERS)]
+    long = [ask(backend, f"l{n}", 60) for n in range(MIN_ANSWERS - 1)]
+    await replica.step()
+    await replica.step()
+    assert replica.num_listening == 1
+    await run(replica, *short)
+    await replica.step()
+    assert replica.num_listening == 0
+    await run(replica, *long)
+    assert [answer.result() for answer in long] == [list(range(60))] * len(long)
+
+
 async def test_few_answers_need_no_channel(backend: ServeBackend, replica: Replica) -> None:
-    answers = [ask(backend, f"r{n}", 20) for n in range(MIN_STREAMS - 1)]
+    answers = [ask(backend, f"r{n}", 20) for n in range(MIN_ANSWERS - 1)]
     await run(replica, *answers)
     assert replica.messages["listen"] == 0
     assert [answer.result() for answer in answers] == [list(range(20))] * len(answers)
@@ -197,21 +213,21 @@ async def test_a_channel_that_breaks_fails_its_answers_alone(
     backend: ServeBackend, replica: Replica
 ) -> None:
     replica.listening_fails_after = 3
-    answers = [ask(backend, f"r{n}", 50) for n in range(MIN_STREAMS)]
+    answers = [ask(backend, f"r{n}", 50) for n in range(MIN_ANSWERS)]
     await run(replica, *answers)
     for answer in answers:
         assert isinstance(answer.exception(), UpstreamFailedError)
     replica.listening_fails_after = 10**9
-    again = [ask(backend, f"s{n}", 20) for n in range(MIN_STREAMS)]
+    again = [ask(backend, f"s{n}", 20) for n in range(MIN_ANSWERS)]
     await run(replica, *again)
-    assert [answer.result() for answer in again] == [list(range(20))] * MIN_STREAMS
+    assert [answer.result() for answer in again] == [list(range(20))] * MIN_ANSWERS
 
 
 async def test_a_channel_that_cannot_be_opened_costs_nothing(
     backend: ServeBackend, replica: Replica
 ) -> None:
     replica.listening_fails_after = 0
-    answers = [ask(backend, f"r{n}", 3) for n in range(MIN_STREAMS)]
+    answers = [ask(backend, f"r{n}", 3) for n in range(MIN_ANSWERS)]
 
     async def refuse(asked: Channel) -> AsyncGenerator[list[Part], None]:
         if asked.replica:
@@ -220,13 +236,13 @@ async def test_a_channel_that_cannot_be_opened_costs_nothing(
 
     replica._listen = refuse  # type: ignore[method-assign]
     await run(replica, *answers)
-    assert [answer.result() for answer in answers] == [[0, 1, 2]] * MIN_STREAMS
+    assert [answer.result() for answer in answers] == [[0, 1, 2]] * MIN_ANSWERS
 
 
 async def test_who_leaves_takes_no_other_answer_along(
     backend: ServeBackend, replica: Replica
 ) -> None:
-    answers = [ask(backend, f"r{n}", 30) for n in range(MIN_STREAMS + 2)]
+    answers = [ask(backend, f"r{n}", 30) for n in range(MIN_ANSWERS + 2)]
     for _ in range(6):
         await replica.step()
     for leaving in answers[:3]:
