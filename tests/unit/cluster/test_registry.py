@@ -54,6 +54,16 @@ def registry(settings: Settings) -> ModelRegistry:
     return ModelRegistry.open(settings)
 
 
+def serve_first(settings: Settings, name: str) -> None:
+    """Version 1 is the champion that serves."""
+    row = {
+        "name": name, "version": 1, "digest": "d", "application": "a", "state": "champion",
+        "reason": "", "options": {}, "created_at": "", "updated_at": "",
+    }  # fmt: skip
+    with open_database(settings.database).begin() as connection:
+        connection.execute(sa.insert(deployments).values(row))
+
+
 def move(registry: ModelRegistry, name: str, version: int | None, **options: int) -> None:
     registry.set_alias(name, "champion", version, actor="test", reason="why", **options)
 
@@ -398,12 +408,7 @@ def test_only_what_nobody_uses_is_deleted(
     with pytest.raises(ConflictError, match="is champion"):
         registry.delete_version(name, 1)
     move(registry, name, None)
-    row = {
-        "name": name, "version": 1, "digest": "d", "application": "a", "state": "champion",
-        "reason": "", "options": {}, "created_at": "", "updated_at": "",
-    }  # fmt: skip
-    with open_database(settings.database).begin() as connection:
-        connection.execute(sa.insert(deployments).values(row))
+    serve_first(settings, name)
     with pytest.raises(ConflictError, match="undeploy"):
         registry.delete_version(name, 1)
     with open_database(settings.database).begin() as connection:
@@ -531,12 +536,7 @@ def test_the_champion_of_what_is_served_is_moved_by_a_release_alone(
     for _ in range(2):
         registry.register(name, package(settings))
     move(registry, name, 1)
-    row = {
-        "name": name, "version": 1, "digest": "d", "application": "a", "state": "champion",
-        "reason": "", "options": {}, "created_at": "", "updated_at": "",
-    }  # fmt: skip
-    with open_database(settings.database).begin() as connection:
-        connection.execute(sa.insert(deployments).values(row))
+    serve_first(settings, name)
     with pytest.raises(ConflictError, match=f"heliostat deploy {name}/2"):
         move(registry, name, 2)
     with pytest.raises(ConflictError, match=f"heliostat undeploy {name}"):

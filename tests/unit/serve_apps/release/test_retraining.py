@@ -126,6 +126,13 @@ class World:
         for source in ("gateway-1", "gateway-2"):
             self.count(0.7, 1.5, source=source)
 
+    def train(self) -> None:
+        """Drift leads to digits/2, which is trained."""
+        self.drift()
+        self.step()
+        self.register(2)
+        self.jobs.end()
+
     @property
     def states(self) -> list[str]:
         return [row.state for row in self.retrainings.list("digits")]
@@ -203,10 +210,7 @@ def test_trainings_of_long_ago_are_forgotten(world: World) -> None:
 
 
 def test_a_release_under_way_is_waited_for(world: World) -> None:
-    world.drift()
-    world.step()
-    world.register(2)
-    world.jobs.end()
+    world.train()
     world.step()
     world.jobs.end()
     world.deploy_error = ConflictError("version 3 is on its way")
@@ -220,10 +224,7 @@ def test_a_release_under_way_is_waited_for(world: World) -> None:
 def test_what_finds_no_room_is_tried_ever_more_rarely_and_given_up_after_a_day(
     world: World,
 ) -> None:
-    world.drift()
-    world.step()
-    world.register(2)
-    world.jobs.end()
+    world.train()
     world.step()
     world.jobs.end()
     world.deploy_error = ConflictError("digits/2 asks for 1 GPU, and 1 of 1 are promised")
@@ -244,10 +245,7 @@ def test_what_finds_no_room_is_tried_ever_more_rarely_and_given_up_after_a_day(
 
 
 def test_only_what_the_gate_was_asked_about_is_released(world: World) -> None:
-    world.drift()
-    world.step()
-    world.register(2)
-    world.jobs.end()
+    world.train()
     world.step()
     assert world.jobs.overrides == [(), ["candidate=digits/2"]]
     world.register(3)
@@ -257,10 +255,7 @@ def test_only_what_the_gate_was_asked_about_is_released(world: World) -> None:
 
 
 def test_a_controller_killed_before_the_gate_asks_about_the_same_version(world: World) -> None:
-    world.drift()
-    world.step()
-    world.register(2)
-    world.jobs.end()
+    world.train()
     world.jobs.error = NotRunningError("killed here")
     world.step()
     world.register(3)
@@ -279,10 +274,7 @@ def test_a_training_that_made_no_version_has_nothing_for_the_gate(world: World) 
 
 
 def test_what_the_gate_refuses_is_not_released(world: World) -> None:
-    world.drift()
-    world.step()
-    world.register(2)
-    world.jobs.end()
+    world.train()
     world.step()
     world.jobs.end("failed")
     world.step(2)
@@ -293,10 +285,7 @@ def test_what_the_gate_refuses_is_not_released(world: World) -> None:
 
 def test_without_a_gate_the_new_version_stays_a_candidate(tmp_path: Path) -> None:
     world = World(tmp_path, retrain={"config": "configs/train/digits.yaml"})
-    world.drift()
-    world.step()
-    world.register(2)
-    world.jobs.end()
+    world.train()
     world.step()
     assert world.states == ["trained"]
     assert not world.deployed
@@ -323,10 +312,7 @@ def test_a_cluster_that_is_away_is_asked_again_and_gets_one_job(world: World) ->
 def test_a_database_that_is_busy_ends_no_training(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world.drift()
-    world.step()
-    world.register(2)
-    world.jobs.end()
+    world.train()
 
     def busy(*_: str) -> Any:
         raise OverloadedError("the database is busy")
@@ -370,10 +356,7 @@ def test_a_controller_without_the_lease_does_nothing(world: World) -> None:
 
 
 def test_one_that_loses_the_lease_while_it_asks_deploys_nothing(world: World) -> None:
-    world.drift()
-    world.step()
-    world.register(2)
-    world.jobs.end()
+    world.train()
     world.step()
     world.jobs.end()
     world.jobs.while_asked = lambda: take_over(world)
