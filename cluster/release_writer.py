@@ -232,7 +232,7 @@ class ReleaseWriter:
     def reroute(self, name: str) -> None:
         """Make the weights those that follow from the states."""
         weights = weights_of(self.deployments(name))
-        if weights != read_all_weights(self.connection).get(name, {}):
+        if weights != read_weights(self.connection, name).get(name, {}):
             _write_route(self.connection, name, weights)
 
     def _change(self, row: Deployment, actor: str, **values: Any) -> Deployment:
@@ -271,10 +271,14 @@ def read_deployments(connection: Connection, name: str | None) -> list[Deploymen
     return [Deployment(**row._mapping) for row in connection.execute(query)]
 
 
-def read_all_weights(connection: Connection) -> dict[str, dict[int, float] | None]:
-    """By name; None where somebody else has written what are no weights."""
+def read_weights(
+    connection: Connection, name: str | None = None
+) -> dict[str, dict[int, float] | None]:
+    """Every model's by name, or one's; None where somebody else has written what are no weights."""
     # As text: else one that is no JSON would keep the others from being read.
     query = sa.select(routes.c.name, sa.type_coerce(routes.c.weights, sa.Text))
+    if name is not None:
+        query = query.where(routes.c.name == name)
     return {name: _parse_weights(weights) for name, weights in connection.execute(query)}
 
 

@@ -41,9 +41,9 @@ from cluster.release_events import ReleaseEvent, read_events
 from cluster.release_evidence import Evidence, EvidenceDelta, add_evidence, read_evidence
 from cluster.release_writer import (
     ReleaseWriter,
-    read_all_weights,
     read_champion_history,
     read_deployments,
+    read_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class ReleaseStore:
         with self._engine.connect() as connection:
             read_one_moment(connection)
             rows = [Deployment(**row._mapping) for row in connection.execute(query)]
-            weights = read_all_weights(connection)
+            weights = read_weights(connection)
             pointers = connection.execute(sa.select(aliases)).all()
         serving = tuple(row for row in rows if row.state in SERVING)
         return RoutingSnapshot(
@@ -105,13 +105,13 @@ class ReleaseStore:
     def weights(self, name: str) -> dict[int, float]:
         """Shares of traffic by version; empty where nothing is routed."""
         with self._engine.connect() as connection:
-            return read_all_weights(connection).get(name) or {}
+            return read_weights(connection, name).get(name) or {}
 
     def misrouted(self) -> list[str]:
         """Names whose weights somebody else has changed: they do not follow from the states."""
         with self._engine.connect() as connection:
             read_one_moment(connection)
-            stored = read_all_weights(connection)
+            stored = read_weights(connection)
             expected = _weights_by_name(read_deployments(connection, None))
         names = sorted(stored.keys() | expected.keys())
         return [name for name in names if stored.get(name, {}) != expected.get(name, {})]

@@ -224,7 +224,6 @@ class ReleaseController:
         evidence: Evidence,
     ) -> Observation:
         siblings = [other for other in rows if other.name == row.name]
-        up = {name for name, status in statuses.items() if status.phase == "running"}
         return Observation(
             row,
             statuses.get(row.application),
@@ -232,7 +231,7 @@ class ReleaseController:
             seconds_since_start=_seconds_since(row.started_at) if row.started_at else 0.0,
             tries=self._tries(row),
             has_champion=any(other.state == "champion" for other in siblings),
-            successor=heir_of(row, [o for o in siblings if o.application in up], now()),
+            successor=heir_of(row, [o for o in siblings if o.application not in self._down], now()),
             evidence=evidence,
             seconds_to_sunset=-_seconds_since(row.sunset_at) if row.sunset_at else math.inf,
         )
