@@ -11,13 +11,13 @@ in which order all of it belongs, so nothing depends on when a channel opens or 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 
 from serve_apps.llm.engine import TokenOutput
+from serve_apps.llm.mailbox import Mailbox
 
 Part = tuple[int, TokenOutput]
 """How many tokens of this answer came before from here, and new ones."""
@@ -41,7 +41,7 @@ class OutputChannels:
     """Those that are open at one replica, by reader."""
 
     def __init__(self) -> None:
-        self._open: dict[str, _Messages] = {}
+        self._open: dict[str, Mailbox[Part]] = {}
         self._num_answers: Counter[str] = Counter()
 
     @contextlib.contextmanager
@@ -66,33 +66,11 @@ class OutputChannels:
     async def listen(self, asked: Channel) -> AsyncGenerator[list[Part], None]:
         """Messages until few answers are left, or nothing comes for a while. It is the replica
         that ends a channel: what was put into one that its reader has closed would be lost."""
-        messages = self._open[asked.reader] = _Messages()
+        messages = self._open[asked.reader] = Mailbox[Part]()
         try:
             while parts := await messages.take(_IDLE_S):
                 yield parts
-                if not messages.parts and self._num_answers[asked.reader] < MIN_ANSWERS:
+                if not messages.items and self._num_answers[asked.reader] < MIN_ANSWERS:
                     return
         finally:
             del self._open[asked.reader]
-
-
-class _Messages:
-    def __init__(self) -> None:
-        self.parts: list[Part] = []
-        self._arrived = asyncio.Event()
-
-    def put(self, part: Part) -> None:
-        self.parts.append(part)
-        self._arrived.set()
-
-    async def take(self, patience_s: float) -> list[Part]:
-        """What there is; nothing where nothing comes in time."""
-        if not self.parts:
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(patience_s):
-                    await self._arrived.wait()
-            except TimeoutError:
-                pass  # something may have come at that very moment
-        parts, self.parts = self.parts, []
-        return parts

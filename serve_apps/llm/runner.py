@@ -18,32 +18,9 @@ from collections.abc import AsyncGenerator, Callable
 
 from cluster.errors import HeliostatError, InputError, OverloadedError, UpstreamFailedError
 from serve_apps.llm.engine import Engine, EngineRequest, EngineStats, StepOutput, TokenOutput
+from serve_apps.llm.mailbox import Mailbox
 
 logger = logging.getLogger(__name__)
-
-
-class _Mailbox:
-    """Outputs of one request that its reader has not taken yet."""
-
-    def __init__(self) -> None:
-        self.outputs: list[TokenOutput] = []
-        self.arrived = asyncio.Event()
-
-    def put(self, output: TokenOutput) -> None:
-        self.outputs.append(output)
-        self.arrived.set()
-
-    async def take(self) -> TokenOutput:
-        """Everything there is, as one output: a slow reader gets fewer, larger ones."""
-        await self.arrived.wait()
-        self.arrived.clear()
-        outputs, self.outputs = self.outputs, []
-        if len(outputs) == 1:
-            return outputs[0]
-        tokens = tuple(token for output in outputs for token in output.token_ids)
-        logprobs = tuple(entry for output in outputs for entry in output.logprobs)
-        last = outputs[-1]
-        return TokenOutput(last.request_id, tokens, last.finish_reason, last.error, logprobs)
 
 
 class EngineRunner:
@@ -52,7 +29,7 @@ class EngineRunner:
     def __init__(self, engine: Engine, *, max_requests: int = 256) -> None:
         self._engine = engine
         self._max_requests = max_requests
-        self._mailboxes: dict[str, _Mailbox] = {}
+        self._mailboxes: dict[str, Mailbox[TokenOutput]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -75,12 +52,12 @@ class EngineRunner:
                 f"{len(self._mailboxes)} requests are in flight, the most this replica takes",
                 hint="try again in a moment",
             )
-        mailbox = self._mailboxes[request.request_id] = _Mailbox()
+        mailbox = self._mailboxes[request.request_id] = Mailbox()
         finished = False
         try:
             self._engine.add(request)
             while not finished:
-                output = await mailbox.take()
+                output = _as_one(await mailbox.take())
                 finished = output.finish_reason is not None
                 if output.finish_reason == "error":
                     raise UpstreamFailedError(output.error or "the engine failed")
@@ -137,3 +114,13 @@ class EngineRunner:
     def _fail_all(self) -> None:
         for request_id, mailbox in self._mailboxes.items():
             mailbox.put(TokenOutput(request_id, (), "error", str(self.failure)))
+
+
+def _as_one(outputs: list[TokenOutput]) -> TokenOutput:
+    """A slow reader gets fewer, larger ones."""
+    if len(outputs) == 1:
+        return outputs[0]
+    tokens = tuple(token for output in outputs for token in output.token_ids)
+    logprobs = tuple(entry for output in outputs for entry in output.logprobs)
+    last = outputs[-1]
+    return TokenOutput(last.request_id, tokens, last.finish_reason, last.error, logprobs)
